@@ -1,0 +1,20 @@
+"""A fused multilayer perceptron for PyTorch with a backward pass derived by hand."""
+
+from ._version import __version__
+from .functional import LossAndGrads, loss_and_grads, relu_mlp
+from .info import BuildInfo, build_info
+from .modules import FusedSequential, ReluMLP, fuse
+from .ops import backend
+
+__all__ = [
+    "BuildInfo",
+    "FusedSequential",
+    "LossAndGrads",
+    "ReluMLP",
+    "__version__",
+    "backend",
+    "build_info",
+    "fuse",
+    "loss_and_grads",
+    "relu_mlp",
+]

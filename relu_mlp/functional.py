@@ -1,0 +1,246 @@
+"""The functional form, and the decision whether the operators may serve a call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import Parameter
+
+from . import autograd, checks, reference
+from .ops import NO_TENSOR, below_autograd, implementation_for
+
+OutputActivation = Literal["relu", "sigmoid", "tanh"]
+
+#: The operators' names of the output activations.
+ACTIVATION_NAMES = {None: "none", "relu": "relu", "sigmoid": "sigmoid", "tanh": "tanh"}
+
+#: The types of ordinary tensors; a subclass may mean anything.
+PLAIN = frozenset({Tensor, Parameter})
+
+
+def relu_mlp(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    output_activation: OutputActivation | None = None,
+    recompute: bool = False,
+) -> Tensor:
+    """A multilayer perceptron with ReLU between its layers, as one operator.
+
+    Equal to::
+
+        for weight, bias in zip(weights, biases):
+            x = F.relu(F.linear(x, weight, bias))   # no ReLU after the last
+
+    followed by the output activation, with the semantics of that code in
+    everything: dtypes, autocast, gradients of every order, in-place checks.
+
+    Args:
+        x: (*, in_features), of dtype float64, float32, bfloat16 or float16;
+            other dtypes and tensor subclasses take the native path.
+        weights: one (out_features, in_features) tensor for each layer, as in
+            `torch.nn.Linear`, of the dtype and device of x.
+        biases: None, or for each layer None or a (out_features,) tensor.
+        output_activation: None, ``"relu"``, ``"sigmoid"`` or ``"tanh"``.
+        recompute: keep no hidden activations; compute them again in the
+            backward pass.
+
+    Returns:
+        (*, out_features), contiguous. Any size may be 0.
+
+    Raises:
+        TypeError: if x, a weight or a bias is not a tensor.
+        ValueError: if there are no weights, `biases` has another length than
+            `weights`, or the activation is unknown.
+        RuntimeError: if shapes do not chain, or dtypes or devices differ.
+    """
+    activation = activation_name(output_activation)
+    weights, present = checked_parameters(x, weights, biases)
+    if is_served(x) and all(map(is_plain, weights)) and all(map(is_plain, present)):
+        return fused(x, weights, present, activation, recompute)
+    return native(x, weights, present, activation)
+
+
+def activation_name(output_activation: str | None) -> str:
+    """The operators' name of an output activation; ValueError if there is none."""
+    try:
+        return ACTIVATION_NAMES[output_activation]
+    except (KeyError, TypeError):
+        raise ValueError(
+            "output_activation must be None, 'relu', 'sigmoid' or 'tanh', "
+            f"got {output_activation!r}"
+        ) from None
+
+
+def checked_parameters(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None] | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The weights and biases as the operators take them.
+
+    Checks what the operators can't, because it never reaches them: types,
+    lengths, and biases without elements, which mean none to an operator.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
+    weights = _list_of_tensors("weights", weights)
+    if not weights:
+        raise ValueError("weights must have at least one entry, got none")
+    if biases is None:
+        return weights, []
+    present = [
+        NO_TENSOR if bias is None else bias
+        for bias in _list_of_tensors("biases", biases, or_none=True)
+    ]
+    if len(present) != len(weights):
+        raise ValueError(
+            f"biases must have one entry for each of the {len(weights)} weights, got {len(present)}"
+        )
+    for layer, bias in enumerate(present):
+        if bias is not NO_TENSOR and bias.numel() == 0 and bias.shape != weights[layer].shape[:1]:
+            raise RuntimeError(
+                f"biases[{layer}] must have shape ({weights[layer].shape[0]},), "
+                f"got {tuple(bias.shape)}"
+            )
+    return weights, present
+
+
+def _list_of_tensors(argument: str, value: object, or_none: bool = False) -> list:
+    kinds = "Tensors or None" if or_none else "Tensors"
+    if isinstance(value, Tensor) or not isinstance(value, Sequence):
+        try:  # an iterator or a ParameterList will do; a Tensor would fall into rows
+            items = None if isinstance(value, Tensor) else list(value)  # type: ignore[call-overload]
+        except TypeError:
+            items = None
+        if items is None:
+            raise TypeError(f"{argument} must be a sequence of {kinds}, got {type(value).__name__}")
+    else:
+        items = list(value)
+    for n, item in enumerate(items):
+        if not (isinstance(item, Tensor) or (or_none and item is None)):
+            raise TypeError(f"{argument}[{n}] must be a Tensor, got {type(item).__name__}")
+    return items
+
+
+def is_plain(tensor: object) -> bool:
+    """Whether this is an ordinary dense tensor, no subclass and no other layout."""
+    return type(tensor) in PLAIN and tensor.layout is torch.strided  # type: ignore[attr-defined]
+
+
+def is_served(x: Tensor) -> bool:
+    """Whether the operators serve this input exactly as the native path would.
+
+    Not under autocast, a functorch transform, forward-mode differentiation or
+    a TorchScript trace, not for tensor subclasses and not for other layouts
+    and dtypes: there the native path is taken.
+    """
+    return (
+        type(x) in PLAIN
+        and x.dtype in checks.DTYPES
+        and x.layout is torch.strided
+        and not torch._C._is_any_autocast_enabled()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and torch._C._get_tracing_state() is None
+    )
+
+
+def fused(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    activation: str,
+    recompute: bool,
+) -> Tensor:
+    """One call of the operators, for tensors that `is_served` and `is_plain` let pass."""
+    implementation = implementation_for(x)
+    if torch.is_grad_enabled():
+        call = (implementation, activation, recompute, len(weights))
+        return autograd.apply(call, x, *weights, *biases)[0]
+    with below_autograd():
+        return implementation.forward(x, weights, biases, activation, False)[0]
+
+
+def native(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], activation: str
+) -> Tensor:
+    """The same network by PyTorch's own layers."""
+    if type(x) in PLAIN and x.dtype not in checks.DTYPES and x.dim():
+        checks.check_chain(x, weights, biases)
+    for layer, weight in enumerate(weights):
+        bias = biases[layer] if biases and biases[layer] is not NO_TENSOR else None
+        x = F.linear(x, weight, bias)
+        if layer < len(weights) - 1:
+            x = F.relu(x)
+    return reference.ACTIVATIONS[activation](x)
+
+
+class LossAndGrads(NamedTuple):
+    """What `loss_and_grads` returns."""
+
+    loss: Tensor
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor | None, ...] | None
+
+
+def loss_and_grads(
+    x: Tensor,
+    target: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    loss: Literal["sse", "half_sse", "mse"] = "sse",
+    output_activation: OutputActivation | None = None,
+) -> LossAndGrads:
+    """The loss of a network and its gradient at every parameter, by hand.
+
+    One call and no autograd graph: the loop of those who derive
+    back-propagation themselves. With y = `relu_mlp(x, weights, biases)`, the
+    loss is
+
+        ``"sse"``        sum of (y - target)^2
+        ``"half_sse"``   half of that
+        ``"mse"``        the mean of (y - target)^2 over all elements
+
+    Args:
+        x, weights, biases, output_activation: as in `relu_mlp`.
+        target: (*, out_features), the shape of y. Integers and bools are
+            converted to the dtype of x.
+        loss: the name of the loss.
+
+    Returns:
+        `LossAndGrads(loss, weights, biases)`: a 0-dimensional tensor and two
+        tuples of gradients with the shapes of the parameters; `biases` is None
+        if none were given, and an entry is None where the bias was. Nothing
+        requires a gradient. Autocast does not apply.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as in `relu_mlp`; ValueError for
+            an unknown loss, RuntimeError for a target of another shape.
+    """
+    activation = activation_name(output_activation)
+    if loss not in reference.LOSS_SCALES:
+        raise ValueError(f"loss must be 'sse', 'half_sse' or 'mse', got {loss!r}")
+    weight_list, present = checked_parameters(x, weights, biases)
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a Tensor, got {type(target).__name__}")
+    if not (target.is_floating_point() or target.is_complex()):
+        target = target.to(x.dtype)
+    with torch.no_grad(), below_autograd():
+        value, grads = implementation_for(x).loss_and_grads(
+            x, target, weight_list, present, loss, activation
+        )
+    grad_weights = tuple(grads[: len(weight_list)])
+    if biases is None:
+        return LossAndGrads(value, grad_weights, None)
+    grad_biases = zip(present, grads[len(weight_list) :], strict=True)
+    return LossAndGrads(
+        value,
+        grad_weights,
+        tuple([None if bias is NO_TENSOR else grad for bias, grad in grad_biases]),
+    )

@@ -1,0 +1,64 @@
+"""What was built and what will run."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+
+import torch
+
+from . import ops
+from ._version import __version__
+
+
+@dataclass(frozen=True)
+class BuildInfo:
+    """The answer of `build_info`; `print` it for a table."""
+
+    relu_mlp: str  #: version of the package
+    torch: str  #: version of the PyTorch that is running
+    python: str  #: version of the Python that is running
+    backend: str  #: what is in force in this thread: auto, extension or reference
+    runs_on_cpu: str  #: what serves CPU tensors now: "extension", "reference" or "nothing"
+    runs_on_cuda: str  #: the same for CUDA tensors
+    library: str | None  #: path of the compiled library, if it is loaded
+    problem: str | None  #: why it is not loaded, and what to do
+    compiler: str | None  #: what compiled it
+    oldest_torch: str | None  #: the oldest PyTorch that the library loads on
+    instruction_sets: tuple[str, ...]  #: that the package's own kernels were compiled for
+    instruction_set: str | None  #: the one of them that this machine uses
+    cuda_architectures: tuple[str, ...]  #: that CUDA kernels were compiled for
+
+    def __str__(self) -> str:
+        width = max(map(len, self.__dataclass_fields__))
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return "\n".join(
+            f"{name:<{width}}  {', '.join(value) or 'none' if isinstance(value, tuple) else value}"
+            for name, value in values.items()
+        )
+
+
+def build_info() -> BuildInfo:
+    """What was built, what will run, and if that is less than it could be, why."""
+    built = dict(
+        line.split(": ", 1) for line in torch.ops.relu_mlp._build_info().splitlines()
+    )
+    name = ops.current_backend()
+    has_library = ops.LIBRARY_PATH is not None
+    without_kernels = "nothing" if name == "extension" else "reference"
+    instruction_set = built.get("instruction_set")
+    return BuildInfo(
+        relu_mlp=__version__,
+        torch=torch.__version__,
+        python=platform.python_version(),
+        backend=name,
+        runs_on_cpu="extension" if has_library and name != "reference" else without_kernels,
+        runs_on_cuda=without_kernels,
+        library=str(ops.LIBRARY_PATH) if has_library else None,
+        problem=None if has_library else f"{ops.LIBRARY_PROBLEM}. {ops.REMEDY}",
+        compiler=built.get("compiler"),
+        oldest_torch=built.get("oldest_torch"),
+        instruction_sets=(instruction_set,) if instruction_set else (),
+        instruction_set=instruction_set,
+        cuda_architectures=tuple(built.get("cuda_architectures", "").split()),
+    )

@@ -1,0 +1,298 @@
+"""The layer, and the patching of models that already have such layers."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _module
+
+from . import functional
+from .functional import PLAIN, OutputActivation
+from .ops import NO_TENSOR
+
+#: The modules that may follow the last Linear, and the activation each stands for.
+OUTPUT_ACTIVATIONS: dict[type[nn.Module], OutputActivation] = {
+    nn.ReLU: "relu",
+    nn.Sigmoid: "sigmoid",
+    nn.Tanh: "tanh",
+}
+
+# A class whose forward somebody has replaced no longer computes what it did.
+_FORWARDS = {kind: kind.forward for kind in (nn.Linear, *OUTPUT_ACTIVATIONS)}
+
+
+class Run(NamedTuple):
+    """Children that are one network: Linear, ReLU, ..., Linear, activation."""
+
+    stop: int  #: the position after the last child
+    weights: list[Tensor]
+    biases: list[Tensor]  #: one for each weight, or nothing; NO_TENSOR where one is missing
+    activation: str
+
+
+def _is_patched(child: nn.Module) -> bool:
+    """Whether calling the child does anything else than what `nn` wrote for its class."""
+    state = child.__dict__
+    kind = type(child)
+    return (  # type: ignore[return-value]
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+        or kind.forward is not _FORWARDS[kind]
+    )
+
+
+def find_run(children: Iterable[nn.Module]) -> Run | None:
+    """The longest run of untouched children from the first on, or None.
+
+    This is on the way of every call and takes as long as one of the small
+    kernels: hence the plain loop.
+    """
+    weights: list[Tensor] = []
+    biases: list[Tensor] = []
+    activation = "none"
+    stop = 0
+    has_bias = after_linear = False
+    for child in children:
+        kind = type(child)
+        if after_linear:
+            if kind not in OUTPUT_ACTIVATIONS or _is_patched(child):
+                break
+            stop += 1
+            activation = OUTPUT_ACTIVATIONS[kind]
+            if kind is not nn.ReLU:
+                break  # nothing can follow in the same run
+            after_linear = False
+        else:
+            if kind is not nn.Linear or _is_patched(child):
+                break
+            parameters = child.__dict__["_parameters"]
+            weight, bias = parameters.get("weight"), parameters.get("bias", child)
+            if type(weight) not in PLAIN or weight.layout is not torch.strided:
+                break  # pruned, quantized, distributed: nothing the operators know
+            if bias is None:
+                bias = NO_TENSOR
+            elif type(bias) in PLAIN:
+                has_bias = True
+            else:
+                break
+            stop += 1
+            weights.append(weight)
+            biases.append(bias)
+            activation = "none"
+            after_linear = True
+    return Run(stop, weights, biases if has_bias else [], activation) if weights else None
+
+
+class ReluMLP(nn.Sequential):
+    """`nn.Sequential(Linear, ReLU, ..., Linear)` as one operator each way.
+
+    The children are those that the `nn.Sequential` would have, under the same
+    names and with the same initial values after a given seed; `state_dict`,
+    optimizers, hooks and slices work as they do there. Where a child carries a
+    hook, has been replaced, parametrized or pruned, or where the operators
+    can't serve the input, the children are called one by one.
+
+    Args:
+        in_features: size of the last dimension of the input.
+        hidden_features: the width of the hidden layer, or a sequence of widths,
+            each at least 1. The empty sequence is the linear model.
+        out_features: size of the last dimension of the output.
+        bias: whether the layers have biases.
+        output_activation: None, ``"relu"``, ``"sigmoid"`` or ``"tanh"``, which
+            adds the module of that name at the end.
+        recompute: keep no hidden activations for the backward pass but compute
+            them again in it. An attribute; it may be changed at any time.
+        device, dtype: of the parameters.
+
+    Shape:
+        (*, in_features) to (*, out_features).
+
+    Raises:
+        TypeError: if a width is not an int.
+        ValueError: if a hidden width is below 1, or the activation is unknown.
+
+    Example::
+
+        net = ReluMLP(784, [512, 256], 10)
+        logits = net(torch.randn(64, 784))
+    """
+
+    recompute: bool = False
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int | Iterable[int],
+        out_features: int,
+        bias: bool = True,
+        output_activation: OutputActivation | None = None,
+        recompute: bool = False,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        functional.activation_name(output_activation)
+        widths = _checked_widths(hidden_features)
+        sizes = [
+            _checked_int("in_features", in_features),
+            *widths,
+            _checked_int("out_features", out_features),
+        ]
+        children: list[nn.Module] = []
+        for size, next_size in zip(sizes[:-1], sizes[1:], strict=True):
+            children += [nn.Linear(size, next_size, bias, device=device, dtype=dtype), nn.ReLU()]
+        children.pop()
+        children += [
+            kind() for kind, name in OUTPUT_ACTIVATIONS.items() if name == output_activation
+        ]
+        super().__init__(*children)
+        self.recompute = bool(recompute)
+
+    @classmethod
+    def from_sequential(cls, sequential: nn.Sequential, recompute: bool = False) -> ReluMLP:
+        """A `ReluMLP` that holds the same children under the same names.
+
+        Args:
+            sequential: Linear, ReLU, ..., Linear, and at most one of ReLU,
+                Sigmoid and Tanh at the end.
+
+        Raises:
+            TypeError: if `sequential` is not an `nn.Sequential`.
+            ValueError: if its children are others.
+        """
+        if not isinstance(sequential, nn.Sequential):
+            raise TypeError(
+                f"sequential must be an nn.Sequential, got {type(sequential).__name__}"
+            )
+        children = list(sequential)
+        run = find_run(children)
+        if run is None or run.stop < len(children):
+            position = run.stop if run else 0
+            got = f"{type(children[position]).__name__} at {position}" if children else "none"
+            raise ValueError(
+                "sequential must have the children Linear, ReLU, ..., Linear and at most an "
+                f"output activation, without hooks or parametrizations; got {got}"
+            )
+        result = cls.__new__(cls)
+        nn.Sequential.__init__(result)
+        result._modules.update(sequential._modules)
+        result.train(sequential.training)
+        result.recompute = bool(recompute)
+        return result
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _run_fused(self, input, min_layers=1)
+
+    def __getitem__(self, index: Any) -> Any:
+        return _slice_or_child(self, index)
+
+
+class FusedSequential(nn.Sequential):
+    """What `fuse` makes of an `nn.Sequential` that has runs among its children.
+
+    It holds the same children and calls them in the same order, but every run
+    of Linear, ReLU, ..., Linear as one operator.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _run_fused(self, input, min_layers=2)
+
+    def __getitem__(self, index: Any) -> Any:
+        return _slice_or_child(self, index)
+
+
+def _slice_or_child(sequential: nn.Sequential, index: Any) -> Any:
+    if isinstance(index, slice):
+        return nn.Sequential(dict(list(sequential._modules.items())[index]))  # type: ignore[arg-type]
+    return nn.Sequential.__getitem__(sequential, index)
+
+
+def _run_fused(sequential: nn.Sequential, x: Tensor, min_layers: int) -> Tensor:
+    """Calls the children in order, and every run of `min_layers` or more as one operator."""
+    children: Iterable[nn.Module] = sequential._modules.values()  # type: ignore[assignment]
+    while children:
+        run = None if _has_global_hooks() else find_run(children)
+        if run is not None and len(run.weights) >= min_layers and functional.is_served(x):
+            recompute = sequential.__dict__.get("recompute", False)
+            x = functional.fused(x, run.weights, run.biases, run.activation, recompute)
+            stop = run.stop
+        else:
+            x = next(iter(children))(x)
+            stop = 1
+        if stop == len(children):  # type: ignore[arg-type]
+            return x
+        children = list(children)[stop:]
+    return x
+
+
+def _has_global_hooks() -> bool:
+    return (
+        _module._global_forward_hooks
+        or _module._global_forward_pre_hooks
+        or _module._global_backward_hooks
+        or _module._global_backward_pre_hooks
+    )  # type: ignore[return-value]
+
+
+def _checked_int(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}") from None
+
+
+def _checked_widths(hidden_features: int | Iterable[int]) -> list[int]:
+    if isinstance(hidden_features, Iterable):
+        widths = [
+            _checked_int(f"hidden_features[{n}]", width)
+            for n, width in enumerate(hidden_features)
+        ]
+    else:
+        widths = [_checked_int("hidden_features", hidden_features)]
+    for width in widths:
+        if width < 1:
+            raise ValueError(f"hidden_features must be at least 1, got {hidden_features}")
+    return widths
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def fuse(model: M) -> M:
+    """Patches a model so that its ReLU networks run as one operator each.
+
+    Goes through `model` and all modules in it. An `nn.Sequential` whose
+    children are Linear, ReLU, ..., Linear (two Linears or more, and perhaps an
+    output activation) becomes a `ReluMLP`, one that has such a run among other
+    children goes on holding them and serves the run fused. It is the class of
+    the object that changes: parameters, `state_dict` keys, names and hooks
+    stay. Subclasses of `nn.Sequential` and of `nn.Linear` stay as they are.
+
+    Args:
+        model: any module.
+
+    Returns:
+        The same object.
+
+    Raises:
+        TypeError: if `model` is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    for module in model.modules():
+        if type(module) is not nn.Sequential:
+            continue
+        children = list(module)
+        runs = [find_run(children[position:]) for position in range(len(children))]
+        long_runs = [run for run in runs if run is not None and len(run.weights) >= 2]
+        if not long_runs:
+            continue
+        whole = runs[0] is not None and runs[0].stop == len(children)
+        module.__class__ = ReluMLP if whole else FusedSequential
+    return model

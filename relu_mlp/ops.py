@@ -1,0 +1,314 @@
+"""Everything between the package and ``torch.ops.relu_mlp``.
+
+Loading the library, the fake kernels, the guards of the raw operators, and
+the choice of the implementation that serves a call.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+from . import checks, reference
+
+#: csrc/ops.cpp has the same schemas. They are needed here only where the
+#: library is not, so that the operators exist all the same.
+SCHEMAS = (
+    "relu_mlp(Tensor x, Tensor[] weights, Tensor[] biases, "
+    'str output_activation="none") -> Tensor',
+    "forward(Tensor x, Tensor[] weights, Tensor[] biases, "
+    "str output_activation, bool save_hidden) -> (Tensor, Tensor[])",
+    "backward(Tensor grad_output, Tensor[] saved, str output_activation, "
+    "str needs) -> Tensor[]",
+    "loss_and_grads(Tensor x, Tensor target, Tensor[] weights, "
+    "Tensor[] biases, str loss, str output_activation) -> (Tensor, Tensor[])",
+    "_build_info() -> str",
+)
+
+REMEDY = (
+    "Build it where PyTorch 2.11 or newer and a C++20 compiler are installed: "
+    "`pip install --no-build-isolation .` in a checkout of relu_mlp, "
+    "or `python setup.py build_ext --inplace` to use the checkout itself."
+)
+
+#: Stands in an operator's arguments for a tensor that is missing.
+with torch.inference_mode(False):
+    NO_TENSOR = torch.empty(0, device="cpu")
+
+#: Suspends the Autograd keys. The Function holds it while it calls the raw
+#: operators, which lets it past the guards registered below.
+below_autograd = torch._C._AutoDispatchBelowAutograd
+
+
+# -- Loading ----------------------------------------------------------------
+
+
+def _load_library() -> tuple[Path | None, str | None]:
+    """The library's path, or why there is none."""
+    folder = Path(__file__).parent
+    found = sorted(folder.glob("_C*.so")) + sorted(folder.glob("_C*.pyd"))
+    if not found:
+        return None, f"it was not built: there is no _C.abi3.so in {folder}"
+    try:
+        torch.ops.load_library(found[0])
+    except (OSError, RuntimeError) as error:
+        return None, f"{found[0].name} could not be loaded: {error}"
+    return found[0], None
+
+
+LIBRARY_PATH, LIBRARY_PROBLEM = _load_library()
+
+_library = torch.library.Library("relu_mlp", "FRAGMENT")
+if LIBRARY_PATH is None:
+    for schema in SCHEMAS:
+        _library.define(schema)
+
+
+# -- The implementations ------------------------------------------------------
+
+
+class Implementation(Protocol):
+    """What serves a call: three functions with the signatures of the operators."""
+
+    @property
+    def forward(self) -> Callable[..., tuple[Tensor, list[Tensor]]]: ...
+    @property
+    def backward(self) -> Callable[..., list[Tensor]]: ...
+    @property
+    def loss_and_grads(self) -> Callable[..., tuple[Tensor, list[Tensor]]]: ...
+
+
+class Extension:
+    """The operators of the library.
+
+    `_op` is what `OpOverload.__call__` calls; to name it saves a microsecond.
+    """
+
+    forward = torch.ops.relu_mlp.forward.default._op
+    backward = torch.ops.relu_mlp.backward.default._op
+    loss_and_grads = torch.ops.relu_mlp.loss_and_grads.default._op
+
+
+extension = Extension()
+
+BACKENDS = ("auto", "extension", "reference")
+_default_backend = os.environ.get("RELU_MLP_BACKEND", "auto")
+
+
+class _Thread(threading.local):
+    backend: str | None = None
+
+
+_thread = _Thread()
+_said_missing = False
+
+
+class backend:
+    """Chooses the implementation of the operators, for the calling thread.
+
+    A context manager, and a decorator of functions::
+
+        with relu_mlp.backend("reference"):
+            y = net(x)
+
+    A backward pass uses the implementation that its forward pass used. The
+    environment variable RELU_MLP_BACKEND, read at import, is the default for
+    all threads.
+
+    Args:
+        name: ``"extension"``: the compiled library; RuntimeError where it is
+            absent or can't serve the device. ``"reference"``: the same
+            mathematics in Python. ``"auto"``: the extension where it can serve
+            the call, and the reference elsewhere.
+
+    Raises:
+        ValueError: for any other name.
+    """
+
+    def __init__(self, name: Literal["auto", "extension", "reference"]) -> None:
+        self.name = _checked_backend(name, "name")
+        self._outer: list[str | None] = []
+
+    def __enter__(self) -> backend:
+        self._outer.append(_thread.backend)
+        _thread.backend = self.name
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        _thread.backend = self._outer.pop()
+
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            with backend(self.name):  # type: ignore[arg-type]
+                return function(*args, **kwargs)
+
+        return wrapped
+
+
+def _checked_backend(name: str, argument: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(
+            f"{argument} must be 'auto', 'extension' or 'reference', got {name!r}"
+        )
+    return name
+
+
+def current_backend() -> str:
+    """The name that is in force in this thread."""
+    return _thread.backend or _checked_backend(_default_backend, "RELU_MLP_BACKEND")
+
+
+def implementation_for(x: Tensor) -> Implementation:
+    """What serves a call on the device of `x`, under the backend in force."""
+    name = _thread.backend or current_backend()
+    if name != "reference":
+        if LIBRARY_PATH is not None and x.is_cpu:
+            return extension
+        if name == "extension":
+            reason = LIBRARY_PROBLEM or f"it has no kernels for the device {x.device}"
+            raise RuntimeError(f"relu_mlp's extension can't serve this call: {reason}. {REMEDY}")
+        if LIBRARY_PATH is None:
+            _say_missing()
+    return reference
+
+
+def _say_missing() -> None:
+    global _said_missing
+    if not _said_missing:
+        _said_missing = True
+        warnings.warn(
+            f"relu_mlp runs in Python, without its C++ extension: {LIBRARY_PROBLEM}. {REMEDY} "
+            'RELU_MLP_BACKEND="reference" chooses Python and silences this.',
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+# -- Fake kernels: shapes and dtypes without values ---------------------------
+
+
+@torch.library.register_fake("relu_mlp::forward", lib=_library)
+def _(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    output_activation: str,
+    save_hidden: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    checks.check_layers(x, weights, biases)
+    checks.check_name("output_activation", output_activation, reference.ACTIVATIONS)
+    y = x.new_empty(*x.shape[:-1], weights[-1].shape[0])
+    rows = reference.as_matrix(x).shape[0]
+    hidden = [x.new_empty(rows, weight.shape[0]) for weight in weights[:-1] if save_hidden]
+    return y, hidden
+
+
+@torch.library.register_fake("relu_mlp::relu_mlp", lib=_library)
+def _(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    output_activation: str = "none",
+) -> Tensor:
+    checks.check_layers(x, weights, biases)
+    checks.check_name("output_activation", output_activation, reference.ACTIVATIONS)
+    return x.new_empty(*x.shape[:-1], weights[-1].shape[0])
+
+
+@torch.library.register_fake("relu_mlp::backward", lib=_library)
+def _(
+    grad_output: Tensor, saved: Sequence[Tensor], output_activation: str, needs: str
+) -> list[Tensor]:
+    return [
+        grad.new_empty(grad.shape)
+        for grad in reference.backward(grad_output, saved, output_activation, needs)
+    ]
+
+
+@torch.library.register_fake("relu_mlp::loss_and_grads", lib=_library)
+def _(
+    x: Tensor,
+    target: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    loss: str,
+    output_activation: str,
+) -> tuple[Tensor, list[Tensor]]:
+    checks.check_layers(x, weights, biases)
+    checks.check_name("output_activation", output_activation, reference.ACTIVATIONS)
+    checks.check_target(target, x, torch.Size([*x.shape[:-1], weights[-1].shape[0]]))
+    checks.check_name("loss", loss, reference.LOSS_SCALES)
+    return x.new_empty(()), [p.new_empty(p.shape) for p in [*weights, *biases]]
+
+
+# -- Devices that the library has no kernels for: the reference ----------------
+
+
+def _relu_mlp(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    output_activation: str = "none",
+) -> Tensor:
+    return reference.forward(x, weights, biases, output_activation, False)[0]
+
+
+_library.impl("relu_mlp", _relu_mlp, "CompositeExplicitAutograd")
+_library.impl("forward", reference.forward, "CompositeExplicitAutograd")
+_library.impl("backward", reference.backward, "CompositeExplicitAutograd")
+_library.impl("loss_and_grads", reference.loss_and_grads, "CompositeExplicitAutograd")
+if LIBRARY_PATH is None:
+    _library.impl("_build_info", lambda: "", "CompositeExplicitAutograd")
+
+
+# -- Guards: a raw operator has no derivative and must not seem to have one ----
+
+
+def is_differentiated(*arguments: Any) -> bool:
+    """Whether a tensor among the arguments needs a gradient or carries a tangent."""
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            if argument.requires_grad and torch.is_grad_enabled():
+                return True
+            if forward_ad._current_level >= 0:
+                if forward_ad.unpack_dual(argument).tangent is not None:
+                    return True
+        elif isinstance(argument, (list, tuple)) and is_differentiated(*argument):
+            return True
+    return False
+
+
+def _guard(name: str) -> Callable[..., Any]:
+    operator = getattr(torch.ops.relu_mlp, name).default
+
+    def guarded(*arguments: Any) -> Any:
+        if is_differentiated(*arguments):
+            raise RuntimeError(
+                f"relu_mlp::{name} has no derivative, and an argument needs a gradient or "
+                "carries a tangent. Call torch.ops.relu_mlp.relu_mlp or relu_mlp.relu_mlp, "
+                "which are differentiable, or detach the arguments."
+            )
+        with below_autograd():
+            return operator(*arguments)
+
+    return guarded
+
+
+for _name in ("forward", "backward", "loss_and_grads"):
+    _library.impl(_name, _guard(_name), "Autograd")

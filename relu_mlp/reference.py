@@ -1,0 +1,208 @@
+"""The mathematics in plain PyTorch: the text to read first, and the fallback.
+
+A network of L layers maps x = a_0 to y:
+
+    z_l = a_{l-1} W_l^T + b_l          l = 1 ... L
+    a_l = max(z_l, 0)                  l < L
+    y   = phi(z_L)                     phi: the output activation
+
+and its backward pass carries delta_l = d loss / d z_l downwards:
+
+    delta_L       = d loss / d y * phi'(z_L)
+    d loss / d W_l = delta_l^T a_{l-1}
+    d loss / d b_l = sum of delta_l over the rows
+    delta_{l-1}   = delta_l W_l where a_{l-1} > 0 or is NaN, and 0 elsewhere
+    d loss / d x  = delta_1 W_1
+
+phi' is written in terms of y, so no z is kept. The mask of the ReLU selects
+and does not multiply: an infinite gradient at a unit that is off gives 0.
+
+The functions have the signatures of the operators ``relu_mlp::forward``,
+``relu_mlp::backward`` and ``relu_mlp::loss_and_grads``, and stand in for them.
+They are made of differentiable operations: the second derivative is the
+derivative of `backward`. In the code, layers are counted from 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import checks
+
+#: phi, by name.
+ACTIVATIONS = {
+    "none": lambda z: z,
+    "relu": torch.relu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
+
+#: (gradient at y, y) -> gradient at z, by the name of phi.
+ACTIVATION_BACKWARDS = {
+    "none": lambda grad, y: grad,
+    "relu": lambda grad, y: grad.masked_fill(y <= 0, 0),
+    "sigmoid": lambda grad, y: grad * (1 - y) * y,
+    "tanh": lambda grad, y: grad * (1 - y * y),
+}
+
+#: The factor in front of the sum of (y - target)^2, by loss and number of elements.
+LOSS_SCALES = {
+    "sse": lambda count: 1.0,
+    "half_sse": lambda count: 0.5,
+    "mse": lambda count: 1.0 / count if count else math.nan,
+}
+
+
+def as_matrix(tensor: Tensor) -> Tensor:
+    """(*, features) as (rows, features)."""
+    if tensor.dim() == 2:
+        return tensor
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+
+
+def bias_of(biases: Sequence[Tensor], layer: int) -> Tensor | None:
+    """The bias of a layer; an empty list or a tensor without elements means none."""
+    return biases[layer] if biases and biases[layer].numel() else None
+
+
+def forward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    output_activation: str,
+    save_hidden: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """The forward pass.
+
+    Args:
+        x: (*, in_features).
+        weights: L tensors (out_features, in_features).
+        biases: nothing, or L tensors (out_features,); one without elements is
+            a missing bias.
+        output_activation: ``"none"``, ``"relu"``, ``"sigmoid"`` or ``"tanh"``.
+        save_hidden: whether to return the hidden activations.
+
+    Returns:
+        y (*, out_features) and [a_1, ..., a_{L-1}], each (rows, features).
+    """
+    checks.check_layers(x, weights, biases)
+    checks.check_name("output_activation", output_activation, ACTIVATIONS)
+    hidden = []
+    a = as_matrix(x)
+    for layer in range(len(weights)):
+        a = F.linear(a, weights[layer], bias_of(biases, layer))
+        if layer < len(weights) - 1:
+            a = torch.relu(a)
+            hidden.append(a)
+    y = ACTIVATIONS[output_activation](a)
+    return y.reshape(*x.shape[:-1], y.shape[-1]), hidden if save_hidden else []
+
+
+def lowest_layer(needs: str) -> int:
+    """The lowest layer with a gradient to compute: nothing is propagated below it."""
+    layers = len(needs) // 2
+    if needs[0] == "1":
+        return 0
+    wanted = zip(needs[1 : 1 + layers], needs[1 + layers :], strict=True)
+    return next((layer for layer, pair in enumerate(wanted) if "1" in pair), layers)
+
+
+def is_kept(output_activation: str, needs: str) -> list[bool]:
+    """Which of (x, y, *weights, *hidden) the wanted gradients depend on.
+
+    This is what is saved for the backward pass, and it is what the native path
+    saves. `needs` is as in `backward`.
+    """
+    layers = len(needs) // 2
+    lowest = lowest_layer(needs)
+    return [
+        needs[1] == "1",
+        lowest < layers and output_activation != "none",
+        *[layer > lowest or needs[0] == "1" for layer in range(layers)],
+        *[layer > lowest or needs[1 + layer] == "1" for layer in range(1, layers)],
+    ]
+
+
+def backward(
+    grad_output: Tensor,
+    saved: Sequence[Tensor],
+    output_activation: str,
+    needs: str,
+    grad_hidden: Sequence[Tensor | None] = (),
+) -> list[Tensor]:
+    """The backward pass.
+
+    Args:
+        grad_output: d loss / d y, (*, out_features).
+        saved: those of (x, y, *weights, *hidden) that `is_kept` names.
+        output_activation: as in `forward`.
+        needs: 1 + 2 L characters, ``"1"`` where the gradient of x, of each
+            weight, of each bias is wanted, and ``"0"`` elsewhere.
+        grad_hidden: gradients that reach a_1, ..., a_{L-1} from elsewhere, as
+            they do in a second derivative.
+
+    Returns:
+        The wanted gradients, in the order of `needs`, and no others.
+    """
+    layers = len(needs) // 2
+    remaining = iter(saved)
+    x, y, *rest = [next(remaining) if kept else None for kept in is_kept(output_activation, needs)]
+    weights, inputs = rest[:layers], [x, *rest[layers:]]
+    needs_x, needs_weight, needs_bias = needs[0], needs[1 : 1 + layers], needs[1 + layers :]
+    lowest = lowest_layer(needs)
+    grad_weights: list[Tensor] = []
+    grad_biases: list[Tensor] = []
+
+    delta = as_matrix(ACTIVATION_BACKWARDS[output_activation](grad_output, y))
+    for layer in reversed(range(lowest, layers)):
+        if needs_weight[layer] == "1":
+            grad_weights.append(delta.T @ as_matrix(inputs[layer]))
+        if needs_bias[layer] == "1":
+            grad_biases.append(delta.sum(0))
+        if layer > lowest or needs_x == "1":
+            delta = delta @ weights[layer]
+            if layer > 0:
+                if grad_hidden and grad_hidden[layer - 1] is not None:
+                    delta = delta + grad_hidden[layer - 1]
+                delta = delta.masked_fill(inputs[layer] <= 0, 0)
+
+    grads = [*reversed(grad_weights), *reversed(grad_biases)]
+    if needs_x == "1":
+        grads.insert(0, delta.reshape(*grad_output.shape[:-1], delta.shape[1]))
+    return grads
+
+
+def loss_and_grads(
+    x: Tensor,
+    target: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    loss: str,
+    output_activation: str,
+) -> tuple[Tensor, list[Tensor]]:
+    """The loss, and its gradients for all weights, then for all biases.
+
+    ``"sse"`` is the sum of (y - target)^2, ``"half_sse"`` half of it, ``"mse"``
+    its mean over all elements. `target` has the shape of y; the rest is as in
+    `forward`. A missing bias has a gradient without elements.
+    """
+    y, hidden = forward(x, weights, biases, output_activation, True)
+    checks.check_target(target, x, y.shape)
+    checks.check_name("loss", loss, LOSS_SCALES)
+    scale = LOSS_SCALES[loss](y.numel())
+    error = y - target
+    value = scale * error.square().sum()
+    has_bias = [bias_of(biases, layer) is not None for layer in range(len(weights))]
+    needs = "0" + "1" * len(weights) + "".join("01"[present] for present in has_bias)
+    kept = zip(is_kept(output_activation, needs), [x, y, *weights, *hidden], strict=True)
+    saved = [tensor for is_saved, tensor in kept if is_saved]
+    grads = iter(backward(2 * scale * error, saved, output_activation, needs))
+    return value, [
+        next(grads) if present else x.new_empty(0)
+        for present in [True] * len(weights) + has_bias[: len(biases)]
+    ]
