@@ -24,6 +24,9 @@ struct Matrix {
   T* row(int64_t i) const {
     return data + i * row_stride;
   }
+  Matrix transposed() const {
+    return {data, cols, rows, col_stride, row_stride};
+  }
 };
 
 // Which gradients are wanted, as one character '0' or '1' for x, for every

@@ -2,15 +2,17 @@
 // from PyTorch's tensors to the kernels and back. relu_mlp/reference.py makes
 // the same checks, in the same words, where this library is not used.
 
+#include <algorithm>
+
 #include "cpu/mlp.h"
+#include "stack.h"
 #include "tensor.h"
 
 namespace relu_mlp {
 namespace {
 
 // A shape as Python prints it.
-template <typename Sizes>
-std::string shape_of(const Sizes& sizes) {
+std::string shape(const std::vector<int64_t>& sizes) {
   std::ostringstream text;
   text << '(';
   for (std::size_t d = 0; d < sizes.size(); ++d) {
@@ -21,14 +23,11 @@ std::string shape_of(const Sizes& sizes) {
 }
 
 std::string shape(const Tensor& tensor) {
-  return shape_of(tensor.sizes());
+  return shape({tensor.sizes(), tensor.sizes() + tensor.dim()});
 }
 
-// A dtype's name in Python. The shim's numbers are compared, because the
-// header-only enumeration knows fewer dtypes than a PyTorch that is newer.
+// A dtype's name in Python.
 std::string dtype_name(const Tensor& tensor) {
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
   const std::pair<int32_t, const char*> names[] = {
       {aoti_torch_dtype_float64(), "float64"},
       {aoti_torch_dtype_float32(), "float32"},
@@ -43,22 +42,16 @@ std::string dtype_name(const Tensor& tensor) {
       {aoti_torch_dtype_complex64(), "complex64"},
       {aoti_torch_dtype_complex128(), "complex128"}};
   for (const auto& [number, name] : names) {
-    if (number == dtype) {
+    if (number == tensor.dtype()) {
       return name;
     }
   }
   return "another dtype";
 }
 
-int32_t dtype_of(const Tensor& tensor) {
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
-  return dtype;
-}
-
 template <typename... Name>
 void check_like_x(const Tensor& tensor, const Tensor& x, const Name&... name) {
-  if (dtype_of(tensor) != dtype_of(x)) {
+  if (tensor.dtype() != x.dtype()) {
     fail(name..., " must be ", dtype_name(x), " like x, got ",
          dtype_name(tensor));
   }
@@ -71,7 +64,7 @@ void check_layers(
   if (x.dim() < 1) {
     fail("x must have at least one dimension, got shape ()");
   }
-  const int32_t dtype = dtype_of(x);
+  const int32_t dtype = x.dtype();
   if (dtype != aoti_torch_dtype_float32() &&
       dtype != aoti_torch_dtype_float64() &&
       dtype != aoti_torch_dtype_bfloat16() &&
@@ -123,26 +116,41 @@ Loss parse_loss(const std::string& name) {
   fail("loss must be 'sse', 'half_sse' or 'mse', got '", name, "'");
 }
 
-std::tuple<Tensor, std::vector<Tensor>> forward(
+cpu::ForwardResult checked_forward(
     const Tensor& x,
     const std::vector<Tensor>& weights,
     const std::vector<Tensor>& biases,
     const std::string& output_activation,
     bool save_hidden) {
   check_layers(x, weights, biases);
+  Tensor holder;
   cpu::ForwardResult result = cpu::forward(
-      as_matrix(x), weights, biases, parse_activation(output_activation),
-      save_hidden);
-  return {with_leading_sizes(result.y, x), std::move(result.hidden)};
+      as_matrix(x, holder), weights, biases,
+      parse_activation(output_activation), save_hidden);
+  result.y = with_leading_sizes(std::move(result.y), x);
+  return result;
 }
 
-// `relu_mlp` is the namespace's name already.
-Tensor differentiable(
-    const Tensor& x,
-    const std::vector<Tensor>& weights,
-    const std::vector<Tensor>& biases,
-    const std::string& output_activation) {
-  return std::get<0>(forward(x, weights, biases, output_activation, false));
+void forward(StableIValue* stack, uint64_t, uint64_t) {
+  const auto x = take<Tensor>(stack[0]);
+  const auto weights = take<std::vector<Tensor>>(stack[1]);
+  const auto biases = take<std::vector<Tensor>>(stack[2]);
+  const auto output_activation = take<std::string>(stack[3]);
+  const bool save_hidden = take<bool>(stack[4]);
+  cpu::ForwardResult result =
+      checked_forward(x, weights, biases, output_activation, save_hidden);
+  stack[0] = give(std::move(result.y));
+  stack[1] = give(std::move(result.hidden));
+}
+
+// The operator `relu_mlp`; its derivative is registered in Python.
+void differentiable(StableIValue* stack, uint64_t, uint64_t) {
+  const auto x = take<Tensor>(stack[0]);
+  const auto weights = take<std::vector<Tensor>>(stack[1]);
+  const auto biases = take<std::vector<Tensor>>(stack[2]);
+  const auto output_activation = take<std::string>(stack[3]);
+  stack[0] = give(
+      checked_forward(x, weights, biases, output_activation, false).y);
 }
 
 void check_operand(
@@ -153,7 +161,7 @@ void check_operand(
     const char* name,
     std::size_t l) {
   if (tensor.dim() != 2 || tensor.size(0) != rows || tensor.size(1) != cols ||
-      dtype_of(tensor) != dtype_of(grad_output)) {
+      tensor.dtype() != grad_output.dtype()) {
     fail("relu_mlp::backward: ", name, " of layer ", l, " must be ",
          dtype_name(grad_output), " of shape (", rows, ", ", cols, "), got ",
          dtype_name(tensor), " of shape ", shape(tensor));
@@ -162,17 +170,18 @@ void check_operand(
 
 // The tensors of `saved` at the places where the backward pass looks for them.
 // Only autograd.py calls the operator, with what its Plan kept; the checks keep
-// a mistake there from reading memory that is not ours. `holder` owns the
-// matrices that had to be made.
+// a mistake there from reading memory that is not ours. The holders keep what
+// had to be made a matrix.
 cpu::Saved unpack(
     const std::vector<Tensor>& saved,
     const Tensor& grad_output,
     Activation output_activation,
     const Needs& needs,
-    std::vector<Tensor>& holder) {
+    Tensor& x_holder,
+    Tensor& y_holder) {
   const std::size_t layers = needs.layers(), lowest = needs.lowest_layer();
   std::size_t next = 0;
-  const auto take = [&](bool is_saved) -> const Tensor* {
+  const auto next_if = [&](bool is_saved) -> const Tensor* {
     if (!is_saved) {
       return nullptr;
     }
@@ -182,29 +191,25 @@ cpu::Saved unpack(
     }
     return &saved[next++];
   };
-  const auto take_matrix = [&](bool is_saved) -> const Tensor* {
-    const Tensor* tensor = take(is_saved);
-    if (!tensor || tensor->dim() == 2) {
-      return tensor;
-    }
-    if (tensor->dim() == 0) {
+  const auto next_matrix_if = [&](bool is_saved, Tensor& holder) {
+    const Tensor* tensor = next_if(is_saved);
+    if (tensor && tensor->dim() == 0) {
       fail("relu_mlp::backward: saved must have no tensor of shape ()");
     }
-    holder.push_back(as_matrix(*tensor));
-    return &holder.back();
+    return tensor ? &as_matrix(*tensor, holder) : nullptr;
   };
 
-  holder.reserve(2);
   cpu::Saved result;
   result.inputs.reserve(layers);
   result.weights.reserve(layers);
-  result.inputs.push_back(take_matrix(needs.weight(0)));
-  result.y = take_matrix(output_activation != Activation::none);
+  result.inputs.push_back(next_matrix_if(needs.weight(0), x_holder));
+  result.y = next_matrix_if(
+      lowest < layers && output_activation != Activation::none, y_holder);
   for (std::size_t l = 0; l < layers; ++l) {
-    result.weights.push_back(take(needs.propagation_through(l)));
+    result.weights.push_back(next_if(needs.propagation_through(l)));
   }
   for (std::size_t l = 1; l < layers; ++l) {
-    result.inputs.push_back(take(l > lowest || needs.x() || needs.weight(l)));
+    result.inputs.push_back(next_if(l > lowest || needs.weight(l)));
   }
 
   const int64_t rows = grad_output.size(0);
@@ -235,11 +240,11 @@ cpu::Saved unpack(
   return result;
 }
 
-std::vector<Tensor> backward(
-    const Tensor& grad_output,
-    const std::vector<Tensor>& saved,
-    const std::string& output_activation,
-    const std::string& flags) {
+void backward(StableIValue* stack, uint64_t, uint64_t) {
+  const auto grad_output = take<Tensor>(stack[0]);
+  const auto saved = take<std::vector<Tensor>>(stack[1]);
+  const auto output_activation = take<std::string>(stack[2]);
+  const auto flags = take<std::string>(stack[3]);
   if (flags.size() < 3 || flags.size() % 2 == 0 || grad_output.dim() < 1) {
     fail("relu_mlp::backward: expected 1 + 2 L needs and a grad_output of at "
          "least one dimension, got '", flags, "' and shape ",
@@ -247,58 +252,52 @@ std::vector<Tensor> backward(
   }
   const Needs needs{flags};
   const Activation activation = parse_activation(output_activation);
-  const Tensor grad_matrix = as_matrix(grad_output);
-  std::vector<Tensor> holder;
+  Tensor grad_holder, x_holder, y_holder;
+  const Tensor& grad_matrix = as_matrix(grad_output, grad_holder);
   const cpu::Saved operands =
-      unpack(saved, grad_matrix, activation, needs, holder);
+      unpack(saved, grad_matrix, activation, needs, x_holder, y_holder);
 
   cpu::Gradients gradients =
       cpu::backward(grad_matrix, operands, activation, needs);
   if (needs.x()) {
-    gradients[0] = with_leading_sizes(*gradients[0], grad_output);
+    gradients[0] = with_leading_sizes(std::move(gradients[0]), grad_output);
   }
-  std::vector<Tensor> result;
-  result.reserve(gradients.size());
-  for (std::optional<Tensor>& gradient : gradients) {
-    if (gradient) {
-      result.push_back(std::move(*gradient));
-    }
-  }
-  return result;
+  std::erase_if(gradients, [](const Tensor& grad) { return !grad.get(); });
+  stack[0] = give(std::move(gradients));
 }
 
-std::tuple<Tensor, std::vector<Tensor>> loss_and_grads(
-    const Tensor& x,
-    const Tensor& target,
-    const std::vector<Tensor>& weights,
-    const std::vector<Tensor>& biases,
-    const std::string& loss,
-    const std::string& output_activation) {
+void loss_and_grads(StableIValue* stack, uint64_t, uint64_t) {
+  const auto x = take<Tensor>(stack[0]);
+  const auto target = take<Tensor>(stack[1]);
+  const auto weights = take<std::vector<Tensor>>(stack[2]);
+  const auto biases = take<std::vector<Tensor>>(stack[3]);
+  const auto loss = take<std::string>(stack[4]);
+  const auto output_activation = take<std::string>(stack[5]);
   check_layers(x, weights, biases);
-  bool fits = target.dim() == x.dim() &&
-      target.size(target.dim() - 1) == weights.back().size(0);
-  for (int64_t d = 0; fits && d + 1 < x.dim(); ++d) {
-    fits = target.size(d) == x.size(d);
-  }
-  if (!fits) {
-    std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-    sizes.back() = weights.back().size(0);
-    fail("target must have the output's shape ", shape_of(sizes), ", got ",
+  std::vector<int64_t> expected(x.sizes(), x.sizes() + x.dim());
+  expected.back() = weights.back().size(0);
+  if (!std::equal(expected.begin(), expected.end(), target.sizes(),
+                  target.sizes() + target.dim())) {
+    fail("target must have the output's shape ", shape(expected), ", got ",
          shape(target));
   }
   check_like_x(target, x, "target");
 
+  Tensor x_holder, target_holder;
   cpu::LossAndGradients result = cpu::loss_and_grads(
-      as_matrix(x), as_matrix(target), weights, biases, parse_loss(loss),
-      parse_activation(output_activation));
+      as_matrix(x, x_holder), as_matrix(target, target_holder), weights,
+      biases, parse_loss(loss), parse_activation(output_activation));
 
-  std::vector<Tensor> gradients;
-  gradients.reserve(weights.size() + biases.size());
-  for (std::size_t n = 0; n < weights.size() + biases.size(); ++n) {
-    std::optional<Tensor>& gradient = result.gradients[1 + n];
-    gradients.push_back(gradient ? std::move(*gradient) : empty<1>({0}, x));
+  std::vector<Tensor>& gradients = result.gradients;
+  gradients.erase(gradients.begin()); // that of x
+  gradients.resize(weights.size() + biases.size());
+  for (Tensor& gradient : gradients) {
+    if (!gradient.get()) {
+      gradient = empty<1>({0}, x);
+    }
   }
-  return {std::move(result.loss), std::move(gradients)};
+  stack[0] = give(std::move(result.loss));
+  stack[1] = give(std::move(gradients));
 }
 
 // What the compiler was told, for relu_mlp.build_info(): lines of "key: value".
@@ -359,8 +358,8 @@ STABLE_TORCH_LIBRARY_IMPL(relu_mlp, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(relu_mlp, CPU, m) {
-  m.impl("relu_mlp", TORCH_BOX(&relu_mlp::differentiable));
-  m.impl("forward", TORCH_BOX(&relu_mlp::forward));
-  m.impl("backward", TORCH_BOX(&relu_mlp::backward));
-  m.impl("loss_and_grads", TORCH_BOX(&relu_mlp::loss_and_grads));
+  m.impl("relu_mlp", &relu_mlp::differentiable);
+  m.impl("forward", &relu_mlp::forward);
+  m.impl("backward", &relu_mlp::backward);
+  m.impl("loss_and_grads", &relu_mlp::loss_and_grads);
 }

@@ -1,16 +1,21 @@
 // The few things the operators need of a tensor, on LibTorch's stable ABI.
+//
+// torch::stable::Tensor would do, but it shares ownership: every argument and
+// every result costs two more allocations, which at small sizes take longer
+// than the arithmetic. Here a tensor has one owner.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <array>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "mlp.h"
@@ -19,8 +24,6 @@ namespace relu_mlp {
 
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // Throws what Python sees as a RuntimeError whose text is the message alone.
 // (STD_TORCH_CHECK would put the source file and line in front of it.)
@@ -31,33 +34,115 @@ template <typename... Parts>
   throw std::runtime_error(message.str());
 }
 
-// A new tensor with the dtype and device of `like`, contiguous, not filled.
-template <std::size_t N>
-Tensor empty(const std::array<int64_t, N>& sizes, const Tensor& like) {
-  std::array<int64_t, N> strides;
+class Tensor {
+ public:
+  Tensor() = default;
+  explicit Tensor(AtenTensorHandle handle) : handle_(handle) {}
+  Tensor(Tensor&& other) noexcept : handle_(other.release()) {}
+  Tensor& operator=(Tensor&& other) noexcept {
+    std::swap(handle_, other.handle_);
+    return *this;
+  }
+  ~Tensor() {
+    if (handle_) {
+      aoti_torch_delete_tensor_object(handle_);
+    }
+  }
+
+  AtenTensorHandle get() const {
+    return handle_;
+  }
+  AtenTensorHandle release() {
+    return std::exchange(handle_, nullptr);
+  }
+
+  template <typename T>
+  T* data() const {
+    void* pointer;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle_, &pointer));
+    return static_cast<T*>(pointer);
+  }
+  int64_t dim() const {
+    int64_t dim;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle_, &dim));
+    return dim;
+  }
+  int64_t numel() const {
+    int64_t numel;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(handle_, &numel));
+    return numel;
+  }
+  // dim() numbers each; the tensor's own memory.
+  const int64_t* sizes() const {
+    int64_t* sizes;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle_, &sizes));
+    return sizes;
+  }
+  const int64_t* strides() const {
+    int64_t* strides;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle_, &strides));
+    return strides;
+  }
+  int64_t size(int64_t d) const {
+    return sizes()[d];
+  }
+  int64_t storage_offset() const {
+    int64_t offset;
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch_get_storage_offset(handle_, &offset));
+    return offset;
+  }
+  bool is_contiguous() const {
+    bool is_contiguous;
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch_is_contiguous(handle_, &is_contiguous));
+    return is_contiguous;
+  }
+  // One of the numbers that aoti_torch_dtype_float32() and its like return.
+  int32_t dtype() const {
+    int32_t dtype;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle_, &dtype));
+    return dtype;
+  }
+
+ private:
+  AtenTensorHandle handle_ = nullptr;
+};
+
+// The strides of a contiguous tensor.
+template <typename Sizes>
+Sizes contiguous_strides(const Sizes& sizes) {
+  Sizes strides = sizes;
   int64_t stride = 1;
-  for (std::size_t d = N; d-- > 0;) {
+  for (std::size_t d = sizes.size(); d-- > 0;) {
     strides[d] = stride;
     stride *= sizes[d] > 0 ? sizes[d] : 1;
   }
-  int32_t dtype, device_type, device_index;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  return strides;
+}
+
+// A new tensor with the dtype and device of `like`, contiguous, not filled.
+template <std::size_t N>
+Tensor empty(const std::array<int64_t, N>& sizes, const Tensor& like) {
+  const std::array<int64_t, N> strides = contiguous_strides(sizes);
+  int32_t device_type, device_index;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(
       aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      N, sizes.data(), strides.data(), dtype, device_type, device_index,
+      N, sizes.data(), strides.data(), like.dtype(), device_type, device_index,
       &handle));
   return Tensor(handle);
 }
 
 // The same memory under other sizes and strides, without a trip through the
 // dispatcher.
-inline Tensor reinterpret(
+template <typename Sizes>
+Tensor reinterpret(
     const Tensor& tensor,
-    const std::vector<int64_t>& sizes,
-    const std::vector<int64_t>& strides) {
+    const Sizes& sizes,
+    const Sizes& strides) {
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
       tensor.get(), static_cast<int64_t>(sizes.size()), sizes.data(),
@@ -66,75 +151,94 @@ inline Tensor reinterpret(
 }
 
 inline Tensor transposed(const Tensor& matrix) {
+  const int64_t *sizes = matrix.sizes(), *strides = matrix.strides();
   return reinterpret(
-      matrix, {matrix.size(1), matrix.size(0)},
-      {matrix.stride(1), matrix.stride(0)});
+      matrix, std::array<int64_t, 2>{sizes[1], sizes[0]},
+      std::array<int64_t, 2>{strides[1], strides[0]});
 }
 
-// (*, features) as (rows, features); a copy only where no view will do.
-inline Tensor as_matrix(const Tensor& tensor) {
-  const auto sizes = tensor.sizes();
-  if (sizes.size() == 2) {
+// The tensor itself if it is contiguous, else a copy, which `holder` keeps.
+inline const Tensor& as_contiguous(const Tensor& tensor, Tensor& holder) {
+  if (tensor.is_contiguous()) {
     return tensor;
   }
-  int64_t rows = 1;
-  for (std::size_t d = 0; d + 1 < sizes.size(); ++d) {
-    rows *= sizes[d];
+  AtenTensorHandle argument;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_new_tensor_handle(tensor.get(), &argument));
+  std::array<StableIValue, 2> stack{
+      torch::stable::detail::from(argument),
+      torch::stable::detail::from(
+          aoti_torch_memory_format_contiguous_format())};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(
+      "aten::contiguous", "", stack.data(), TORCH_ABI_VERSION));
+  holder =
+      Tensor(torch::stable::detail::to<AtenTensorHandle>(stack[0]));
+  return holder;
+}
+
+// (*, features) as (rows, features): the tensor itself if it is a matrix, else
+// a view, and where no view will do a copy, which `holder` keeps.
+inline const Tensor& as_matrix(const Tensor& tensor, Tensor& holder) {
+  const int64_t dim = tensor.dim();
+  if (dim == 2) {
+    return tensor;
   }
-  const int64_t cols = sizes[sizes.size() - 1];
-  if (tensor.is_contiguous()) {
-    return reinterpret(tensor, {rows, cols}, {cols > 0 ? cols : 1, 1});
+  Tensor copy;
+  const Tensor& source = as_contiguous(tensor, copy);
+  const int64_t* sizes = source.sizes();
+  std::array<int64_t, 2> shape{1, sizes[dim - 1]};
+  for (int64_t d = 0; d + 1 < dim; ++d) {
+    shape[0] *= sizes[d];
   }
-  const std::array<int64_t, 2> shape{rows, cols};
-  return torch::stable::reshape(tensor, shape);
+  holder = reinterpret(source, shape, contiguous_strides(shape));
+  return holder;
 }
 
 // The contiguous matrix (rows, cols) as (*, cols), where * are the leading
 // sizes of `like`.
-inline Tensor with_leading_sizes(const Tensor& matrix, const Tensor& like) {
-  const auto like_sizes = like.sizes();
-  if (like_sizes.size() == 2) {
+inline Tensor with_leading_sizes(Tensor matrix, const Tensor& like) {
+  const int64_t dim = like.dim();
+  if (dim == 2) {
     return matrix;
   }
-  std::vector<int64_t> sizes(like_sizes.begin(), like_sizes.end());
+  std::vector<int64_t> sizes(like.sizes(), like.sizes() + dim);
   sizes.back() = matrix.size(1);
-  std::vector<int64_t> strides(sizes.size());
-  int64_t stride = 1;
-  for (std::size_t d = sizes.size(); d-- > 0;) {
-    strides[d] = stride;
-    stride *= sizes[d] > 0 ? sizes[d] : 1;
-  }
-  return reinterpret(matrix, sizes, strides);
-}
-
-inline Tensor as_contiguous(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+  return reinterpret(matrix, sizes, contiguous_strides(sizes));
 }
 
 // A 2-D tensor as plain data. A size of 1 makes its stride irrelevant, and 1
 // is the value that suits the kernels.
 template <typename T>
 Matrix<T> matrix(const Tensor& tensor) {
-  const int64_t cols = tensor.size(1);
+  const int64_t *sizes = tensor.sizes(), *strides = tensor.strides();
   return {
-      static_cast<T*>(tensor.data_ptr()), tensor.size(0), cols,
-      tensor.stride(0), cols <= 1 ? 1 : tensor.stride(1)};
+      tensor.data<T>(), sizes[0], sizes[1], strides[0],
+      sizes[1] <= 1 ? 1 : strides[1]};
 }
 
 // Calls f<T>() with the C++ type that `dtype` stands for.
 template <typename F>
-auto dispatch(ScalarType dtype, const F& f) {
-  switch (dtype) {
-    case ScalarType::Double:
-      return f.template operator()<double>();
-    case ScalarType::Float:
-      return f.template operator()<float>();
-    case ScalarType::BFloat16:
-      return f.template operator()<BFloat16>();
-    case ScalarType::Half:
-      return f.template operator()<Half>();
-    default:
-      fail("relu_mlp: no kernel for this dtype");
+auto dispatch(int32_t dtype, const F& f) {
+  if (dtype == aoti_torch_dtype_float32()) {
+    return f.template operator()<float>();
+  } else if (dtype == aoti_torch_dtype_float64()) {
+    return f.template operator()<double>();
+  } else if (dtype == aoti_torch_dtype_bfloat16()) {
+    return f.template operator()<BFloat16>();
+  } else if (dtype == aoti_torch_dtype_float16()) {
+    return f.template operator()<Half>();
+  }
+  fail("relu_mlp: no kernel for this dtype");
+}
+
+// Calls f(begin, end) for ranges that cover [0, count), on PyTorch's threads
+// if there are more than `grain` elements.
+template <typename F>
+void parallel_for(int64_t count, int64_t grain, const F& f) {
+  if (count <= grain) {
+    f(int64_t(0), count);
+  } else {
+    torch::stable::parallel_for(0, count, grain, f);
   }
 }
 

@@ -18,6 +18,9 @@ from torch import Tensor
 from . import ops, reference
 from .ops import Implementation, below_autograd
 
+# To look it up in `torch` on every call takes a while.
+_is_grad_enabled = torch.is_grad_enabled
+
 Pick = Callable[[Sequence[Any]], tuple[Any, ...]]
 
 
@@ -106,13 +109,13 @@ class MLP(torch.autograd.Function):
             y, *hidden = _forward_again(call, x, weights, biases)
             saved = plan.kept((x, y, *weights, *hidden))
 
-        reached = [grad for grad in (grad_output, *grad_hidden) if grad is not None]
-        if not reached:
-            return (None,) * len(ctx.needs_input_grad)
-        if torch.is_grad_enabled() or reached[-1] is not grad_output:
+        reached = [grad for grad in grad_hidden if grad is not None]
+        if reached or grad_output is None or _is_grad_enabled():
             # A second derivative is or was asked for: the reference is made of
             # differentiable operations.
             if grad_output is None:
+                if not reached:
+                    return (None,) * len(ctx.needs_input_grad)
                 grad_output = reached[0].new_zeros(y_shape)
             grads = reference.backward(
                 grad_output, saved, output_activation, plan.needs, grad_hidden
@@ -133,7 +136,7 @@ def _forward_again(
 ) -> tuple[Tensor, ...]:
     """y and the hidden activations; differentiable if gradients are enabled."""
     implementation, output_activation, _, layers = call
-    if torch.is_grad_enabled():
+    if _is_grad_enabled():
         again: Call = (implementation, output_activation, False, layers)
         return apply(again, x, *weights, *biases)
     with below_autograd():

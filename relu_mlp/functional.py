@@ -19,6 +19,13 @@ OutputActivation = Literal["relu", "sigmoid", "tanh"]
 #: The operators' names of the output activations.
 ACTIVATION_NAMES = {None: "none", "relu": "relu", "sigmoid": "sigmoid", "tanh": "tanh"}
 
+# Named here, because to look them up in every call takes a microsecond.
+_strided = torch.strided
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+_are_functorch_transforms_active = torch._C._are_functorch_transforms_active
+_get_tracing_state = torch._C._get_tracing_state
+_is_grad_enabled = torch.is_grad_enabled
+
 #: The types of ordinary tensors; a subclass may mean anything.
 PLAIN = frozenset({Tensor, Parameter})
 
@@ -129,7 +136,7 @@ def _list_of_tensors(argument: str, value: object, or_none: bool = False) -> lis
 
 def is_plain(tensor: object) -> bool:
     """Whether this is an ordinary dense tensor, no subclass and no other layout."""
-    return type(tensor) in PLAIN and tensor.layout is torch.strided  # type: ignore[attr-defined]
+    return type(tensor) in PLAIN and tensor.layout is _strided  # type: ignore[attr-defined]
 
 
 def is_served(x: Tensor) -> bool:
@@ -142,11 +149,11 @@ def is_served(x: Tensor) -> bool:
     return (
         type(x) in PLAIN
         and x.dtype in checks.DTYPES
-        and x.layout is torch.strided
-        and not torch._C._is_any_autocast_enabled()
-        and not torch._C._are_functorch_transforms_active()
+        and x.layout is _strided
+        and not _is_any_autocast_enabled()
+        and not _are_functorch_transforms_active()
+        and _get_tracing_state() is None
         and forward_ad._current_level < 0
-        and torch._C._get_tracing_state() is None
     )
 
 
@@ -159,7 +166,7 @@ def fused(
 ) -> Tensor:
     """One call of the operators, for tensors that `is_served` and `is_plain` let pass."""
     implementation = implementation_for(x)
-    if torch.is_grad_enabled():
+    if _is_grad_enabled():
         call = (implementation, activation, recompute, len(weights))
         return autograd.apply(call, x, *weights, *biases)[0]
     with below_autograd():

@@ -102,11 +102,12 @@ class Extension:
 extension = Extension()
 
 BACKENDS = ("auto", "extension", "reference")
-_default_backend = os.environ.get("RELU_MLP_BACKEND", "auto")
 
 
 class _Thread(threading.local):
-    backend: str | None = None
+    """What `backend` has set in a thread, and to begin with the environment's choice."""
+
+    backend = os.environ.get("RELU_MLP_BACKEND", "auto")
 
 
 _thread = _Thread()
@@ -137,7 +138,7 @@ class backend:
 
     def __init__(self, name: Literal["auto", "extension", "reference"]) -> None:
         self.name = _checked_backend(name, "name")
-        self._outer: list[str | None] = []
+        self._outer: list[str] = []
 
     def __enter__(self) -> backend:
         self._outer.append(_thread.backend)
@@ -171,13 +172,13 @@ def _checked_backend(name: str, argument: str) -> str:
 
 def current_backend() -> str:
     """The name that is in force in this thread."""
-    return _thread.backend or _checked_backend(_default_backend, "RELU_MLP_BACKEND")
+    return _checked_backend(_thread.backend, "RELU_MLP_BACKEND")
 
 
 def implementation_for(x: Tensor) -> Implementation:
     """What serves a call on the device of `x`, under the backend in force."""
-    name = _thread.backend or current_backend()
-    if name != "reference":
+    name = _thread.backend
+    if name == "auto" or name == "extension":
         if LIBRARY_PATH is not None and x.is_cpu:
             return extension
         if name == "extension":
@@ -185,6 +186,8 @@ def implementation_for(x: Tensor) -> Implementation:
             raise RuntimeError(f"relu_mlp's extension can't serve this call: {reason}. {REMEDY}")
         if LIBRARY_PATH is None:
             _say_missing()
+    else:
+        _checked_backend(name, "RELU_MLP_BACKEND")
     return reference
 
 

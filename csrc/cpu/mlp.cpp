@@ -29,19 +29,21 @@ void dispatch(Activation activation, const F& f) {
 // a = max(z, 0) in place.
 template <typename T>
 void relu_(const Tensor& z) {
-  T* const data = static_cast<T*>(z.data_ptr());
-  torch::stable::parallel_for(
-      0, z.numel(), grain,
-      [&](int64_t begin, int64_t end) { relu(data, begin, end); });
+  T* const data = z.data<T>();
+  parallel_for(z.numel(), grain, [&](int64_t begin, int64_t end) {
+    relu(data, begin, end);
+  });
 }
 
 // Calls an in-place operator of PyTorch, so that the transcendental functions
 // have its accuracy and its speed.
 void call_inplace(const char* name, const Tensor& z) {
-  std::array<StableIValue, 1> stack{torch::stable::detail::from(z)};
+  AtenTensorHandle argument;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(z.get(), &argument));
+  StableIValue stack = torch::stable::detail::from(argument);
   TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);
+      torch_call_dispatcher(name, "", &stack, TORCH_ABI_VERSION));
+  Tensor(torch::stable::detail::to<AtenTensorHandle>(stack));
 }
 
 // y = phi(z) in place.
@@ -62,13 +64,12 @@ void activate_(const Tensor& z, Activation activation) {
 // delta = delta where a > 0 or NaN, else 0, in place.
 template <typename T>
 void relu_backward_(const Tensor& delta, const Tensor& a) {
-  const Tensor mask = as_contiguous(a);
-  T* const data = static_cast<T*>(delta.data_ptr());
-  const T* const active = static_cast<const T*>(mask.data_ptr());
-  torch::stable::parallel_for(
-      0, delta.numel(), grain, [&](int64_t begin, int64_t end) {
-        relu_backward(data, active, begin, end);
-      });
+  Tensor holder;
+  T* const data = delta.data<T>();
+  const T* const active = as_contiguous(a, holder).data<const T>();
+  parallel_for(delta.numel(), grain, [&](int64_t begin, int64_t end) {
+    relu_backward(data, active, begin, end);
+  });
 }
 
 // delta_L = grad_output * phi'(z_L)
@@ -78,17 +79,16 @@ Tensor output_delta(
     const Tensor& y,
     Activation activation) {
   const auto grad = matrix<const T>(grad_output);
-  const Tensor delta = empty<2>({grad.rows, grad.cols}, grad_output);
-  const Tensor output = as_contiguous(y);
-  T* const to = static_cast<T*>(delta.data_ptr());
-  const T* const from = static_cast<const T*>(output.data_ptr());
+  Tensor delta = empty<2>({grad.rows, grad.cols}, grad_output);
+  Tensor holder;
+  T* const to = delta.data<T>();
+  const T* const from = as_contiguous(y, holder).data<const T>();
   const int64_t rows_per_task =
       std::max<int64_t>(1, grain / std::max<int64_t>(1, grad.cols));
   dispatch(activation, [&]<Activation phi>() {
-    torch::stable::parallel_for(
-        0, grad.rows, rows_per_task, [&](int64_t begin, int64_t end) {
-          activation_backward<phi>(to, grad, from, begin, end);
-        });
+    parallel_for(grad.rows, rows_per_task, [&](int64_t begin, int64_t end) {
+      activation_backward<phi>(to, grad, from, begin, end);
+    });
   });
   return delta;
 }
@@ -104,41 +104,50 @@ ForwardResult forward_as(
   const int64_t rows = x.size(0);
   std::vector<Tensor> hidden;
   hidden.reserve(save_hidden ? layers - 1 : 0);
-  Tensor a = x;
+  const Tensor* a = &x;
+  Tensor current; // what `a` points to, where it is neither x nor saved
   for (std::size_t l = 0; l < layers; ++l) {
     Tensor z = empty<2>({rows, weights[l].size(0)}, x);
     const bool has_bias = !biases.empty() && biases[l].numel() > 0;
-    linear<T>(z, a, weights[l], has_bias ? &biases[l] : nullptr);
-    if (l + 1 < layers) {
-      relu_<T>(z);
-      if (save_hidden) {
-        hidden.push_back(z);
-      }
-    } else {
+    linear<T>(z, *a, weights[l], has_bias ? &biases[l] : nullptr);
+    if (l + 1 == layers) {
       activate_<T>(z, output_activation);
+      return {std::move(z), std::move(hidden)};
     }
-    a = std::move(z);
+    relu_<T>(z);
+    if (save_hidden) {
+      a = &hidden.emplace_back(std::move(z));
+    } else {
+      current = std::move(z);
+      a = &current;
+    }
   }
-  return {std::move(a), std::move(hidden)};
+  fail("relu_mlp: no layers");
 }
 
 // The backward pass from delta_L = d loss / d z_L down.
 template <typename T>
-Gradients propagate(Tensor delta, const Saved& saved, const Needs& needs) {
+Gradients propagate(
+    const Tensor& delta_L,
+    const Saved& saved,
+    const Needs& needs) {
   const std::size_t lowest = needs.lowest_layer();
-  const int64_t rows = delta.size(0);
+  const int64_t rows = delta_L.size(0);
+  const Tensor* at = &delta_L; // delta_l
+  Tensor current; // what `at` points to below the last layer
   Gradients gradients(1 + 2 * needs.layers());
   for (std::size_t l = needs.layers(); l-- > lowest;) {
+    const Tensor& delta = *at;
     const int64_t out_features = delta.size(1);
     if (needs.weight(l)) {
       const Tensor& input = *saved.inputs[l];
-      Tensor& grad = gradients[1 + l].emplace(
-          empty<2>({out_features, input.size(1)}, delta));
+      Tensor& grad = gradients[1 + l];
+      grad = empty<2>({out_features, input.size(1)}, delta);
       grad_weight<T>(grad, delta, input);
     }
     if (needs.bias(l)) {
-      Tensor& grad = gradients[1 + needs.layers() + l].emplace(
-          empty<1>({out_features}, delta));
+      Tensor& grad = gradients[1 + needs.layers() + l];
+      grad = empty<1>({out_features}, delta);
       grad_bias<T>(grad, delta);
     }
     if (needs.propagation_through(l)) {
@@ -148,11 +157,12 @@ Gradients propagate(Tensor delta, const Saved& saved, const Needs& needs) {
       if (l > 0) {
         relu_backward_<T>(below, *saved.inputs[l]);
       }
-      delta = std::move(below);
+      current = std::move(below);
+      at = &current;
     }
   }
   if (needs.x()) {
-    gradients[0] = std::move(delta);
+    gradients[0] = std::move(current);
   }
   return gradients;
 }
@@ -171,13 +181,13 @@ Tensor loss_and_delta_(
   const double scale = loss == Loss::sse ? 1.0
       : loss == Loss::half_sse           ? 0.5
                                          : 1.0 / double(count);
-  const Tensor wanted = as_contiguous(target);
-  T* const delta = static_cast<T*>(y.data_ptr());
-  const T* const t = static_cast<const T*>(wanted.data_ptr());
+  Tensor holder;
+  T* const delta = y.data<T>();
+  const T* const t = as_contiguous(target, holder).data<const T>();
   const int64_t blocks = std::max<int64_t>(1, (count + grain - 1) / grain);
   std::vector<double> sums(blocks);
   dispatch(output_activation, [&]<Activation phi>() {
-    torch::stable::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
+    parallel_for(blocks, 1, [&](int64_t first, int64_t last) {
       for (int64_t b = first; b < last; ++b) {
         sums[b] = squared_error<phi>(
             delta, delta, t, 2.0 * scale, b * grain,
@@ -190,7 +200,7 @@ Tensor loss_and_delta_(
     sum += block_sum;
   }
   Tensor value = empty<0>({}, y);
-  *static_cast<T*>(value.data_ptr()) = T(compute_t<T>(scale * sum));
+  *value.data<T>() = T(compute_t<T>(scale * sum));
   return value;
 }
 
@@ -202,7 +212,7 @@ ForwardResult forward(
     const std::vector<Tensor>& biases,
     Activation output_activation,
     bool save_hidden) {
-  return relu_mlp::dispatch(x.scalar_type(), [&]<typename T>() {
+  return relu_mlp::dispatch(x.dtype(), [&]<typename T>() {
     return forward_as<T>(x, weights, biases, output_activation, save_hidden);
   });
 }
@@ -212,12 +222,13 @@ Gradients backward(
     const Saved& saved,
     Activation output_activation,
     const Needs& needs) {
-  return relu_mlp::dispatch(grad_output.scalar_type(), [&]<typename T>() {
+  return relu_mlp::dispatch(grad_output.dtype(), [&]<typename T>() {
+    if (output_activation == Activation::none) {
+      return propagate<T>(grad_output, saved, needs);
+    }
     return propagate<T>(
-        output_activation == Activation::none
-            ? grad_output
-            : output_delta<T>(grad_output, *saved.y, output_activation),
-        saved, needs);
+        output_delta<T>(grad_output, *saved.y, output_activation), saved,
+        needs);
   });
 }
 
@@ -228,7 +239,7 @@ LossAndGradients loss_and_grads(
     const std::vector<Tensor>& biases,
     Loss loss,
     Activation output_activation) {
-  return relu_mlp::dispatch(x.scalar_type(), [&]<typename T>() {
+  return relu_mlp::dispatch(x.dtype(), [&]<typename T>() {
     const ForwardResult result =
         forward_as<T>(x, weights, biases, output_activation, true);
     Tensor value =

@@ -2,8 +2,6 @@
 // between. The arguments have been checked by ops.cpp; matrices are 2-D.
 #pragma once
 
-#include <optional>
-
 #include "../tensor.h"
 
 namespace relu_mlp::cpu {
@@ -30,9 +28,9 @@ struct Saved {
   const Tensor* y;
 };
 
-// The gradients of x, of every weight and of every bias that `needs` asks for,
-// in that order and at those places.
-using Gradients = std::vector<std::optional<Tensor>>;
+// The gradients of x, of every weight and of every bias, in that order; those
+// that `needs` does not ask for have no handle.
+using Gradients = std::vector<Tensor>;
 
 Gradients backward(
     const Tensor& grad_output,

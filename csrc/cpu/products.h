@@ -46,8 +46,8 @@ void linear(
   if (rows.col_stride == 1 && is_small(rows.rows, w.cols, w.rows, w)) {
     small_linear<T>(
         matrix<T>(out), rows, w,
-        bias ? static_cast<const T*>(bias->data_ptr()) : nullptr,
-        bias ? bias->stride(0) : 0);
+        bias ? bias->data<const T>() : nullptr,
+        bias ? bias->strides()[0] : 0);
     return;
   }
   const Tensor weight_t = transposed(weight);
@@ -67,7 +67,7 @@ void grad_weight(const Tensor& out, const Tensor& delta, const Tensor& a) {
   const auto d = matrix<const T>(delta);
   const auto input = matrix<const T>(a);
   if (is_small(d.rows, input.cols, d.cols, input)) {
-    small_grad_weight<T>(matrix<T>(out), d, input);
+    small_product<T>(matrix<T>(out), d.transposed(), input);
     return;
   }
   TORCH_ERROR_CODE_CHECK(
@@ -81,30 +81,31 @@ void grad_input(const Tensor& out, const Tensor& delta, const Tensor& weight) {
   const auto d = matrix<const T>(delta);
   const auto w = matrix<const T>(weight);
   if (is_small(d.rows, w.cols, d.cols, w)) {
-    small_grad_input<T>(matrix<T>(out), d, w);
+    small_product<T>(matrix<T>(out), d, w);
     return;
   }
   TORCH_ERROR_CODE_CHECK(
       aoti_torch_cpu_mm_out(out.get(), delta.get(), weight.get()));
 }
 
-// out (features) = the sum of delta (rows, features) over its rows. Every
-// block of rows has a sum of its own, and the sums are added up in the order
-// of the blocks, so the result does not depend on the number of threads.
+// out (features) = the sum of delta (rows, features) over its rows, in double
+// precision. Every block of rows has a sum of its own, and the sums are added
+// up in the order of the blocks, so the result does not depend on the number
+// of threads.
 template <typename T>
 void grad_bias(const Tensor& out, const Tensor& delta) {
-  constexpr int64_t block = 1024;
+  constexpr int64_t block = 1024, blocks_per_task = 32;
   const auto d = matrix<const T>(delta);
   const int64_t blocks = std::max<int64_t>(1, (d.rows + block - 1) / block);
   std::vector<double> sums(blocks * d.cols);
-  torch::stable::parallel_for(0, blocks, 32, [&](int64_t first, int64_t last) {
+  parallel_for(blocks, blocks_per_task, [&](int64_t first, int64_t last) {
     for (int64_t b = first; b < last; ++b) {
       column_sums(
           sums.data() + b * d.cols, d, b * block,
           std::min(d.rows, (b + 1) * block));
     }
   });
-  T* const result = static_cast<T*>(out.data_ptr());
+  T* const result = out.data<T>();
   for (int64_t j = 0; j < d.cols; ++j) {
     double sum = 0;
     for (int64_t b = 0; b < blocks; ++b) {

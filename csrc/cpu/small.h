@@ -1,12 +1,9 @@
-// The three products of a layer for matrices so small that the set-up of a
-// library call would cost more than the arithmetic. Plain loops that every
-// compiler turns into vector code; no blocking, because all operands lie in
-// the first-level cache; no threads.
+// The products of a layer for matrices so small that the set-up of a library
+// call would cost more than the arithmetic. Plain loops that every compiler
+// turns into vector code; no blocking, because all operands lie in the
+// first-level cache; no threads.
 //
-// Layout: rows of a, weight and out are contiguous (col_stride 1). delta may
-// have any strides: it is only ever read one element at a time.
-//
-// Every sum runs in index order on one thread, so results do not depend on
+// Every sum runs in a fixed order on one thread, so results do not depend on
 // the number of threads.
 #pragma once
 
@@ -16,49 +13,58 @@ namespace relu_mlp::cpu {
 
 namespace detail {
 
-// sum_k a[k] * b[k] with eight partial sums, which lets the compiler use
-// vector registers without being allowed to reorder a single sum.
+// sum_k a[k] * b[k]. Eight partial sums let the compiler use vector registers
+// without being allowed to reorder a single sum.
 template <typename T>
 T dot(const T* a, const T* b, int64_t n) {
   constexpr int64_t width = 8;
-  T partial[width] = {};
+  T sum = 0;
   int64_t k = 0;
-  for (; k + width <= n; k += width) {
-    for (int64_t u = 0; u < width; ++u) {
-      partial[u] += a[k + u] * b[k + u];
+  if (n >= width) {
+    T partial[width] = {};
+    for (; k + width <= n; k += width) {
+      for (int64_t u = 0; u < width; ++u) {
+        partial[u] += a[k + u] * b[k + u];
+      }
     }
+    for (int64_t half = width / 2; half > 0; half /= 2) {
+      for (int64_t u = 0; u < half; ++u) {
+        partial[u] += partial[u + half];
+      }
+    }
+    sum = partial[0];
   }
-  T tail = 0;
   for (; k < n; ++k) {
-    tail += a[k] * b[k];
+    sum += a[k] * b[k];
   }
-  for (int64_t half = width / 2; half > 0; half /= 2) {
-    for (int64_t u = 0; u < half; ++u) {
-      partial[u] += partial[u + half];
+  return sum;
+}
+
+// out(i, col ... col + width) = sum_s a(i, s) b(s, col ... col + width), with
+// the sums in registers.
+template <int64_t width, typename T>
+void product_columns(Matrix<T> out, Matrix<const T> a, Matrix<const T> b, int64_t col) {
+  for (int64_t i = 0; i < out.rows; ++i) {
+    T sums[width] = {};
+    for (int64_t s = 0; s < a.cols; ++s) {
+      const T factor = a.at(i, s);
+      const T* const row = b.row(s) + col;
+      for (int64_t u = 0; u < width; ++u) {
+        sums[u] += factor * row[u];
+      }
     }
-  }
-  return partial[0] + tail;
-}
-
-// y += alpha * x
-template <typename T>
-void axpy(T* y, T alpha, const T* x, int64_t n) {
-  for (int64_t k = 0; k < n; ++k) {
-    y[k] += alpha * x[k];
-  }
-}
-
-template <typename T>
-void zero_row(T* row, int64_t n) {
-  for (int64_t k = 0; k < n; ++k) {
-    row[k] = 0;
+    T* const to = out.row(i) + col;
+    for (int64_t u = 0; u < width; ++u) {
+      to[u] = sums[u];
+    }
   }
 }
 
 } // namespace detail
 
 // out (rows, out_features) = a (rows, in_features) weight^T + bias, where
-// weight is (out_features, in_features) and bias may be null.
+// weight is (out_features, in_features) and bias may be null. The rows of a,
+// weight and out are contiguous.
 template <typename T>
 void small_linear(
     Matrix<T> out,
@@ -74,33 +80,25 @@ void small_linear(
   }
 }
 
-// out (out_features, in_features) = delta^T (out_features, rows) a (rows,
-// in_features)
+// out (m, n) = a (m, k) b (k, n). The rows of b and out are contiguous; a is
+// read one element at a time and may have any strides, so a transposed matrix
+// needs no copy.
 template <typename T>
-void small_grad_weight(
-    Matrix<T> out,
-    Matrix<const T> delta,
-    Matrix<const T> a) {
-  for (int64_t j = 0; j < out.rows; ++j) {
-    detail::zero_row(out.row(j), out.cols);
-    for (int64_t i = 0; i < delta.rows; ++i) {
-      detail::axpy(out.row(j), delta.at(i, j), a.row(i), out.cols);
-    }
+void small_product(Matrix<T> out, Matrix<const T> a, Matrix<const T> b) {
+  int64_t col = 0;
+  for (; col + 16 <= out.cols; col += 16) {
+    detail::product_columns<16>(out, a, b, col);
   }
-}
-
-// out (rows, in_features) = delta (rows, out_features) weight (out_features,
-// in_features)
-template <typename T>
-void small_grad_input(
-    Matrix<T> out,
-    Matrix<const T> delta,
-    Matrix<const T> weight) {
-  for (int64_t i = 0; i < out.rows; ++i) {
-    detail::zero_row(out.row(i), out.cols);
-    for (int64_t j = 0; j < delta.cols; ++j) {
-      detail::axpy(out.row(i), delta.at(i, j), weight.row(j), out.cols);
-    }
+  for (; col + 4 <= out.cols; col += 4) {
+    detail::product_columns<4>(out, a, b, col);
+  }
+  switch (out.cols - col) {
+    case 3:
+      return detail::product_columns<3>(out, a, b, col);
+    case 2:
+      return detail::product_columns<2>(out, a, b, col);
+    case 1:
+      return detail::product_columns<1>(out, a, b, col);
   }
 }
 

@@ -1,0 +1,17 @@
+import pytest
+import support
+import torch
+
+import relu_mlp
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=support.BACKENDS)
+def backend(request):
+    """Every backend present in turn; the test runs under it."""
+    with relu_mlp.backend(request.param):
+        yield request.param
