@@ -25,6 +25,7 @@ _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _are_functorch_transforms_active = torch._C._are_functorch_transforms_active
 _get_tracing_state = torch._C._get_tracing_state
 _is_grad_enabled = torch.is_grad_enabled
+_is_compiling = torch.compiler.is_compiling
 
 #: The types of ordinary tensors; a subclass may mean anything.
 PLAIN = frozenset({Tensor, Parameter})
@@ -166,6 +167,10 @@ def fused(
 ) -> Tensor:
     """One call of the operators, for tensors that `is_served` and `is_plain` let pass."""
     implementation = implementation_for(x)
+    if _is_compiling():
+        if implementation is reference:
+            return native(x, weights, biases, activation)
+        return torch.ops.relu_mlp.relu_mlp(x, weights, biases, activation)
     if _is_grad_enabled():
         call = (implementation, activation, recompute, len(weights))
         return autograd.apply(call, x, *weights, *biases)[0]

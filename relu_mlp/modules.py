@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
 from . import functional
-from .functional import PLAIN, OutputActivation
+from .functional import OutputActivation, is_plain
 from .ops import NO_TENSOR
 
 #: The modules that may follow the last Linear, and the activation each stands for.
@@ -22,72 +22,124 @@ OUTPUT_ACTIVATIONS: dict[type[nn.Module], OutputActivation] = {
 }
 
 # A class whose forward somebody has replaced no longer computes what it did.
-_FORWARDS = {kind: kind.forward for kind in (nn.Linear, *OUTPUT_ACTIVATIONS)}
+_linear_forward = nn.Linear.forward
+_relu_forward = nn.ReLU.forward
+_sigmoid_forward = nn.Sigmoid.forward
+_tanh_forward = nn.Tanh.forward
 
 
 class Run(NamedTuple):
     """Children that are one network: Linear, ReLU, ..., Linear, activation."""
 
-    stop: int  #: the position after the last child
+    children: tuple[nn.Module, ...]
     weights: list[Tensor]
     biases: list[Tensor]  #: one for each weight, or nothing; NO_TENSOR where one is missing
     activation: str
 
 
-def _is_patched(child: nn.Module) -> bool:
-    """Whether calling the child does anything else than what `nn` wrote for its class."""
-    state = child.__dict__
-    kind = type(child)
-    return (  # type: ignore[return-value]
+def _is_patched(state: dict[str, Any]) -> bool:
+    """Whether calling a module does anything else than what its class says."""
+    return (
         state["_forward_hooks"]
         or state["_forward_pre_hooks"]
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]
         or "forward" in state
-        or kind.forward is not _FORWARDS[kind]
-    )
+    )  # type: ignore[return-value]
+
+
+def _are_all_patched() -> bool:
+    """The same for all modules at once."""
+    return (
+        _module._global_forward_hooks
+        or _module._global_forward_pre_hooks
+        or _module._global_backward_hooks
+        or _module._global_backward_pre_hooks
+        or nn.Linear.forward is not _linear_forward
+        or nn.ReLU.forward is not _relu_forward
+        or nn.Sigmoid.forward is not _sigmoid_forward
+        or nn.Tanh.forward is not _tanh_forward
+    )  # type: ignore[return-value]
 
 
 def find_run(children: Iterable[nn.Module]) -> Run | None:
-    """The longest run of untouched children from the first on, or None.
-
-    This is on the way of every call and takes as long as one of the small
-    kernels: hence the plain loop.
-    """
+    """The longest run of untouched children from the first on, or None."""
+    found: list[nn.Module] = []
     weights: list[Tensor] = []
     biases: list[Tensor] = []
     activation = "none"
-    stop = 0
-    has_bias = after_linear = False
+    after_linear = False
     for child in children:
         kind = type(child)
+        if _is_patched(child.__dict__):
+            break
         if after_linear:
-            if kind not in OUTPUT_ACTIVATIONS or _is_patched(child):
+            if kind not in OUTPUT_ACTIVATIONS:
                 break
-            stop += 1
             activation = OUTPUT_ACTIVATIONS[kind]
-            if kind is not nn.ReLU:
-                break  # nothing can follow in the same run
-            after_linear = False
         else:
-            if kind is not nn.Linear or _is_patched(child):
+            if kind is not nn.Linear:
                 break
             parameters = child.__dict__["_parameters"]
             weight, bias = parameters.get("weight"), parameters.get("bias", child)
-            if type(weight) not in PLAIN or weight.layout is not torch.strided:
+            if not is_plain(weight) or not (bias is None or is_plain(bias)):
                 break  # pruned, quantized, distributed: nothing the operators know
-            if bias is None:
-                bias = NO_TENSOR
-            elif type(bias) in PLAIN:
-                has_bias = True
-            else:
-                break
-            stop += 1
             weights.append(weight)
-            biases.append(bias)
+            biases.append(NO_TENSOR if bias is None else bias)
             activation = "none"
-            after_linear = True
-    return Run(stop, weights, biases if has_bias else [], activation) if weights else None
+        found.append(child)
+        if after_linear and kind is not nn.ReLU:
+            break  # nothing can follow in the same run
+        after_linear = not after_linear
+    if not weights:
+        return None
+    if all([bias is NO_TENSOR for bias in biases]):
+        biases = []
+    return Run(tuple(found), weights, biases, activation)
+
+
+class _Cached(NamedTuple):
+    """A run of all children of a `ReluMLP`, and what has to be so for it to stand.
+
+    To find the run anew takes a tenth of a small network's training step, to
+    see that nothing has changed a third of that.
+    """
+
+    run: Run
+    #: (child, its class, its __dict__)
+    states: list[tuple[nn.Module, type[nn.Module], dict[str, Any]]]
+    #: (the _parameters of a Linear, its weight, its bias)
+    parameters: list[tuple[dict[str, Any], Tensor, Tensor | None]]
+
+    def holds(self, children: Iterable[nn.Module]) -> bool:
+        if self.run.children != tuple(children):
+            return False
+        for child, kind, state in self.states:
+            if (
+                type(child) is not kind
+                or state["_forward_hooks"]
+                or state["_forward_pre_hooks"]
+                or state["_backward_hooks"]
+                or state["_backward_pre_hooks"]
+                or "forward" in state
+            ):
+                return False
+        for parameters, weight, bias in self.parameters:
+            if parameters.get("weight") is not weight or parameters.get("bias", self) is not bias:
+                return False
+        return True
+
+    @classmethod
+    def of(cls, run: Run) -> _Cached:
+        return cls(
+            run,
+            [(child, type(child), child.__dict__) for child in run.children],
+            [
+                (child._parameters, child.weight, child.bias)  # type: ignore[misc]
+                for child in run.children
+                if type(child) is nn.Linear
+            ],
+        )
 
 
 class ReluMLP(nn.Sequential):
@@ -172,8 +224,8 @@ class ReluMLP(nn.Sequential):
             )
         children = list(sequential)
         run = find_run(children)
-        if run is None or run.stop < len(children):
-            position = run.stop if run else 0
+        position = len(run.children) if run else 0
+        if run is None or position < len(children):
             got = f"{type(children[position]).__name__} at {position}" if children else "none"
             raise ValueError(
                 "sequential must have the children Linear, ReLU, ..., Linear and at most an "
@@ -187,7 +239,30 @@ class ReluMLP(nn.Sequential):
         return result
 
     def forward(self, input: Tensor) -> Tensor:
-        return _run_fused(self, input, min_layers=1)
+        cached = self.__dict__.get("_cached")
+        children = self._modules.values()
+        if cached is not None and cached.holds(children):
+            run = cached.run
+        else:
+            run = self._find_whole_run()
+        if run is None or _are_all_patched() or not functional.is_served(input):
+            return super().forward(input)
+        return functional.fused(input, run.weights, run.biases, run.activation, self.recompute)
+
+    def _find_whole_run(self) -> Run | None:
+        """The run of all children, or None; remembered if it may be."""
+        self.__dict__.pop("_cached", None)
+        run = find_run(self._modules.values())  # type: ignore[arg-type]
+        if run is None or len(run.children) < len(self._modules):
+            return None
+        # functional_call lends tensors that must not be kept alive.
+        if all([type(p) is nn.Parameter for p in run.weights]) and not torch.compiler.is_compiling():
+            self.__dict__["_cached"] = _Cached.of(run)
+        return run
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickle and deepcopy take along: not what was remembered of other objects."""
+        return {name: value for name, value in self.__dict__.items() if name != "_cached"}
 
     def __getitem__(self, index: Any) -> Any:
         return _slice_or_child(self, index)
@@ -201,7 +276,17 @@ class FusedSequential(nn.Sequential):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        return _run_fused(self, input, min_layers=2)
+        children = list(self._modules.values())
+        position = 0
+        while position < len(children):
+            run = None if _are_all_patched() else find_run(children[position:])  # type: ignore[arg-type]
+            if run is not None and len(run.weights) >= 2 and functional.is_served(input):
+                input = functional.fused(input, run.weights, run.biases, run.activation, False)
+                position += len(run.children)
+            else:
+                input = children[position](input)  # type: ignore[misc]
+                position += 1
+        return input
 
     def __getitem__(self, index: Any) -> Any:
         return _slice_or_child(self, index)
@@ -211,33 +296,6 @@ def _slice_or_child(sequential: nn.Sequential, index: Any) -> Any:
     if isinstance(index, slice):
         return nn.Sequential(dict(list(sequential._modules.items())[index]))  # type: ignore[arg-type]
     return nn.Sequential.__getitem__(sequential, index)
-
-
-def _run_fused(sequential: nn.Sequential, x: Tensor, min_layers: int) -> Tensor:
-    """Calls the children in order, and every run of `min_layers` or more as one operator."""
-    children: Iterable[nn.Module] = sequential._modules.values()  # type: ignore[assignment]
-    while children:
-        run = None if _has_global_hooks() else find_run(children)
-        if run is not None and len(run.weights) >= min_layers and functional.is_served(x):
-            recompute = sequential.__dict__.get("recompute", False)
-            x = functional.fused(x, run.weights, run.biases, run.activation, recompute)
-            stop = run.stop
-        else:
-            x = next(iter(children))(x)
-            stop = 1
-        if stop == len(children):  # type: ignore[arg-type]
-            return x
-        children = list(children)[stop:]
-    return x
-
-
-def _has_global_hooks() -> bool:
-    return (
-        _module._global_forward_hooks
-        or _module._global_forward_pre_hooks
-        or _module._global_backward_hooks
-        or _module._global_backward_pre_hooks
-    )  # type: ignore[return-value]
 
 
 def _checked_int(name: str, value: Any) -> int:
@@ -293,6 +351,6 @@ def fuse(model: M) -> M:
         long_runs = [run for run in runs if run is not None and len(run.weights) >= 2]
         if not long_runs:
             continue
-        whole = runs[0] is not None and runs[0].stop == len(children)
+        whole = runs[0] is not None and len(runs[0].children) == len(children)
         module.__class__ = ReluMLP if whole else FusedSequential
     return model

@@ -43,11 +43,10 @@ void linear(
     const Tensor* bias) {
   const auto w = matrix<const T>(weight);
   const auto rows = matrix<const T>(a);
-  if (rows.col_stride == 1 && is_small(rows.rows, w.cols, w.rows, w)) {
+  if (rows.col_stride == 1 && is_small(rows.rows, w.cols, w.rows, w) &&
+      (!bias || bias->is_contiguous())) {
     small_linear<T>(
-        matrix<T>(out), rows, w,
-        bias ? bias->data<const T>() : nullptr,
-        bias ? bias->strides()[0] : 0);
+        matrix<T>(out), rows, w, bias ? bias->data<const T>() : nullptr);
     return;
   }
   const Tensor weight_t = transposed(weight);
