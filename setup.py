@@ -9,6 +9,7 @@ there and fails stops the build in every case but 0.
 import os
 import shutil
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import setup
@@ -37,6 +38,10 @@ def extension_arguments() -> dict:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError:
         sys.exit(NO_TORCH)
+
+    # ninja lies beside the Python that runs this, even in an environment that
+    # is not activated.
+    os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
 
     extension = CppExtension(
         "relu_mlp._C",

@@ -38,9 +38,17 @@ std::string dtype_name(const Tensor& tensor) {
       {aoti_torch_dtype_int16(), "int16"},
       {aoti_torch_dtype_int8(), "int8"},
       {aoti_torch_dtype_uint8(), "uint8"},
+      {aoti_torch_dtype_uint16(), "uint16"},
+      {aoti_torch_dtype_uint32(), "uint32"},
+      {aoti_torch_dtype_uint64(), "uint64"},
       {aoti_torch_dtype_bool(), "bool"},
+      {aoti_torch_dtype_complex32(), "complex32"},
       {aoti_torch_dtype_complex64(), "complex64"},
-      {aoti_torch_dtype_complex128(), "complex128"}};
+      {aoti_torch_dtype_complex128(), "complex128"},
+      {aoti_torch_dtype_float8_e5m2(), "float8_e5m2"},
+      {aoti_torch_dtype_float8_e4m3fn(), "float8_e4m3fn"},
+      {aoti_torch_dtype_float8_e5m2fnuz(), "float8_e5m2fnuz"},
+      {aoti_torch_dtype_float8_e4m3fnuz(), "float8_e4m3fnuz"}};
   for (const auto& [number, name] : names) {
     if (number == tensor.dtype()) {
       return name;
@@ -211,6 +219,10 @@ cpu::Saved unpack(
   for (std::size_t l = 1; l < layers; ++l) {
     result.inputs.push_back(next_if(l > lowest || needs.weight(l)));
   }
+  if (next != saved.size()) {
+    fail("relu_mlp::backward: needs ", needs.flags, " asks for ", next,
+         " tensors in saved, got ", saved.size());
+  }
 
   const int64_t rows = grad_output.size(0);
   int64_t features = grad_output.size(1);
@@ -245,12 +257,20 @@ void backward(StableIValue* stack, uint64_t, uint64_t) {
   const auto saved = take<std::vector<Tensor>>(stack[1]);
   const auto output_activation = take<std::string>(stack[2]);
   const auto flags = take<std::string>(stack[3]);
-  if (flags.size() < 3 || flags.size() % 2 == 0 || grad_output.dim() < 1) {
-    fail("relu_mlp::backward: expected 1 + 2 L needs and a grad_output of at "
-         "least one dimension, got '", flags, "' and shape ",
-         shape(grad_output));
+  if (flags.size() < 3 || flags.size() % 2 == 0 ||
+      flags.find_first_not_of("01") != std::string::npos) {
+    fail("relu_mlp::backward: needs must be 1 + 2 L characters '0' or '1', "
+         "got '", flags, "'");
+  }
+  if (grad_output.dim() < 1) {
+    fail("relu_mlp::backward: grad_output must have at least one dimension, "
+         "got shape ()");
   }
   const Needs needs{flags};
+  if (needs.lowest_layer() == needs.layers()) {
+    stack[0] = give(std::vector<Tensor>{});
+    return;
+  }
   const Activation activation = parse_activation(output_activation);
   Tensor grad_holder, x_holder, y_holder;
   const Tensor& grad_matrix = as_matrix(grad_output, grad_holder);

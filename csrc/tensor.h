@@ -86,12 +86,6 @@ class Tensor {
   int64_t size(int64_t d) const {
     return sizes()[d];
   }
-  int64_t storage_offset() const {
-    int64_t offset;
-    TORCH_ERROR_CODE_CHECK(
-        aoti_torch_get_storage_offset(handle_, &offset));
-    return offset;
-  }
   bool is_contiguous() const {
     bool is_contiguous;
     TORCH_ERROR_CODE_CHECK(
@@ -137,7 +131,7 @@ Tensor empty(const std::array<int64_t, N>& sizes, const Tensor& like) {
 }
 
 // The same memory under other sizes and strides, without a trip through the
-// dispatcher.
+// dispatcher. The last argument of the shim is added to the tensor's offset.
 template <typename Sizes>
 Tensor reinterpret(
     const Tensor& tensor,
@@ -146,7 +140,7 @@ Tensor reinterpret(
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
       tensor.get(), static_cast<int64_t>(sizes.size()), sizes.data(),
-      strides.data(), tensor.storage_offset(), &handle));
+      strides.data(), 0, &handle));
   return Tensor(handle);
 }
 

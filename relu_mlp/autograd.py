@@ -74,7 +74,7 @@ class MLP(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, call: Call, x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(ctx: Any, call: Call, x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
         """`parameters` are the weights, then nothing or one bias for each.
 
         A bias that is missing is a tensor without elements.
@@ -98,7 +98,7 @@ class MLP(torch.autograd.Function):
         return (y, *hidden)
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: Any, grad_output: Tensor | None, *grad_hidden: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         call, plan, y_shape = ctx.remembered
@@ -153,6 +153,13 @@ def _relu_mlp_autograd(
     """The derivative of the operator for people, `torch.ops.relu_mlp.relu_mlp`."""
     if ops.is_differentiated(x, weights, biases):
         call: Call = (ops.extension, output_activation, False, len(weights))
+        biases = (
+            [  # one that stands for a missing bias has no gradient
+                bias if bias.numel() or bias.shape == weight.shape[:1] else bias.detach()
+                for weight, bias in zip(weights, biases)  # noqa: B905  forward checks the lengths
+            ]
+            + list(biases[len(weights) :])
+        )
         return apply(call, x, *weights, *biases)[0]
     with below_autograd():
         return torch.ops.relu_mlp.relu_mlp.default(x, weights, biases, output_activation)

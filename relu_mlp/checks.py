@@ -6,7 +6,7 @@ kernels. A message names the argument, what was expected and what came.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def check_name(argument: str, name: str, known: Iterable[str] & Container[str]) -> None:
+def check_name(argument: str, name: str, known: Collection[str]) -> None:
     if name not in known:
         *most, last = (repr(option) for option in known)
         raise RuntimeError(f"{argument} must be {', '.join(most)} or {last}, got {name!r}")
@@ -28,9 +28,7 @@ def check_name(argument: str, name: str, known: Iterable[str] & Container[str]) 
 def check_like_x(name: str, tensor: Tensor, x: Tensor) -> None:
     """Raises RuntimeError unless `tensor` has the dtype and the device of `x`."""
     if tensor.dtype != x.dtype:
-        raise RuntimeError(
-            f"{name} must be {name_of(x.dtype)} like x, got {name_of(tensor.dtype)}"
-        )
+        raise RuntimeError(f"{name} must be {name_of(x.dtype)} like x, got {name_of(tensor.dtype)}")
     if tensor.device != x.device:
         raise RuntimeError(f"{name} must be on {x.device} like x, got {tensor.device}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import autograd, checks, reference
-from .ops import NO_TENSOR, below_autograd, implementation_for
+from .ops import NO_TENSOR, below_autograd, carries_tangent, implementation_for
 
 OutputActivation = Literal["relu", "sigmoid", "tanh"]
 
@@ -109,16 +109,24 @@ def checked_parameters(
         raise ValueError(
             f"biases must have one entry for each of the {len(weights)} weights, got {len(present)}"
         )
-    for layer, bias in enumerate(present):
+    check_empty_biases(weights, present)
+    return weights, present
+
+
+def check_empty_biases(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
+    """RuntimeError for a bias without elements that is not `NO_TENSOR`.
+
+    To an operator it would mean that there is no bias.
+    """
+    for layer, bias in enumerate(biases):
         if bias is not NO_TENSOR and bias.numel() == 0 and bias.shape != weights[layer].shape[:1]:
             raise RuntimeError(
                 f"biases[{layer}] must have shape ({weights[layer].shape[0]},), "
                 f"got {tuple(bias.shape)}"
             )
-    return weights, present
 
 
-def _list_of_tensors(argument: str, value: object, or_none: bool = False) -> list:
+def _list_of_tensors(argument: str, value: object, or_none: bool = False) -> list[Any]:
     kinds = "Tensors or None" if or_none else "Tensors"
     if isinstance(value, Tensor) or not isinstance(value, Sequence):
         try:  # an iterator or a ParameterList will do; a Tensor would fall into rows
@@ -178,11 +186,19 @@ def fused(
         return implementation.forward(x, weights, biases, activation, False)[0]
 
 
+def has_other_dtype(x: Tensor) -> bool:
+    """Whether x is a tensor of integers, say: the native path is taken, after a check.
+
+    PyTorch's own message for a weight of another dtype would not name the argument.
+    """
+    return type(x) in PLAIN and x.dtype not in checks.DTYPES and _get_tracing_state() is None
+
+
 def native(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], activation: str
 ) -> Tensor:
     """The same network by PyTorch's own layers."""
-    if type(x) in PLAIN and x.dtype not in checks.DTYPES and x.dim():
+    if has_other_dtype(x) and x.dim():
         checks.check_chain(x, weights, biases)
     for layer, weight in enumerate(weights):
         bias = biases[layer] if biases and biases[layer] is not NO_TENSOR else None
@@ -233,14 +249,20 @@ def loss_and_grads(
 
     Raises:
         TypeError, ValueError, RuntimeError: as in `relu_mlp`; ValueError for
-            an unknown loss, RuntimeError for a target of another shape.
+            an unknown loss, RuntimeError for a target of another shape, and
+            under `torch.func` and forward-mode differentiation.
     """
     activation = activation_name(output_activation)
-    if loss not in reference.LOSS_SCALES:
+    if not isinstance(loss, str) or loss not in reference.LOSSES:
         raise ValueError(f"loss must be 'sse', 'half_sse' or 'mse', got {loss!r}")
     weight_list, present = checked_parameters(x, weights, biases)
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a Tensor, got {type(target).__name__}")
+    if _are_functorch_transforms_active() or carries_tangent(x, target, weight_list, present):
+        raise RuntimeError(
+            "loss_and_grads has no derivative, and is called under a functorch transform or with "
+            "a forward-mode tangent. Differentiate a loss of relu_mlp(...) instead."
+        )
     if not (target.is_floating_point() or target.is_complex()):
         target = target.to(x.dtype)
     with torch.no_grad(), below_autograd():

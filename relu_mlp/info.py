@@ -40,9 +40,7 @@ class BuildInfo:
 
 def build_info() -> BuildInfo:
     """What was built, what will run, and if that is less than it could be, why."""
-    built = dict(
-        line.split(": ", 1) for line in torch.ops.relu_mlp._build_info().splitlines()
-    )
+    built = dict(line.split(": ", 1) for line in torch.ops.relu_mlp._build_info().splitlines())
     name = ops.current_backend()
     has_library = ops.LIBRARY_PATH is not None
     without_kernels = "nothing" if name == "extension" else "reference"

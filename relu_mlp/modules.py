@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
-from collections.abc import Iterable, Sequence
+from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
-from . import functional
+from . import checks, functional
 from .functional import OutputActivation, is_plain
 from .ops import NO_TENSOR
 
@@ -37,18 +39,18 @@ class Run(NamedTuple):
     activation: str
 
 
-def _is_patched(state: dict[str, Any]) -> bool:
-    """Whether calling a module does anything else than what its class says."""
+def _is_patched(state: dict[str, Any]) -> Any:
+    """Whether calling a module does anything else than what its class says: as a truth value."""
     return (
         state["_forward_hooks"]
         or state["_forward_pre_hooks"]
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]
         or "forward" in state
-    )  # type: ignore[return-value]
+    )
 
 
-def _are_all_patched() -> bool:
+def _are_all_patched() -> Any:
     """The same for all modules at once."""
     return (
         _module._global_forward_hooks
@@ -59,7 +61,7 @@ def _are_all_patched() -> bool:
         or nn.ReLU.forward is not _relu_forward
         or nn.Sigmoid.forward is not _sigmoid_forward
         or nn.Tanh.forward is not _tanh_forward
-    )  # type: ignore[return-value]
+    )
 
 
 def find_run(children: Iterable[nn.Module]) -> Run | None:
@@ -93,7 +95,7 @@ def find_run(children: Iterable[nn.Module]) -> Run | None:
         after_linear = not after_linear
     if not weights:
         return None
-    if all([bias is NO_TENSOR for bias in biases]):
+    if all(bias is NO_TENSOR for bias in biases):
         biases = []
     return Run(tuple(found), weights, biases, activation)
 
@@ -125,7 +127,14 @@ class _Cached(NamedTuple):
             ):
                 return False
         for parameters, weight, bias in self.parameters:
-            if parameters.get("weight") is not weight or parameters.get("bias", self) is not bias:
+            if (
+                parameters.get("weight") is not weight
+                or parameters.get("bias", self) is not bias
+                # torch.utils.swap_tensors changes what an object is
+                or type(weight) is not nn.Parameter
+                or weight.layout is not torch.strided
+                or (bias is not None and type(bias) is not nn.Parameter)
+            ):
                 return False
         return True
 
@@ -135,7 +144,7 @@ class _Cached(NamedTuple):
             run,
             [(child, type(child), child.__dict__) for child in run.children],
             [
-                (child._parameters, child.weight, child.bias)  # type: ignore[misc]
+                (child._parameters, child.weight, child.bias)
                 for child in run.children
                 if type(child) is nn.Linear
             ],
@@ -192,12 +201,12 @@ class ReluMLP(nn.Sequential):
         functional.activation_name(output_activation)
         widths = _checked_widths(hidden_features)
         sizes = [
-            _checked_int("in_features", in_features),
+            _checked_size("in_features", in_features),
             *widths,
-            _checked_int("out_features", out_features),
+            _checked_size("out_features", out_features),
         ]
         children: list[nn.Module] = []
-        for size, next_size in zip(sizes[:-1], sizes[1:], strict=True):
+        for size, next_size in itertools.pairwise(sizes):
             children += [nn.Linear(size, next_size, bias, device=device, dtype=dtype), nn.ReLU()]
         children.pop()
         children += [
@@ -219,9 +228,7 @@ class ReluMLP(nn.Sequential):
             ValueError: if its children are others.
         """
         if not isinstance(sequential, nn.Sequential):
-            raise TypeError(
-                f"sequential must be an nn.Sequential, got {type(sequential).__name__}"
-            )
+            raise TypeError(f"sequential must be an nn.Sequential, got {type(sequential).__name__}")
         children = list(sequential)
         run = find_run(children)
         position = len(run.children) if run else 0
@@ -239,24 +246,32 @@ class ReluMLP(nn.Sequential):
         return result
 
     def forward(self, input: Tensor) -> Tensor:
-        cached = self.__dict__.get("_cached")
-        children = self._modules.values()
-        if cached is not None and cached.holds(children):
-            run = cached.run
-        else:
+        if functional.is_served(input):
+            cached = self.__dict__.get("_cached")
+            if cached is not None and cached.holds(self._modules.values()):
+                run = cached.run
+            else:
+                run = self._find_whole_run()
+            if run is not None and not _are_all_patched():
+                return functional.fused(
+                    input, run.weights, run.biases, run.activation, self.recompute
+                )
+        elif functional.has_other_dtype(input) and input.dim():
             run = self._find_whole_run()
-        if run is None or _are_all_patched() or not functional.is_served(input):
-            return super().forward(input)
-        return functional.fused(input, run.weights, run.biases, run.activation, self.recompute)
+            if run is not None:
+                checks.check_chain(input, run.weights, run.biases)
+        return super().forward(input)
 
     def _find_whole_run(self) -> Run | None:
         """The run of all children, or None; remembered if it may be."""
         self.__dict__.pop("_cached", None)
-        run = find_run(self._modules.values())  # type: ignore[arg-type]
+        run = find_run(self._modules.values())
         if run is None or len(run.children) < len(self._modules):
             return None
+        functional.check_empty_biases(run.weights, run.biases)
         # functional_call lends tensors that must not be kept alive.
-        if all([type(p) is nn.Parameter for p in run.weights]) and not torch.compiler.is_compiling():
+        are_parameters = all(type(p) is nn.Parameter for p in run.weights)
+        if are_parameters and not torch.compiler.is_compiling():
             self.__dict__["_cached"] = _Cached.of(run)
         return run
 
@@ -279,12 +294,15 @@ class FusedSequential(nn.Sequential):
         children = list(self._modules.values())
         position = 0
         while position < len(children):
-            run = None if _are_all_patched() else find_run(children[position:])  # type: ignore[arg-type]
-            if run is not None and len(run.weights) >= 2 and functional.is_served(input):
+            run = None
+            if functional.is_served(input) and not _are_all_patched():
+                run = find_run(children[position:])
+            if run is not None and len(run.weights) >= 2:
+                functional.check_empty_biases(run.weights, run.biases)
                 input = functional.fused(input, run.weights, run.biases, run.activation, False)
                 position += len(run.children)
             else:
-                input = children[position](input)  # type: ignore[misc]
+                input = children[position](input)
                 position += 1
         return input
 
@@ -294,29 +312,31 @@ class FusedSequential(nn.Sequential):
 
 def _slice_or_child(sequential: nn.Sequential, index: Any) -> Any:
     if isinstance(index, slice):
-        return nn.Sequential(dict(list(sequential._modules.items())[index]))  # type: ignore[arg-type]
+        return nn.Sequential(OrderedDict(list(sequential._modules.items())[index]))
     return nn.Sequential.__getitem__(sequential, index)
 
 
-def _checked_int(name: str, value: Any) -> int:
+def _checked_size(name: str, value: Any) -> int:
     try:
-        return operator.index(value)
+        size = operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}") from None
+    if size < 0:  # the class that nn.Linear raises
+        raise RuntimeError(f"{name} must not be negative, got {size}")
+    return size
 
 
 def _checked_widths(hidden_features: int | Iterable[int]) -> list[int]:
     if isinstance(hidden_features, Iterable):
-        widths = [
-            _checked_int(f"hidden_features[{n}]", width)
-            for n, width in enumerate(hidden_features)
-        ]
+        named = {f"hidden_features[{n}]": width for n, width in enumerate(hidden_features)}
     else:
-        widths = [_checked_int("hidden_features", hidden_features)]
-    for width in widths:
-        if width < 1:
-            raise ValueError(f"hidden_features must be at least 1, got {hidden_features}")
-    return widths
+        named = {"hidden_features": hidden_features}
+    for name, width in named.items():
+        if not hasattr(width, "__index__"):
+            raise TypeError(f"{name} must be an int, got {type(width).__name__}")
+        if operator.index(width) < 1:
+            raise ValueError(f"{name} must be at least 1, got {width}")
+    return [operator.index(width) for width in named.values()]
 
 
 M = TypeVar("M", bound=nn.Module)

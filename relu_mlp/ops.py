@@ -10,7 +10,7 @@ import functools
 import os
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol
@@ -24,12 +24,10 @@ from . import checks, reference
 #: csrc/ops.cpp has the same schemas. They are needed here only where the
 #: library is not, so that the operators exist all the same.
 SCHEMAS = (
-    "relu_mlp(Tensor x, Tensor[] weights, Tensor[] biases, "
-    'str output_activation="none") -> Tensor',
+    'relu_mlp(Tensor x, Tensor[] weights, Tensor[] biases, str output_activation="none") -> Tensor',
     "forward(Tensor x, Tensor[] weights, Tensor[] biases, "
     "str output_activation, bool save_hidden) -> (Tensor, Tensor[])",
-    "backward(Tensor grad_output, Tensor[] saved, str output_activation, "
-    "str needs) -> Tensor[]",
+    "backward(Tensor grad_output, Tensor[] saved, str output_activation, str needs) -> Tensor[]",
     "loss_and_grads(Tensor x, Tensor target, Tensor[] weights, "
     "Tensor[] biases, str loss, str output_activation) -> (Tensor, Tensor[])",
     "_build_info() -> str",
@@ -109,6 +107,9 @@ class _Thread(threading.local):
 
     backend = os.environ.get("RELU_MLP_BACKEND", "auto")
 
+    def __init__(self) -> None:
+        self.outer: list[str] = []  #: what to go back to, innermost last
+
 
 _thread = _Thread()
 _said_missing = False
@@ -138,10 +139,9 @@ class backend:
 
     def __init__(self, name: Literal["auto", "extension", "reference"]) -> None:
         self.name = _checked_backend(name, "name")
-        self._outer: list[str] = []
 
     def __enter__(self) -> backend:
-        self._outer.append(_thread.backend)
+        _thread.outer.append(_thread.backend)
         _thread.backend = self.name
         return self
 
@@ -151,7 +151,7 @@ class backend:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        _thread.backend = self._outer.pop()
+        _thread.backend = _thread.outer.pop()
 
     def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -164,9 +164,7 @@ class backend:
 
 def _checked_backend(name: str, argument: str) -> str:
     if name not in BACKENDS:
-        raise ValueError(
-            f"{argument} must be 'auto', 'extension' or 'reference', got {name!r}"
-        )
+        raise ValueError(f"{argument} must be 'auto', 'extension' or 'reference', got {name!r}")
     return name
 
 
@@ -256,7 +254,7 @@ def _(
     checks.check_layers(x, weights, biases)
     checks.check_name("output_activation", output_activation, reference.ACTIVATIONS)
     checks.check_target(target, x, torch.Size([*x.shape[:-1], weights[-1].shape[0]]))
-    checks.check_name("loss", loss, reference.LOSS_SCALES)
+    checks.check_name("loss", loss, reference.LOSSES)
     return x.new_empty(()), [p.new_empty(p.shape) for p in [*weights, *biases]]
 
 
@@ -283,18 +281,26 @@ if LIBRARY_PATH is None:
 # -- Guards: a raw operator has no derivative and must not seem to have one ----
 
 
-def is_differentiated(*arguments: Any) -> bool:
-    """Whether a tensor among the arguments needs a gradient or carries a tangent."""
+def _tensors_in(arguments: Iterable[Any]) -> Iterator[Tensor]:
     for argument in arguments:
         if isinstance(argument, Tensor):
-            if argument.requires_grad and torch.is_grad_enabled():
-                return True
-            if forward_ad._current_level >= 0:
-                if forward_ad.unpack_dual(argument).tangent is not None:
-                    return True
-        elif isinstance(argument, (list, tuple)) and is_differentiated(*argument):
-            return True
-    return False
+            yield argument
+        elif isinstance(argument, (list, tuple)):
+            yield from _tensors_in(argument)
+
+
+def carries_tangent(*arguments: Any) -> bool:
+    """Whether a tensor among the arguments carries a forward-mode tangent."""
+    return forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(tensor).tangent is not None for tensor in _tensors_in(arguments)
+    )
+
+
+def is_differentiated(*arguments: Any) -> bool:
+    """Whether a tensor among the arguments needs a gradient or carries a tangent."""
+    return carries_tangent(*arguments) or (
+        torch.is_grad_enabled() and any(t.requires_grad for t in _tensors_in(arguments))
+    )
 
 
 def _guard(name: str) -> Callable[..., Any]:

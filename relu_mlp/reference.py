@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,19 +43,27 @@ ACTIVATIONS = {
     "tanh": torch.tanh,
 }
 
-#: (gradient at y, y) -> gradient at z, by the name of phi.
+#: (gradient at y, y) -> gradient at z, by the name of phi. PyTorch's own operators
+#: for grad * (1 - y) * y and grad * (1 - y * y) round a bfloat16 once, not thrice.
 ACTIVATION_BACKWARDS = {
     "none": lambda grad, y: grad,
     "relu": lambda grad, y: grad.masked_fill(y <= 0, 0),
-    "sigmoid": lambda grad, y: grad * (1 - y) * y,
-    "tanh": lambda grad, y: grad * (1 - y * y),
+    "sigmoid": lambda grad, y: torch.ops.aten.sigmoid_backward(grad, y),
+    "tanh": lambda grad, y: torch.ops.aten.tanh_backward(grad, y),
 }
 
-#: The factor in front of the sum of (y - target)^2, by loss and number of elements.
-LOSS_SCALES = {
-    "sse": lambda count: 1.0,
-    "half_sse": lambda count: 0.5,
-    "mse": lambda count: 1.0 / count if count else math.nan,
+#: (y - target) -> the loss, by its name.
+LOSSES = {
+    "sse": lambda error: error.square().sum(),
+    "half_sse": lambda error: 0.5 * error.square().sum(),
+    "mse": lambda error: error.square().mean(),
+}
+
+#: (y - target) -> the gradient of the loss at y.
+LOSS_BACKWARDS = {
+    "sse": lambda error: 2 * error,
+    "half_sse": lambda error: error,
+    "mse": lambda error: (2 / max(1, error.numel())) * error,
 }
 
 
@@ -100,7 +109,10 @@ def forward(
             a = torch.relu(a)
             hidden.append(a)
     y = ACTIVATIONS[output_activation](a)
-    return y.reshape(*x.shape[:-1], y.shape[-1]), hidden if save_hidden else []
+    if x.dim() != 2:
+        # Not a view in autograd's eyes, so that y may be changed in place.
+        y = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
+    return y, hidden if save_hidden else []
 
 
 def lowest_layer(needs: str) -> int:
@@ -151,10 +163,20 @@ def backward(
     """
     layers = len(needs) // 2
     remaining = iter(saved)
-    x, y, *rest = [next(remaining) if kept else None for kept in is_kept(output_activation, needs)]
-    weights, inputs = rest[:layers], [x, *rest[layers:]]
+    operands: list[Any] = [
+        next(remaining) if kept else None for kept in is_kept(output_activation, needs)
+    ]
+    x, y, weights, hidden = (
+        operands[0],
+        operands[1],
+        operands[2 : 2 + layers],
+        operands[2 + layers :],
+    )
+    inputs = [x, *hidden]
     needs_x, needs_weight, needs_bias = needs[0], needs[1 : 1 + layers], needs[1 + layers :]
     lowest = lowest_layer(needs)
+    if lowest == layers:
+        return []
     grad_weights: list[Tensor] = []
     grad_biases: list[Tensor] = []
 
@@ -193,16 +215,15 @@ def loss_and_grads(
     """
     y, hidden = forward(x, weights, biases, output_activation, True)
     checks.check_target(target, x, y.shape)
-    checks.check_name("loss", loss, LOSS_SCALES)
-    scale = LOSS_SCALES[loss](y.numel())
+    checks.check_name("loss", loss, LOSSES)
     error = y - target
-    value = scale * error.square().sum()
+    grad_output = LOSS_BACKWARDS[loss](error)
     has_bias = [bias_of(biases, layer) is not None for layer in range(len(weights))]
     needs = "0" + "1" * len(weights) + "".join("01"[present] for present in has_bias)
     kept = zip(is_kept(output_activation, needs), [x, y, *weights, *hidden], strict=True)
     saved = [tensor for is_saved, tensor in kept if is_saved]
-    grads = iter(backward(2 * scale * error, saved, output_activation, needs))
-    return value, [
+    grads = iter(backward(grad_output, saved, output_activation, needs))
+    return LOSSES[loss](error), [
         next(grads) if present else x.new_empty(0)
         for present in [True] * len(weights) + has_bias[: len(biases)]
     ]

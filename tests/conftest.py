@@ -1,8 +1,8 @@
 import pytest
-import support
 import torch
 
 import relu_mlp
+import support
 
 
 @pytest.fixture(autouse=True)

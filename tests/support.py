@@ -67,9 +67,10 @@ class Bounded:
         assert actual.shape == self.value.shape, f"{name}: {actual.shape} != {self.value.shape}"
         excess = (actual.double() - self.value).abs() - self.bound
         worst = int(excess.flatten().argmax()) if excess.numel() else 0
+        found, value, bound = (t.flatten()[worst:] for t in (actual, self.value, self.bound))
         assert not excess.numel() or excess.flatten()[worst] <= 0, (
-            f"{name}, element {worst}: {actual.flatten()[worst].item()!r} should be "
-            f"{self.value.flatten()[worst].item()!r} within {self.bound.flatten()[worst].item():.3g}"
+            f"{name}, element {worst}: {found[0].item()!r} should be {value[0].item()!r} "
+            f"within {bound[0].item():.3g}"
         )
 
 
@@ -145,9 +146,7 @@ class Exact:
         if self.activation == "sigmoid":
             factor = Bounded(y.value * (1 - y.value), y.bound + 3 * self.u)
         elif self.activation == "tanh":
-            factor = Bounded(
-                1 - y.value**2, (2 * y.value.abs() + y.bound) * y.bound + 3 * self.u
-            )
+            factor = Bounded(1 - y.value**2, (2 * y.value.abs() + y.bound) * y.bound + 3 * self.u)
         elif self.activation == "relu":
             factor = Bounded(self.masks[-1].double(), none)
         else:
@@ -205,7 +204,9 @@ def count_calls() -> Iterator[dict[str, int]]:
                 counts["native"] += 1
             return func(*args, **(kwargs or {}))
 
-    originals = {name: getattr(reference, name) for name in ("forward", "backward", "loss_and_grads")}
+    originals = {
+        name: getattr(reference, name) for name in ("forward", "backward", "loss_and_grads")
+    }
 
     def counted(name):
         def function(*args, **kwargs):
@@ -247,5 +248,7 @@ def twins(in_features, hidden, out_features, seed=0, **arguments):
     children.pop()
     last = arguments.get("output_activation")
     if last:
-        children.append({"relu": torch.nn.ReLU, "sigmoid": torch.nn.Sigmoid, "tanh": torch.nn.Tanh}[last]())
+        children.append(
+            {"relu": torch.nn.ReLU, "sigmoid": torch.nn.Sigmoid, "tanh": torch.nn.Tanh}[last]()
+        )
     return net, torch.nn.Sequential(*children)

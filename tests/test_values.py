@@ -4,10 +4,10 @@ against native autograd, over a few hundred random configurations."""
 import random
 
 import pytest
-import support
 import torch
 
-from relu_mlp import loss_and_grads, ops, reference, relu_mlp
+import support
+from relu_mlp import ops, reference, relu_mlp
 
 WIDTHS = [1, 2, 3, 6, 7, 16, 17, 42, 64, 123, 431]
 ROWS = [1, 2, 3, 5, 16, 33, 64, 130, 431]

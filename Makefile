@@ -1,0 +1,79 @@
+# `make` lists the commands. `make demo` and `make test` set up all that they
+# need in .venv and build the extension; run again they start at once.
+
+# What pip is asked for, and the Python, 3.10 or newer, that makes .venv.
+TORCH   ?= torch==2.13.0
+PYTHON3 ?= python3
+# Further arguments for the program that a command runs: make test ARGS="-x -k values"
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench build dist clean FORCE
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+# $(call needs,EXTRA) is what must be there before a command runs: a PyTorch
+# and the packages of that extra in pyproject.toml.
+ifdef PYTHON
+needs =
+else
+PYTHON := .venv/bin/python
+needs = .venv/$(1)
+endif
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## */  make \1 \t/p' Makefile | expand -t 16
+	@echo 'Variables: TORCH="$(TORCH)", PYTHON3=$(PYTHON3) makes .venv, ARGS="..." is passed on;'
+	@echo 'PYTHON=/path/to/python uses that environment as it is and installs nothing.'
+
+demo: $(call needs,demo) build/extension  ## train on handwritten digits, next to nn.Sequential; writes demo/
+	PYTHONPATH=. $(PYTHON) examples/digits.py $(ARGS)
+
+test: $(call needs,test) build/extension  ## run the tests
+	$(PYTHON) -m pytest $(ARGS)
+
+lint: $(call needs,dev)  ## run ruff and mypy
+	$(PYTHON) -m ruff check
+	$(PYTHON) -m ruff format --check
+	$(PYTHON) -m mypy
+
+format: $(call needs,dev)  ## let ruff sort the imports and lay out the code
+	$(PYTHON) -m ruff check --fix
+	$(PYTHON) -m ruff format
+
+bench: $(call needs,torch) build/extension  ## measure the overhead at small sizes
+	PYTHONPATH=. $(PYTHON) benchmarks/overhead.py $(ARGS)
+
+build: $(call needs,torch)  ## build the extension in place, even if it seems up to date
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	@mkdir -p build && touch build/extension
+
+dist: $(call needs,dev)  ## an sdist, and from it a wheel, in dist/
+	rm -rf dist
+	$(PYTHON) -m build --no-isolation
+
+clean:  ## remove all that was made, except .venv
+	rm -rf build demo dist *.egg-info relu_mlp/_C*.so
+	rm -rf .mypy_cache .pytest_cache .ruff_cache
+	find . -name .venv -prune -o -name __pycache__ -exec rm -rf {} +
+
+# Without a C++ compiler this builds nothing, says so, and counts as done.
+build/extension: $(call needs,torch) setup.py pyproject.toml $(shell find csrc -type f)
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	@mkdir -p build && touch $@
+
+# .venv/torch, .venv/demo, ... are empty files: this is installed.
+.venv/torch: .venv/requirement
+	$(PYTHON3) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("relu_mlp needs Python 3.10 or newer; name one with PYTHON3=")'
+	$(PYTHON3) -m venv .venv
+	.venv/bin/pip install -q $(TORCH) 'setuptools>=77' ninja
+	@touch $@
+
+.venv/%: .venv/torch pyproject.toml
+	RELU_MLP_EXTENSION=0 .venv/bin/pip install -q --no-build-isolation --editable '.[$*]'
+	@touch $@
+
+# Changes whenever TORCH does, and only then.
+.venv/requirement: FORCE
+	@mkdir -p .venv
+	@echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' > $@

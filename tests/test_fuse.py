@@ -1,0 +1,534 @@
+"""`fuse` changes how a model runs and nothing else.
+
+As in test_module.py, integers make every sum exact, so that fused and unfused
+must agree to the last bit; models that cannot stay among the integers are
+compared in float64, within bounds that are derived.
+"""
+
+import copy
+import itertools
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import support
+from relu_mlp import ReluMLP, fuse
+
+
+def integers_(module):
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randint(-2, 3, parameter.shape))
+    return module
+
+
+def mlp(*sizes, inplace=False, last=()):
+    children = []
+    for n_in, n_out in itertools.pairwise(sizes):
+        children += [nn.Linear(n_in, n_out), nn.ReLU(inplace=inplace)]
+    return nn.Sequential(*children[:-1], *last)
+
+
+def integer_input(*shape):
+    torch.manual_seed(2)
+    return torch.randint(-2, 3, shape).float()
+
+
+def run(module, x):
+    """The output, and the gradients of x, if it has one, and of all parameters."""
+    x = x.detach().clone().requires_grad_(x.is_floating_point())
+    module.zero_grad()
+    torch.manual_seed(3)  # for dropout
+    y = module(x)
+    y.backward((torch.arange(y.numel()) % 5 - 2).reshape(y.shape).to(y.dtype))
+    return [y.detach(), x.grad, *[p.grad for p in module.parameters()]]
+
+
+def fused_like(model, x, runs):
+    """Fuses the model; it answers as before, by `runs` operators each way."""
+    integers_(model)
+    expected = run(model, x)
+    names = [name for name, _ in model.named_modules()]
+    modules, keys = list(model.modules()), list(model.state_dict())
+    parameters = list(model.parameters())
+
+    assert fuse(model) is model
+
+    assert [name for name, _ in model.named_modules()] == names
+    assert list(model.state_dict()) == keys
+    assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    with support.count_calls() as calls:
+        actual = run(model, x)
+    assert (calls["forward"], calls["backward"]) == (runs, runs)
+    for a, e in zip(actual, expected, strict=True):
+        assert (a is None) == (e is None)
+        assert a is None or torch.equal(a, e)
+    return model
+
+
+# -- A Sequential that is a run ------------------------------------------------------
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("sizes", [(3, 6, 4), (3, 6, 5, 4), (3, 6, 5, 6, 1)], ids=str)
+def test_a_whole_sequential_becomes_a_relu_mlp(backend, sizes, inplace):
+    model = fused_like(mlp(*sizes, inplace=inplace), integer_input(7, 3), runs=1)
+    assert type(model) is ReluMLP
+    assert model.recompute is False
+    model.recompute = True
+    with support.count_calls() as calls:
+        run(model, integer_input(7, 3))
+    assert calls["forward"] == 2
+
+
+def test_with_an_output_activation(backend):
+    model = fused_like(mlp(3, 6, 4, last=[nn.ReLU()]), integer_input(7, 3), runs=1)
+    assert type(model) is ReluMLP
+
+
+@pytest.mark.parametrize("kind", [nn.Sigmoid, nn.Tanh])
+def test_with_a_smooth_output_activation(backend, kind):
+    model = mlp(3, 6, 4, last=[kind()]).double()
+    x = torch.randn(7, 3, dtype=torch.float64)
+    expected = run(model, x)
+    assert type(fuse(model)) is ReluMLP
+    with support.count_calls() as calls:
+        y, *_ = run(model, x)
+    assert calls["forward"] == calls["backward"] == 1
+    assert calls["native"] == 0
+    weights, biases = support.layers_of(model)
+    with torch.no_grad():
+        hidden = [model[1](model[0](x))]
+    exact = support.Exact(x, weights, biases, kind.__name__.lower(), hidden, y)
+    exact.y.check(y, "y")
+    exact.y.check(expected[0], "y before")
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3, 4])
+def test_inputs_of_any_rank(backend, rank):
+    fused_like(mlp(3, 6, 4), integer_input(*[2, 5, 7][: rank - 1], 3), runs=1)
+
+
+def test_one_relu_used_again_and_no_bias(backend):
+    relu = nn.ReLU()
+    model = nn.Sequential(nn.Linear(3, 6, bias=False), relu, nn.Linear(6, 5), relu, nn.Linear(5, 4))
+    integers_(model)
+    x = integer_input(7, 3)
+    expected = run(model, x)
+    assert type(fuse(model)) is ReluMLP
+    with support.count_calls() as calls:
+        actual = run(model, x)
+    assert calls["forward"] == calls["backward"] == 1
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+# -- A longer Sequential ---------------------------------------------------------------
+
+
+def convolutional():
+    return nn.Sequential(
+        nn.Conv2d(1, 2, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(8, 6),
+        nn.ReLU(inplace=True),
+        nn.Linear(6, 5),
+        nn.Dropout(0.5),  # scales by 2: exact
+        nn.Linear(5, 6),
+        nn.ReLU(),
+        nn.Linear(6, 4),
+    )
+
+
+def named():
+    return nn.Sequential(
+        OrderedDict(
+            embedding=nn.Embedding(5, 3),
+            up=nn.Linear(3, 6),
+            on=nn.ReLU(),
+            down=nn.Linear(6, 3),
+            clip=nn.Hardtanh(-4, 4),
+            wide=nn.Linear(3, 8),
+            relu=nn.ReLU(),
+            narrow=nn.Linear(8, 2),
+            out=nn.ReLU(),
+        )
+    )
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("make", "x"),
+    [(convolutional, integer_input(7, 1, 4, 4)), (named, torch.arange(10).reshape(2, 5) % 5)],
+    ids=["convolutional", "named"],
+)
+def test_a_longer_sequential_serves_its_runs(backend, make, x, training):
+    model = fused_like(make().train(training), x, runs=2)
+    assert type(model) is not ReluMLP
+    assert isinstance(model, nn.Sequential)
+    assert all(m.training == training for m in model.modules())
+
+
+@pytest.mark.parametrize("make", [convolutional, named])
+def test_slices_of_a_longer_one_are_plain(make):
+    model = make()
+    native = copy.deepcopy(model)
+    fuse(model)
+    for index in (slice(None, -1), slice(3, 6), slice(None)):
+        assert type(model[index]) is nn.Sequential
+        assert list(model[index]._modules) == list(native[index]._modules)
+        assert all(a is b for a, b in zip(model[index], list(model)[index], strict=True))
+    assert model[-1] is list(model)[-1]
+    assert len(model) == len(native)
+
+
+def test_checkpoints_and_copies_of_a_longer_one(backend, tmp_path):
+    model, x = integers_(convolutional().eval()), integer_input(7, 1, 4, 4)
+    expected = run(model, x)
+    torch.save(fuse(model).state_dict(), tmp_path / "state.pt")
+    torch.save(model, tmp_path / "model.pt")
+    plain = convolutional().eval()
+    plain.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    others = {"plain": plain, "loaded": loaded, "copied": copy.deepcopy(model)}
+    for name, other in others.items():
+        with support.count_calls() as calls:
+            actual = run(other, x)
+        assert calls["forward"] == calls["backward"] == (0 if name == "plain" else 2)
+        assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("edit", ["append", "delete", "insert", "replace"])
+def test_children_edited_after_fuse(backend, edit):
+    def change(model):
+        if edit == "append":
+            model.append(nn.ReLU()).append(integers_(nn.Linear(4, 2)))
+        elif edit == "delete":
+            del model[6]  # the dropout: two Linears in a row
+        elif edit == "insert":
+            model.insert(4, nn.Identity())
+        else:
+            model[8] = nn.GELU()
+
+    model, x = integers_(convolutional()), integer_input(7, 1, 4, 4)
+    native = copy.deepcopy(model)
+    run(fuse(model), x)
+    change(model)
+    change(native)
+    with support.count_calls() as calls:
+        actual = run(model, x)
+    assert calls["forward"] == {"append": 2, "delete": 2, "insert": 1, "replace": 1}[edit]
+    expected = run(native, x)
+    if edit == "replace":  # exact up to the GELU and native from there, but not on the way back
+        actual, expected = actual[:1], expected[:1]
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+# -- At any depth ---------------------------------------------------------------------------
+
+
+class Residual(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return x + self.scale * self.inner(x)
+
+
+class Experts(nn.Module):
+    """Modules in lists and dicts, called in an order of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(mlp(3, 4, 2) for _ in range(3))
+        self.heads = nn.ModuleDict({"a": mlp(2, 3, 2), "b": nn.Linear(2, 2)})
+
+    def forward(self, x):
+        mixed = sum(expert(x) for expert in reversed(self.experts))
+        return self.heads["b"](self.heads["a"](mixed))
+
+
+def test_nested(backend):
+    model = nn.Sequential(
+        Residual(Residual(nn.Sequential(mlp(3, 4, 3), nn.Identity()))),
+        nn.Sequential(nn.Flatten(), nn.Sequential(mlp(3, 4, 3))),
+        Experts(),
+    )
+    fused_like(model, integer_input(7, 3), runs=6)
+    assert type(model) is nn.Sequential
+    assert all(type(expert) is ReluMLP for expert in model[2].experts)
+
+
+def test_a_shared_sequential(backend):
+    shared = mlp(3, 4, 3)
+    model = nn.Sequential(shared, nn.ReLU(), shared)
+    fused_like(model, integer_input(7, 3), runs=2)
+    assert type(shared) is ReluMLP
+    assert model[0] is model[2]
+
+
+def test_shared_layers(backend):
+    # Linear modules used twice, and a weight of two modules
+    layer = nn.Linear(3, 3)
+    tied = nn.Linear(3, 3)
+    tied.weight = layer.weight
+    model = nn.Sequential(layer, nn.ReLU(), layer, nn.ReLU(), tied)
+    integers_(model)
+    x = integer_input(7, 3)
+    expected = run(model, x)
+    with support.count_calls() as calls:
+        actual = run(fuse(model), x)
+    assert calls["forward"] == calls["backward"] == 1
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+def test_fuse_twice(backend):
+    model = fuse(
+        nn.Sequential(mlp(3, 4, 3), nn.Flatten(), nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    )
+    kinds = [type(m) for m in model.modules()]
+    fused_like(model, integer_input(7, 3), runs=2)
+    assert [type(m) for m in model.modules()] == kinds
+
+
+def test_a_relu_mlp_keeps_its_settings():
+    net = ReluMLP(3, 4, 2, recompute=True)
+    fuse(nn.Sequential(net))
+    assert type(net) is ReluMLP
+    assert net.recompute is True
+
+
+# -- What stays as it was ----------------------------------------------------------------
+
+
+class MyLinear(nn.Linear):
+    pass
+
+
+class MySequential(nn.Sequential):
+    pass
+
+
+class MyReLU(nn.ReLU):
+    pass
+
+
+STAYS = {
+    "empty": lambda: nn.Sequential(),
+    "one Linear": lambda: nn.Sequential(nn.Linear(3, 3)),
+    "Linear and ReLU": lambda: nn.Sequential(nn.Linear(3, 3), nn.ReLU()),
+    "two Linears": lambda: nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3)),
+    "leaky": lambda: nn.Sequential(nn.Linear(3, 4), nn.LeakyReLU(0.5), nn.Linear(4, 3)),
+    "sigmoid between": lambda: nn.Sequential(nn.Linear(3, 4), nn.Hardtanh(), nn.Linear(4, 3)),
+    "ReLU6": lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU6(), nn.Linear(4, 3)),
+    "dropout": lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Dropout(0.5), nn.Linear(4, 3)),
+    "subclass of Linear": lambda: nn.Sequential(MyLinear(3, 4), nn.ReLU(), nn.Linear(4, 3)),
+    "subclass at the end": lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(), MyLinear(4, 3)),
+    "subclass of ReLU": lambda: nn.Sequential(nn.Linear(3, 4), MyReLU(), nn.Linear(4, 3)),
+    "subclass of Sequential": lambda: MySequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3)),
+}
+
+
+@pytest.mark.parametrize("what", STAYS)
+def test_stays_as_it_was(backend, what):
+    model = STAYS[what]()
+    kinds = [type(m) for m in model.modules()]
+    if what == "empty":
+        assert type(fuse(model)) is nn.Sequential
+        return
+    fused_like(model, integer_input(7, 3), runs=0)
+    assert [type(m) for m in model.modules()] == kinds
+
+
+def test_gelu_stays(backend):
+    model = nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 3))
+    assert type(fuse(model)) is nn.Sequential
+
+
+def test_only_what_a_subclass_leaves_is_served(backend):
+    model = nn.Sequential(MyLinear(3, 4), nn.ReLU(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    fused_like(model, integer_input(7, 3), runs=1)
+
+
+@pytest.mark.parametrize(
+    "model", [None, [nn.Linear(3, 4)], torch.ones(3), nn.Linear, "net"], ids=str
+)
+def test_not_a_module(model):
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got"):
+        fuse(model)
+
+
+def test_a_single_linear_and_other_modules():
+    for module in (nn.Linear(3, 4), nn.ReLU(), nn.LayerNorm(3)):
+        kind = type(module)
+        assert fuse(module) is module
+        assert type(module) is kind
+
+
+# -- What was there before fuse, and what comes after ----------------------------------
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: mlp(3, 6, 4), lambda: nn.Sequential(nn.Flatten(), *mlp(3, 6, 4))],
+    ids=["run", "longer"],
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_hooks_and_mode_of_the_sequential_are_kept(backend, make, training):
+    model = make().train(training)
+    seen = []
+    model.register_forward_hook(lambda m, args, y: seen.append("forward"))
+    model.register_forward_pre_hook(lambda m, args: seen.append("pre"))
+    model.register_full_backward_hook(lambda m, gi, go: seen.append("backward"))
+    model.note = "mine"
+    fused_like(model, integer_input(7, 3), runs=1)
+    assert seen == ["pre", "forward", "backward"] * 2
+    assert model.training == training
+    assert model.note == "mine"
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("position", [0, 1, 2])
+@pytest.mark.parametrize("longer", [False, True])
+def test_hooks_on_children_are_honoured(backend, longer, position, when):
+    model = integers_(nn.Sequential(*mlp(3, 6, 4), *([nn.Identity()] if longer else [])))
+    x = integer_input(7, 3)
+    if when == "after":
+        fuse(model)
+    seen = []
+    handles = [
+        model[position].register_forward_hook(lambda m, args, y: seen.append(m)),
+        model[position].register_full_backward_hook(lambda m, gi, go: seen.append(m)),
+    ]
+    if when == "before":
+        fuse(model)
+    with support.count_calls() as calls:
+        actual = run(model, x)
+    assert seen == [model[position]] * 2
+    assert calls["forward"] == calls["backward"] == 0
+    native = nn.Sequential(*model)
+    assert all(torch.equal(a, e) for a, e in zip(actual, run(native, x), strict=True))
+    assert seen == [model[position]] * 4
+    for handle in handles:
+        handle.remove()
+    fuse(model)
+    with support.count_calls() as calls:
+        run(model, x)
+    assert calls["forward"] == calls["backward"] == 1
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+def test_an_optimizer_made_before(backend, name):
+    model = integers_(nn.Sequential(nn.Flatten(), *mlp(3, 6, 4)))
+    native = copy.deepcopy(model)
+    x = integer_input(7, 3)
+    for module in (model, native):
+        optimizer = getattr(torch.optim, name)(module.parameters(), lr=0.25)
+        if module is model:
+            fuse(module)
+        run(module, x)
+        optimizer.step()
+    # equal gradients, and the same code made the updates
+    for a, e in zip(model.parameters(), native.parameters(), strict=True):
+        assert torch.equal(a, e)
+
+
+# -- Beyond the integers ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("sizes", [(3, 17, 4), (42, 123, 33, 6)], ids=str)
+def test_within_the_bounds_of_rounding(backend, sizes, dtype):
+    model = mlp(*sizes).to(dtype)
+    x = torch.randn(31, sizes[0], dtype=dtype)
+    grad_output = torch.randn(31, sizes[-1], dtype=dtype)
+    weights, biases = support.layers_of(model)
+    with torch.no_grad():
+        hidden = [model[: 2 * n](x) for n in range(1, len(weights))]
+    for fused in (0, 1):
+        if fused:
+            fuse(model)
+        model.zero_grad()
+        leaf = x.clone().requires_grad_()
+        with support.count_calls() as calls:
+            y = model(leaf)
+            y.backward(grad_output)
+        assert calls["forward"] == calls["backward"] == fused
+        exact = support.Exact(x, weights, biases, None, hidden, y)
+        exact.y.check(y, "y")
+        grads = exact.backward(grad_output)
+        grads["x"].check(leaf.grad, "x.grad")
+        for layer in range(len(weights)):
+            grads[f"weights[{layer}]"].check(weights[layer].grad, f"{layer}.weight.grad")
+            grads[f"biases[{layer}]"].check(biases[layer].grad, f"{layer}.bias.grad")
+
+
+class T5Block(nn.Module):
+    """Norm, attention and ReLU feed-forward, each with a residual, as in T5."""
+
+    def __init__(self, width=8, wide=32):
+        super().__init__()
+        self.norm = nn.ModuleList([nn.RMSNorm(width), nn.RMSNorm(width)])
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(width, wide, bias=False),
+            nn.ReLU(),
+            nn.Dropout(0.0),
+            nn.Linear(wide, width, bias=False),
+        )
+        self.plain = nn.Sequential(
+            OrderedDict(
+                wi=nn.Linear(width, wide, bias=False),
+                act=nn.ReLU(),
+                wo=nn.Linear(wide, width, bias=False),
+            )
+        )
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm[0](x)).chunk(3, -1)
+        x = x + F.scaled_dot_product_attention(q, k, v)
+        h = self.norm[1](x)
+        return x + self.plain(h) + self.feed_forward(h)
+
+
+def test_a_transformer_block_trains_the_same(backend):
+    """Every step's products are within the bounds of rounding of the exact ones.
+
+    All else in the block is the same code before and after `fuse`, so it is
+    enough to look at what goes into the feed-forward network and comes out.
+    """
+    block = fuse(T5Block().double())
+    assert type(block.plain) is ReluMLP
+    assert type(block.feed_forward) is nn.Sequential
+    x, target = torch.randn(2, 2, 5, 8, dtype=torch.float64)
+    seen = {}
+    block.plain.register_forward_hook(lambda m, args, y: seen.update(x=args[0], y=y))
+    block.plain.register_full_backward_hook(
+        lambda m, grad_input, grad_output: seen.update(gx=grad_input[0], gy=grad_output[0])
+    )
+    optimizer = torch.optim.SGD(block.parameters(), lr=0.1, momentum=0.5)
+    weights, _ = support.layers_of(block.plain)
+    losses = []
+    for _ in range(10):
+        optimizer.zero_grad()
+        with support.count_calls() as calls:
+            loss = F.mse_loss(block(x), target)
+            loss.backward()
+        assert calls["forward"] == calls["backward"] == 1
+        losses.append(loss.item())
+        rows, y, gx, gy = (seen[name].detach().reshape(-1, 8) for name in ("x", "y", "gx", "gy"))
+        exact = support.Exact(rows, weights, None, None, [F.linear(rows, weights[0]).relu()], y)
+        exact.y.check(y, "y")
+        grads = exact.backward(gy)
+        grads["x"].check(gx, "x.grad")
+        for layer in (0, 1):
+            grads[f"weights[{layer}]"].check(weights[layer].grad, f"weights[{layer}].grad")
+        optimizer.step()
+    assert losses[-1] < losses[0]
