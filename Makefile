@@ -7,8 +7,11 @@ PYTHON3 ?= python3
 # Further arguments for the program that a command runs: make test ARGS="-x -k values"
 ARGS ?=
 
+# The Pythons of environments with another PyTorch, pytest and numpy, for make abi.
+OTHERS ?=
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench build dist clean FORCE
+.PHONY: help demo test lint format bench abi build dist clean FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -43,6 +46,12 @@ format: $(call needs,dev)  ## let ruff sort the imports and lay out the code
 
 bench: $(call needs,torch) build/extension  ## measure the overhead at small sizes
 	PYTHONPATH=. $(PYTHON) benchmarks/overhead.py $(ARGS)
+
+abi: build/extension  ## run the tests of the same binary under other PyTorches, OTHERS="python-a python-b"
+	set -e; for python in $(OTHERS); do \
+	    $$python -c 'import torch; print("PyTorch", torch.__version__)'; \
+	    PYTHONPATH=. $$python -m pytest -q -p no:cacheprovider $(ARGS); \
+	done
 
 build: $(call needs,torch)  ## build the extension in place, even if it seems up to date
 	$(PYTHON) setup.py --quiet build_ext --inplace

@@ -51,6 +51,7 @@ def extension_arguments() -> dict:
         extra_compile_args={
             "cxx": [
                 "-O3",
+                "-g0",  # Python's own flags may ask for debug information
                 "-std=c++20",
                 "-fvisibility=hidden",
                 # The oldest PyTorch whose stable ABI the library asks for: one

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import autograd, checks, reference
+from .checks import DTYPES
 from .ops import NO_TENSOR, below_autograd, carries_tangent, implementation_for
 
 OutputActivation = Literal["relu", "sigmoid", "tanh"]
@@ -128,15 +129,10 @@ def check_empty_biases(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> N
 
 def _list_of_tensors(argument: str, value: object, or_none: bool = False) -> list[Any]:
     kinds = "Tensors or None" if or_none else "Tensors"
-    if isinstance(value, Tensor) or not isinstance(value, Sequence):
-        try:  # an iterator or a ParameterList will do; a Tensor would fall into rows
-            items = None if isinstance(value, Tensor) else list(value)  # type: ignore[call-overload]
-        except TypeError:
-            items = None
-        if items is None:
-            raise TypeError(f"{argument} must be a sequence of {kinds}, got {type(value).__name__}")
-    else:
-        items = list(value)
+    # A Tensor is iterable too, but would fall into its rows.
+    if isinstance(value, Tensor) or not hasattr(value, "__iter__"):
+        raise TypeError(f"{argument} must be a sequence of {kinds}, got {type(value).__name__}")
+    items = list(value)
     for n, item in enumerate(items):
         if not (isinstance(item, Tensor) or (or_none and item is None)):
             raise TypeError(f"{argument}[{n}] must be a Tensor, got {type(item).__name__}")
@@ -157,7 +153,7 @@ def is_served(x: Tensor) -> bool:
     """
     return (
         type(x) in PLAIN
-        and x.dtype in checks.DTYPES
+        and x.dtype in DTYPES
         and x.layout is _strided
         and not _is_any_autocast_enabled()
         and not _are_functorch_transforms_active()
@@ -191,7 +187,7 @@ def has_other_dtype(x: Tensor) -> bool:
 
     PyTorch's own message for a weight of another dtype would not name the argument.
     """
-    return type(x) in PLAIN and x.dtype not in checks.DTYPES and _get_tracing_state() is None
+    return type(x) in PLAIN and x.dtype not in DTYPES and _get_tracing_state() is None
 
 
 def native(
@@ -265,7 +261,7 @@ def loss_and_grads(
         )
     if not (target.is_floating_point() or target.is_complex()):
         target = target.to(x.dtype)
-    with torch.no_grad(), below_autograd():
+    with below_autograd():
         value, grads = implementation_for(x).loss_and_grads(
             x, target, weight_list, present, loss, activation
         )

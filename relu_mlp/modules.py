@@ -10,24 +10,30 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as _module
+from torch.nn import Linear, Parameter, ReLU, Sigmoid, Tanh
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 
 from . import checks, functional
-from .functional import OutputActivation, is_plain
+from .functional import OutputActivation, fused, is_plain, is_served
 from .ops import NO_TENSOR
 
 #: The modules that may follow the last Linear, and the activation each stands for.
 OUTPUT_ACTIVATIONS: dict[type[nn.Module], OutputActivation] = {
-    nn.ReLU: "relu",
-    nn.Sigmoid: "sigmoid",
-    nn.Tanh: "tanh",
+    ReLU: "relu",
+    Sigmoid: "sigmoid",
+    Tanh: "tanh",
 }
 
-# A class whose forward somebody has replaced no longer computes what it did.
-_linear_forward = nn.Linear.forward
-_relu_forward = nn.ReLU.forward
-_sigmoid_forward = nn.Sigmoid.forward
-_tanh_forward = nn.Tanh.forward
+_linear_forward = Linear.forward
+_relu_forward = ReLU.forward
+_sigmoid_forward = Sigmoid.forward
+_tanh_forward = Tanh.forward
+_strided = torch.strided
 
 
 class Run(NamedTuple):
@@ -53,14 +59,15 @@ def _is_patched(state: dict[str, Any]) -> Any:
 def _are_all_patched() -> Any:
     """The same for all modules at once."""
     return (
-        _module._global_forward_hooks
-        or _module._global_forward_pre_hooks
-        or _module._global_backward_hooks
-        or _module._global_backward_pre_hooks
-        or nn.Linear.forward is not _linear_forward
-        or nn.ReLU.forward is not _relu_forward
-        or nn.Sigmoid.forward is not _sigmoid_forward
-        or nn.Tanh.forward is not _tanh_forward
+        _global_forward_hooks
+        or _global_forward_pre_hooks
+        or _global_backward_hooks
+        or _global_backward_pre_hooks
+        # A class whose forward somebody has replaced no longer computes what it did.
+        or Linear.forward is not _linear_forward
+        or ReLU.forward is not _relu_forward
+        or Sigmoid.forward is not _sigmoid_forward
+        or Tanh.forward is not _tanh_forward
     )
 
 
@@ -80,7 +87,7 @@ def find_run(children: Iterable[nn.Module]) -> Run | None:
                 break
             activation = OUTPUT_ACTIVATIONS[kind]
         else:
-            if kind is not nn.Linear:
+            if kind is not Linear:
                 break
             parameters = child.__dict__["_parameters"]
             weight, bias = parameters.get("weight"), parameters.get("bias", child)
@@ -90,7 +97,7 @@ def find_run(children: Iterable[nn.Module]) -> Run | None:
             biases.append(NO_TENSOR if bias is None else bias)
             activation = "none"
         found.append(child)
-        if after_linear and kind is not nn.ReLU:
+        if after_linear and kind is not ReLU:
             break  # nothing can follow in the same run
         after_linear = not after_linear
     if not weights:
@@ -111,12 +118,13 @@ class _Cached(NamedTuple):
     #: (child, its class, its __dict__)
     states: list[tuple[nn.Module, type[nn.Module], dict[str, Any]]]
     #: (the _parameters of a Linear, its weight, its bias)
-    parameters: list[tuple[dict[str, Any], Tensor, Tensor | None]]
+    linears: list[tuple[dict[str, Any], Tensor, Tensor | None]]
 
     def holds(self, children: Iterable[nn.Module]) -> bool:
-        if self.run.children != tuple(children):
+        run, states, linears = self
+        if run.children != tuple(children):
             return False
-        for child, kind, state in self.states:
+        for child, kind, state in states:
             if (
                 type(child) is not kind
                 or state["_forward_hooks"]
@@ -126,14 +134,14 @@ class _Cached(NamedTuple):
                 or "forward" in state
             ):
                 return False
-        for parameters, weight, bias in self.parameters:
+        for parameters, weight, bias in linears:
             if (
                 parameters.get("weight") is not weight
                 or parameters.get("bias", self) is not bias
                 # torch.utils.swap_tensors changes what an object is
-                or type(weight) is not nn.Parameter
-                or weight.layout is not torch.strided
-                or (bias is not None and type(bias) is not nn.Parameter)
+                or type(weight) is not Parameter
+                or weight.layout is not _strided
+                or (type(bias) is not Parameter and bias is not None)
             ):
                 return False
         return True
@@ -146,7 +154,7 @@ class _Cached(NamedTuple):
             [
                 (child._parameters, child.weight, child.bias)
                 for child in run.children
-                if type(child) is nn.Linear
+                if type(child) is Linear
             ],
         )
 
@@ -207,7 +215,7 @@ class ReluMLP(nn.Sequential):
         ]
         children: list[nn.Module] = []
         for size, next_size in itertools.pairwise(sizes):
-            children += [nn.Linear(size, next_size, bias, device=device, dtype=dtype), nn.ReLU()]
+            children += [Linear(size, next_size, bias, device=device, dtype=dtype), ReLU()]
         children.pop()
         children += [
             kind() for kind, name in OUTPUT_ACTIVATIONS.items() if name == output_activation
@@ -246,16 +254,14 @@ class ReluMLP(nn.Sequential):
         return result
 
     def forward(self, input: Tensor) -> Tensor:
-        if functional.is_served(input):
+        if is_served(input):
             cached = self.__dict__.get("_cached")
             if cached is not None and cached.holds(self._modules.values()):
                 run = cached.run
             else:
                 run = self._find_whole_run()
             if run is not None and not _are_all_patched():
-                return functional.fused(
-                    input, run.weights, run.biases, run.activation, self.recompute
-                )
+                return fused(input, run.weights, run.biases, run.activation, self.recompute)
         elif functional.has_other_dtype(input) and input.dim():
             run = self._find_whole_run()
             if run is not None:
@@ -270,7 +276,7 @@ class ReluMLP(nn.Sequential):
             return None
         functional.check_empty_biases(run.weights, run.biases)
         # functional_call lends tensors that must not be kept alive.
-        are_parameters = all(type(p) is nn.Parameter for p in run.weights)
+        are_parameters = all(type(p) is Parameter for p in run.weights)
         if are_parameters and not torch.compiler.is_compiling():
             self.__dict__["_cached"] = _Cached.of(run)
         return run
@@ -295,11 +301,11 @@ class FusedSequential(nn.Sequential):
         position = 0
         while position < len(children):
             run = None
-            if functional.is_served(input) and not _are_all_patched():
+            if is_served(input) and not _are_all_patched():
                 run = find_run(children[position:])
             if run is not None and len(run.weights) >= 2:
                 functional.check_empty_biases(run.weights, run.biases)
-                input = functional.fused(input, run.weights, run.biases, run.activation, False)
+                input = fused(input, run.weights, run.biases, run.activation, False)
                 position += len(run.children)
             else:
                 input = children[position](input)
@@ -321,7 +327,7 @@ def _checked_size(name: str, value: Any) -> int:
         size = operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}") from None
-    if size < 0:  # the class that nn.Linear raises
+    if size < 0:  # the class that Linear raises
         raise RuntimeError(f"{name} must not be negative, got {size}")
     return size
 
@@ -350,7 +356,7 @@ def fuse(model: M) -> M:
     output activation) becomes a `ReluMLP`, one that has such a run among other
     children goes on holding them and serves the run fused. It is the class of
     the object that changes: parameters, `state_dict` keys, names and hooks
-    stay. Subclasses of `nn.Sequential` and of `nn.Linear` stay as they are.
+    stay. Subclasses of `nn.Sequential` and of `Linear` stay as they are.
 
     Args:
         model: any module.

@@ -326,7 +326,7 @@ STAYS = {
     "Linear and ReLU": lambda: nn.Sequential(nn.Linear(3, 3), nn.ReLU()),
     "two Linears": lambda: nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3)),
     "leaky": lambda: nn.Sequential(nn.Linear(3, 4), nn.LeakyReLU(0.5), nn.Linear(4, 3)),
-    "sigmoid between": lambda: nn.Sequential(nn.Linear(3, 4), nn.Hardtanh(), nn.Linear(4, 3)),
+    "hardtanh": lambda: nn.Sequential(nn.Linear(3, 4), nn.Hardtanh(), nn.Linear(4, 3)),
     "ReLU6": lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU6(), nn.Linear(4, 3)),
     "dropout": lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Dropout(0.5), nn.Linear(4, 3)),
     "subclass of Linear": lambda: nn.Sequential(MyLinear(3, 4), nn.ReLU(), nn.Linear(4, 3)),
