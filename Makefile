@@ -13,6 +13,8 @@ OTHERS ?=
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format bench abi build dist clean FORCE
 .NOTPARALLEL:
+# ninja would look there for a jobserver that nobody passes on to it.
+unexport MAKEFLAGS
 .DELETE_ON_ERROR:
 
 # $(call needs,EXTRA) is what must be there before a command runs: a PyTorch

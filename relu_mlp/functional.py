@@ -128,11 +128,13 @@ def check_empty_biases(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> N
 
 
 def _list_of_tensors(argument: str, value: object, or_none: bool = False) -> list[Any]:
-    kinds = "Tensors or None" if or_none else "Tensors"
     # A Tensor is iterable too, but would fall into its rows.
     if isinstance(value, Tensor) or not hasattr(value, "__iter__"):
+        kinds = "Tensors or None" if or_none else "Tensors"
         raise TypeError(f"{argument} must be a sequence of {kinds}, got {type(value).__name__}")
     items = list(value)
+    if PLAIN.issuperset(map(type, items)):  # the usual case, at the speed of C
+        return items
     for n, item in enumerate(items):
         if not (isinstance(item, Tensor) or (or_none and item is None)):
             raise TypeError(f"{argument}[{n}] must be a Tensor, got {type(item).__name__}")
@@ -179,7 +181,7 @@ def fused(
         call = (implementation, activation, recompute, len(weights))
         return autograd.apply(call, x, *weights, *biases)[0]
     with below_autograd():
-        return implementation.forward(x, weights, biases, activation, False)[0]
+        return implementation.relu_mlp(x, weights, biases, activation)
 
 
 def has_other_dtype(x: Tensor) -> bool:
@@ -254,12 +256,14 @@ def loss_and_grads(
     weight_list, present = checked_parameters(x, weights, biases)
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a Tensor, got {type(target).__name__}")
-    if _are_functorch_transforms_active() or carries_tangent(x, target, weight_list, present):
+    if _are_functorch_transforms_active() or (
+        forward_ad._current_level >= 0 and carries_tangent(x, target, weight_list, present)
+    ):
         raise RuntimeError(
             "loss_and_grads has no derivative, and is called under a functorch transform or with "
             "a forward-mode tangent. Differentiate a loss of relu_mlp(...) instead."
         )
-    if not (target.is_floating_point() or target.is_complex()):
+    if target.dtype is not x.dtype and not (target.is_floating_point() or target.is_complex()):
         target = target.to(x.dtype)
     with below_autograd():
         value, grads = implementation_for(x).loss_and_grads(
@@ -268,9 +272,7 @@ def loss_and_grads(
     grad_weights = tuple(grads[: len(weight_list)])
     if biases is None:
         return LossAndGrads(value, grad_weights, None)
-    grad_biases = zip(present, grads[len(weight_list) :], strict=True)
-    return LossAndGrads(
-        value,
-        grad_weights,
-        tuple([None if bias is NO_TENSOR else grad for bias, grad in grad_biases]),
-    )
+    grad_biases = [
+        None if bias is NO_TENSOR else grads[n] for n, bias in enumerate(present, len(weight_list))
+    ]
+    return LossAndGrads(value, grad_weights, tuple(grad_biases))

@@ -76,8 +76,10 @@ if LIBRARY_PATH is None:
 
 
 class Implementation(Protocol):
-    """What serves a call: three functions with the signatures of the operators."""
+    """What serves a call: functions with the signatures of the operators."""
 
+    @property
+    def relu_mlp(self) -> Callable[..., Tensor]: ...
     @property
     def forward(self) -> Callable[..., tuple[Tensor, list[Tensor]]]: ...
     @property
@@ -92,6 +94,7 @@ class Extension:
     `_op` is what `OpOverload.__call__` calls; to name it saves a microsecond.
     """
 
+    relu_mlp = torch.ops.relu_mlp.relu_mlp.default._op
     forward = torch.ops.relu_mlp.forward.default._op
     backward = torch.ops.relu_mlp.backward.default._op
     loss_and_grads = torch.ops.relu_mlp.loss_and_grads.default._op
@@ -261,16 +264,7 @@ def _(
 # -- Devices that the library has no kernels for: the reference ----------------
 
 
-def _relu_mlp(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    output_activation: str = "none",
-) -> Tensor:
-    return reference.forward(x, weights, biases, output_activation, False)[0]
-
-
-_library.impl("relu_mlp", _relu_mlp, "CompositeExplicitAutograd")
+_library.impl("relu_mlp", reference.relu_mlp, "CompositeExplicitAutograd")
 _library.impl("forward", reference.forward, "CompositeExplicitAutograd")
 _library.impl("backward", reference.backward, "CompositeExplicitAutograd")
 _library.impl("loss_and_grads", reference.loss_and_grads, "CompositeExplicitAutograd")

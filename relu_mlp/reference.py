@@ -17,8 +17,8 @@ and its backward pass carries delta_l = d loss / d z_l downwards:
 phi' is written in terms of y, so no z is kept. The mask of the ReLU selects
 and does not multiply: an infinite gradient at a unit that is off gives 0.
 
-The functions have the signatures of the operators ``relu_mlp::forward``,
-``relu_mlp::backward`` and ``relu_mlp::loss_and_grads``, and stand in for them.
+The functions have the signatures of the operators ``relu_mlp::relu_mlp``,
+``forward``, ``backward`` and ``loss_and_grads``, and stand in for them.
 They are made of differentiable operations: the second derivative is the
 derivative of `backward`. In the code, layers are counted from 0.
 """
@@ -113,6 +113,16 @@ def forward(
         # Not a view in autograd's eyes, so that y may be changed in place.
         y = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
     return y, hidden if save_hidden else []
+
+
+def relu_mlp(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    output_activation: str = "none",
+) -> Tensor:
+    """The forward pass where there will be no backward pass."""
+    return forward(x, weights, biases, output_activation, False)[0]
 
 
 def lowest_layer(needs: str) -> int:

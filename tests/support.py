@@ -198,7 +198,9 @@ def count_calls() -> Iterator[dict[str, int]]:
     class Mode(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             name = func._schema.name
-            if name.startswith("relu_mlp::") and name.removeprefix("relu_mlp::") in counts:
+            if name == "relu_mlp::relu_mlp":  # the forward pass of inference
+                counts["forward"] += 1
+            elif name.startswith("relu_mlp::") and name.removeprefix("relu_mlp::") in counts:
                 counts[name.removeprefix("relu_mlp::")] += 1
             elif name in ("aten::addmm", "aten::mm", "aten::linear", "aten::bmm") and not inside[0]:
                 counts["native"] += 1
