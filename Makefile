@@ -49,10 +49,11 @@ format: $(call needs,dev)  ## let ruff sort the imports and lay out the code
 bench: $(call needs,torch) build/extension  ## measure the overhead at small sizes
 	PYTHONPATH=. $(PYTHON) benchmarks/overhead.py $(ARGS)
 
+# -W default: what PyTorch deprecates differs from one to the next.
 abi: build/extension  ## run the tests of the same binary under other PyTorches, OTHERS="python-a python-b"
 	set -e; for python in $(OTHERS); do \
 	    $$python -c 'import torch; print("PyTorch", torch.__version__)'; \
-	    PYTHONPATH=. $$python -m pytest -q -p no:cacheprovider $(ARGS); \
+	    PYTHONPATH=. $$python -m pytest -q -p no:cacheprovider -W default $(ARGS); \
 	done
 
 build: $(call needs,torch)  ## build the extension in place, even if it seems up to date
