@@ -125,7 +125,7 @@ class _Cached(NamedTuple):
         if run.children != tuple(children):
             return False
         for child, kind, state in states:
-            if (
+            if (  # _is_patched, without the price of a call
                 type(child) is not kind
                 or state["_forward_hooks"]
                 or state["_forward_pre_hooks"]
@@ -276,7 +276,10 @@ class ReluMLP(nn.Sequential):
             return None
         functional.check_empty_biases(run.weights, run.biases)
         # functional_call lends tensors that must not be kept alive.
-        are_parameters = all(type(p) is Parameter for p in run.weights)
+        are_parameters = all(
+            type(tensor) is Parameter or tensor is NO_TENSOR
+            for tensor in (*run.weights, *run.biases)
+        )
         if are_parameters and not torch.compiler.is_compiling():
             self.__dict__["_cached"] = _Cached.of(run)
         return run

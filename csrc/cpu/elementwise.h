@@ -95,9 +95,17 @@ void column_sums(
     Matrix<const T> m,
     int64_t begin,
     int64_t end) {
+  const bool contiguous_rows = m.col_stride == 1;
   for (int64_t i = begin; i < end; ++i) {
-    for (int64_t j = 0; j < m.cols; ++j) {
-      sums[j] += double(m.at(i, j));
+    const T* const row = m.row(i);
+    if (contiguous_rows) { // a stride known here makes this vector code
+      for (int64_t j = 0; j < m.cols; ++j) {
+        sums[j] += double(row[j]);
+      }
+    } else {
+      for (int64_t j = 0; j < m.cols; ++j) {
+        sums[j] += double(row[j * m.col_stride]);
+      }
     }
   }
 }
