@@ -7,6 +7,7 @@ that is cached, and a call follows it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from operator import itemgetter
@@ -151,16 +152,14 @@ def _relu_mlp_autograd(
     output_activation: str = "none",
 ) -> Tensor:
     """The derivative of the operator for people, `torch.ops.relu_mlp.relu_mlp`."""
-    if ops.is_differentiated(x, weights, biases):
+    if weights and ops.is_differentiated(x, weights, biases):
         call: Call = (ops.extension, output_activation, False, len(weights))
-        biases = (
-            [  # one that stands for a missing bias has no gradient
-                bias if bias.numel() or bias.shape == weight.shape[:1] else bias.detach()
-                for weight, bias in zip(weights, biases)  # noqa: B905  forward checks the lengths
-            ]
-            + list(biases[len(weights) :])
-        )
-        return apply(call, x, *weights, *biases)[0]
+        # One that stands for a missing bias has no gradient.
+        present = [
+            bias if bias.numel() or bias.shape == weight.shape[:1] else bias.detach()
+            for weight, bias in itertools.zip_longest(weights, biases, fillvalue=weights[0])
+        ]
+        return apply(call, x, *weights, *present[: len(biases)])[0]
     with below_autograd():
         return torch.ops.relu_mlp.relu_mlp.default(x, weights, biases, output_activation)
 

@@ -237,6 +237,15 @@ def layers_of(net: Sequence[torch.nn.Module]) -> tuple[list[Tensor], list[Tensor
     return [m.weight for m in linears], [m.bias for m in linears]
 
 
+def integers_(module):
+    """Integers from -2 to 2 for every parameter, the same ones in every network alike."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randint(-2, 3, parameter.shape))
+    return module
+
+
 def twins(in_features, hidden, out_features, seed=0, **arguments):
     """A ReluMLP and the nn.Sequential that it stands for, with equal parameters of their own."""
     torch.manual_seed(seed)

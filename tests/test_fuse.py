@@ -18,14 +18,6 @@ import support
 from relu_mlp import ReluMLP, fuse
 
 
-def integers_(module):
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(torch.randint(-2, 3, parameter.shape))
-    return module
-
-
 def mlp(*sizes, inplace=False, last=()):
     children = []
     for n_in, n_out in itertools.pairwise(sizes):
@@ -50,7 +42,7 @@ def run(module, x):
 
 def fused_like(model, x, runs):
     """Fuses the model; it answers as before, by `runs` operators each way."""
-    integers_(model)
+    support.integers_(model)
     expected = run(model, x)
     names = [name for name, _ in model.named_modules()]
     modules, keys = list(model.modules()), list(model.state_dict())
@@ -117,7 +109,7 @@ def test_inputs_of_any_rank(backend, rank):
 def test_one_relu_used_again_and_no_bias(backend):
     relu = nn.ReLU()
     model = nn.Sequential(nn.Linear(3, 6, bias=False), relu, nn.Linear(6, 5), relu, nn.Linear(5, 4))
-    integers_(model)
+    support.integers_(model)
     x = integer_input(7, 3)
     expected = run(model, x)
     assert type(fuse(model)) is ReluMLP
@@ -188,7 +180,7 @@ def test_slices_of_a_longer_one_are_plain(make):
 
 
 def test_checkpoints_and_copies_of_a_longer_one(backend, tmp_path):
-    model, x = integers_(convolutional().eval()), integer_input(7, 1, 4, 4)
+    model, x = support.integers_(convolutional().eval()), integer_input(7, 1, 4, 4)
     expected = run(model, x)
     torch.save(fuse(model).state_dict(), tmp_path / "state.pt")
     torch.save(model, tmp_path / "model.pt")
@@ -207,7 +199,7 @@ def test_checkpoints_and_copies_of_a_longer_one(backend, tmp_path):
 def test_children_edited_after_fuse(backend, edit):
     def change(model):
         if edit == "append":
-            model.append(nn.ReLU()).append(integers_(nn.Linear(4, 2)))
+            model.append(nn.ReLU()).append(support.integers_(nn.Linear(4, 2)))
         elif edit == "delete":
             del model[6]  # the dropout: two Linears in a row
         elif edit == "insert":
@@ -215,7 +207,7 @@ def test_children_edited_after_fuse(backend, edit):
         else:
             model[8] = nn.GELU()
 
-    model, x = integers_(convolutional()), integer_input(7, 1, 4, 4)
+    model, x = support.integers_(convolutional()), integer_input(7, 1, 4, 4)
     native = copy.deepcopy(model)
     run(fuse(model), x)
     change(model)
@@ -280,7 +272,7 @@ def test_shared_layers(backend):
     tied = nn.Linear(3, 3)
     tied.weight = layer.weight
     model = nn.Sequential(layer, nn.ReLU(), layer, nn.ReLU(), tied)
-    integers_(model)
+    support.integers_(model)
     x = integer_input(7, 3)
     expected = run(model, x)
     with support.count_calls() as calls:
@@ -398,7 +390,7 @@ def test_hooks_and_mode_of_the_sequential_are_kept(backend, make, training):
 @pytest.mark.parametrize("position", [0, 1, 2])
 @pytest.mark.parametrize("longer", [False, True])
 def test_hooks_on_children_are_honoured(backend, longer, position, when):
-    model = integers_(nn.Sequential(*mlp(3, 6, 4), *([nn.Identity()] if longer else [])))
+    model = support.integers_(nn.Sequential(*mlp(3, 6, 4), *([nn.Identity()] if longer else [])))
     x = integer_input(7, 3)
     if when == "after":
         fuse(model)
@@ -426,7 +418,7 @@ def test_hooks_on_children_are_honoured(backend, longer, position, when):
 
 @pytest.mark.parametrize("name", ["SGD", "Adam"])
 def test_an_optimizer_made_before(backend, name):
-    model = integers_(nn.Sequential(nn.Flatten(), *mlp(3, 6, 4)))
+    model = support.integers_(nn.Sequential(nn.Flatten(), *mlp(3, 6, 4)))
     native = copy.deepcopy(model)
     x = integer_input(7, 3)
     for module in (model, native):

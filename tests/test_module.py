@@ -24,18 +24,9 @@ from relu_mlp import ReluMLP
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 
 
-def integers_(module):
-    """Integers from -2 to 2 for every parameter, the same ones in every network alike."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(torch.randint(-2, 3, parameter.shape))
-    return module
-
-
 def pair(in_features=3, hidden=(6, 5), out_features=4, **arguments):
     net, sequential = support.twins(in_features, hidden, out_features, **arguments)
-    return integers_(net), integers_(sequential)
+    return support.integers_(net), support.integers_(sequential)
 
 
 def integer_input(*shape, dtype=torch.float32):
@@ -212,9 +203,9 @@ def test_recompute_is_an_attribute(backend):
 def test_dtype_argument_and_conversions(backend, dtype):
     # Below 2^8 every integer is exact in bfloat16: a narrow network stays there.
     made, native = pair(2, (3,), 2, dtype=dtype)
-    converted = integers_(ReluMLP(2, (3,), 2)).to(dtype)
+    converted = support.integers_(ReluMLP(2, (3,), 2)).to(dtype)
     by_name = {torch.float64: "double", torch.float32: "float", torch.bfloat16: "bfloat16"}
-    named = getattr(integers_(ReluMLP(2, (3,), 2)), by_name.get(dtype, "half"))()
+    named = getattr(support.integers_(ReluMLP(2, (3,), 2)), by_name.get(dtype, "half"))()
     for net in (made, converted, named):
         assert all(p.dtype == dtype for p in net.parameters())
         same_as_native(net, native, fused=1, x=integer_input(3, 2, dtype=dtype))
@@ -310,7 +301,7 @@ def test_copies(backend, way):
     same_as_native(other, sequential, fused=1)
     with torch.no_grad():
         other[0].weight += 1
-        changed = sequential if way == "copy" else integers_(copy.deepcopy(sequential))
+        changed = sequential if way == "copy" else support.integers_(copy.deepcopy(sequential))
         changed[0].weight += 1
     same_as_native(other, changed, fused=1)
     # the original follows a shallow copy, which has the same children, and no other
@@ -320,7 +311,7 @@ def test_copies(backend, way):
 def test_a_shallow_copy_replaces_children_as_that_of_a_sequential(backend):
     net, sequential = pair()
     other, native = copy.copy(net), copy.copy(sequential)
-    new = integers_(nn.Linear(5, 4))
+    new = support.integers_(nn.Linear(5, 4))
     other[4] = native[4] = new
     same_as_native(net, sequential, fused=1)
     same_as_native(other, native, fused=1)
@@ -443,15 +434,15 @@ def delete_first_layer(net):
 
 def append(net):
     net.append(nn.ReLU())
-    net.append(integers_(nn.Linear(4, 2)))
+    net.append(support.integers_(nn.Linear(4, 2)))
 
 
 def append_linear(net):
-    net.append(integers_(nn.Linear(4, 2)))
+    net.append(support.integers_(nn.Linear(4, 2)))
 
 
 def insert(net):
-    net.insert(0, integers_(nn.Linear(3, 3)))
+    net.insert(0, support.integers_(nn.Linear(3, 3)))
     net.insert(1, nn.ReLU())
 
 
@@ -460,11 +451,11 @@ def insert_flatten(net):
 
 
 def replace(net):
-    net[2] = integers_(nn.Linear(6, 5, bias=False))
+    net[2] = support.integers_(nn.Linear(6, 5, bias=False))
 
 
 def replace_by_name(net):
-    setattr(net, "4", integers_(nn.Linear(5, 1)))
+    setattr(net, "4", support.integers_(nn.Linear(5, 1)))
 
 
 def add_module(net):
@@ -472,7 +463,7 @@ def add_module(net):
 
 
 def extend(net):
-    net.extend([nn.ReLU(), integers_(nn.Linear(4, 4))])
+    net.extend([nn.ReLU(), support.integers_(nn.Linear(4, 4))])
 
 
 def empty(net):
@@ -515,7 +506,7 @@ def test_concatenation_and_repetition(backend):
 
 
 def test_from_sequential_shares_parameters(backend):
-    sequential = integers_(
+    sequential = support.integers_(
         nn.Sequential(
             nn.Linear(3, 6), nn.ReLU(inplace=True), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)
         )
@@ -537,7 +528,7 @@ def test_from_sequential_with_names_and_one_relu_reused(backend, activation):
     children["third"] = nn.Linear(5, 4, bias=False)
     if activation:
         children["out"] = activation()
-    sequential = integers_(nn.Sequential(OrderedDict(children)))
+    sequential = support.integers_(nn.Sequential(OrderedDict(children)))
     net = ReluMLP.from_sequential(sequential)
     assert list(net._modules) == list(children)
     x = integer_input(7, 3)
@@ -739,9 +730,9 @@ class SubclassedLinear(nn.Linear):
 
 def replacements():
     return {
-        "subclass of Linear": (2, lambda: integers_(Doubled(6, 5))),
-        "empty subclass of Linear": (2, lambda: integers_(SubclassedLinear(6, 5))),
-        "subclass at the end": (4, lambda: integers_(Doubled(5, 4))),
+        "subclass of Linear": (2, lambda: support.integers_(Doubled(6, 5))),
+        "empty subclass of Linear": (2, lambda: support.integers_(SubclassedLinear(6, 5))),
+        "subclass at the end": (4, lambda: support.integers_(Doubled(5, 4))),
         "leaky": (1, lambda: nn.LeakyReLU(0.5)),
         "dropout": (3, lambda: nn.Dropout(0.5)),
         "identity": (1, lambda: nn.Identity()),

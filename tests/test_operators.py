@@ -694,3 +694,20 @@ def test_operator_for_people_makes_one_call_each_way(network):
     with torch.no_grad(), support.count_calls() as counts:
         R.relu_mlp(*call)
     assert counts["native"] == counts["backward"] == 0
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize(
+    ("layers", "biases", "words"),
+    [
+        (0, 0, "weights must have at least one entry, got none"),
+        (2, 1, "one entry for each of the 2 weights, got 1"),
+        (2, 3, "one entry for each of the 2 weights, got 3"),
+    ],
+)
+def test_lists_of_wrong_length(layers, biases, words, requires_grad):
+    def tensors(count, *shape):
+        return [torch.ones(shape, requires_grad=requires_grad) for _ in range(count)]
+
+    with pytest.raises(RuntimeError, match=words):
+        R.relu_mlp(*tensors(1, 5, 3), tensors(layers, 3, 3), tensors(biases, 3))
