@@ -11,7 +11,7 @@ ARGS ?=
 OTHERS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench abi build dist clean FORCE
+.PHONY: help demo test lint format bench overhead abi build dist clean FORCE
 .NOTPARALLEL:
 # ninja would look there for a jobserver that nobody passes on to it.
 unexport MAKEFLAGS
@@ -46,7 +46,10 @@ format: $(call needs,dev)  ## let ruff sort the imports and lay out the code
 	$(PYTHON) -m ruff check --fix
 	$(PYTHON) -m ruff format
 
-bench: $(call needs,torch) build/extension  ## measure the overhead at small sizes
+bench: $(call needs,bench) build/extension  ## measure, about 15 minutes; writes benchmarks/results; ARGS=--quick tries it out
+	PYTHONPATH=. $(PYTHON) benchmarks/suite.py $(ARGS)
+
+overhead: $(call needs,torch) build/extension  ## measure what a call costs where there is next to nothing to compute
 	PYTHONPATH=. $(PYTHON) benchmarks/overhead.py $(ARGS)
 
 # -W default: what PyTorch deprecates differs from one to the next.

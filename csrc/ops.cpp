@@ -4,7 +4,9 @@
 
 #include <algorithm>
 
+#include "cpu/isa.h"
 #include "cpu/mlp.h"
+#include "cpu/strategy.h"
 #include "stack.h"
 #include "tensor.h"
 
@@ -161,6 +163,21 @@ void differentiable(StableIValue* stack, uint64_t, uint64_t) {
       checked_forward(x, weights, biases, output_activation, false).y);
 }
 
+void check_output_like(
+    const char* name,
+    const Tensor& tensor,
+    const Tensor& x,
+    const std::vector<Tensor>& weights) {
+  std::vector<int64_t> expected(x.sizes(), x.sizes() + x.dim());
+  expected.back() = weights.back().size(0);
+  if (!std::equal(expected.begin(), expected.end(), tensor.sizes(),
+                  tensor.sizes() + tensor.dim())) {
+    fail(name, " must have the output's shape ", shape(expected), ", got ",
+         shape(tensor));
+  }
+  check_like_x(tensor, x, name);
+}
+
 void check_operand(
     const Tensor& tensor,
     const Tensor& grad_output,
@@ -252,11 +269,8 @@ cpu::Saved unpack(
   return result;
 }
 
-void backward(StableIValue* stack, uint64_t, uint64_t) {
-  const auto grad_output = take<Tensor>(stack[0]);
-  const auto saved = take<std::vector<Tensor>>(stack[1]);
-  const auto output_activation = take<std::string>(stack[2]);
-  const auto flags = take<std::string>(stack[3]);
+// What both backward operators check of needs and grad_output.
+void check_backward(const std::string& flags, const Tensor& grad_output) {
   if (flags.size() < 3 || flags.size() % 2 == 0 ||
       flags.find_first_not_of("01") != std::string::npos) {
     fail("relu_mlp::backward: needs must be 1 + 2 L characters '0' or '1', "
@@ -266,6 +280,26 @@ void backward(StableIValue* stack, uint64_t, uint64_t) {
     fail("relu_mlp::backward: grad_output must have at least one dimension, "
          "got shape ()");
   }
+}
+
+// The gradients that were asked for, that of x in the shape of x.
+StableIValue give_needed(
+    cpu::Gradients gradients,
+    const Needs& needs,
+    const Tensor& grad_output) {
+  if (needs.x()) {
+    gradients[0] = with_leading_sizes(std::move(gradients[0]), grad_output);
+  }
+  std::erase_if(gradients, [](const Tensor& grad) { return !grad.get(); });
+  return give(std::move(gradients));
+}
+
+void backward(StableIValue* stack, uint64_t, uint64_t) {
+  const auto grad_output = take<Tensor>(stack[0]);
+  const auto saved = take<std::vector<Tensor>>(stack[1]);
+  const auto output_activation = take<std::string>(stack[2]);
+  const auto flags = take<std::string>(stack[3]);
+  check_backward(flags, grad_output);
   const Needs needs{flags};
   if (needs.lowest_layer() == needs.layers()) {
     stack[0] = give(std::vector<Tensor>{});
@@ -276,14 +310,32 @@ void backward(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor& grad_matrix = as_matrix(grad_output, grad_holder);
   const cpu::Saved operands =
       unpack(saved, grad_matrix, activation, needs, x_holder, y_holder);
+  stack[0] = give_needed(
+      cpu::backward(grad_matrix, operands, activation, needs), needs,
+      grad_output);
+}
 
-  cpu::Gradients gradients =
-      cpu::backward(grad_matrix, operands, activation, needs);
-  if (needs.x()) {
-    gradients[0] = with_leading_sizes(std::move(gradients[0]), grad_output);
+void recompute_backward(StableIValue* stack, uint64_t, uint64_t) {
+  const auto grad_output = take<Tensor>(stack[0]);
+  const auto x = take<Tensor>(stack[1]);
+  const auto weights = take<std::vector<Tensor>>(stack[2]);
+  const auto biases = take<std::vector<Tensor>>(stack[3]);
+  const auto output_activation = take<std::string>(stack[4]);
+  const auto flags = take<std::string>(stack[5]);
+  check_layers(x, weights, biases);
+  check_backward(flags, grad_output);
+  const Needs needs{flags};
+  if (needs.layers() != weights.size()) {
+    fail("relu_mlp::recompute_backward: needs must have ",
+         1 + 2 * weights.size(), " characters, got '", flags, "'");
   }
-  std::erase_if(gradients, [](const Tensor& grad) { return !grad.get(); });
-  stack[0] = give(std::move(gradients));
+  check_output_like("grad_output", grad_output, x, weights);
+  Tensor grad_holder, x_holder;
+  stack[0] = give_needed(
+      cpu::recompute_backward(
+          as_matrix(grad_output, grad_holder), as_matrix(x, x_holder), weights,
+          biases, parse_activation(output_activation), needs),
+      needs, grad_output);
 }
 
 void loss_and_grads(StableIValue* stack, uint64_t, uint64_t) {
@@ -294,14 +346,7 @@ void loss_and_grads(StableIValue* stack, uint64_t, uint64_t) {
   const auto loss = take<std::string>(stack[4]);
   const auto output_activation = take<std::string>(stack[5]);
   check_layers(x, weights, biases);
-  std::vector<int64_t> expected(x.sizes(), x.sizes() + x.dim());
-  expected.back() = weights.back().size(0);
-  if (!std::equal(expected.begin(), expected.end(), target.sizes(),
-                  target.sizes() + target.dim())) {
-    fail("target must have the output's shape ", shape(expected), ", got ",
-         shape(target));
-  }
-  check_like_x(target, x, "target");
+  check_output_like("target", target, x, weights);
 
   Tensor x_holder, target_holder;
   cpu::LossAndGradients result = cpu::loss_and_grads(
@@ -332,17 +377,39 @@ std::string build_info() {
 #endif
   text << "oldest_torch: " << ((TORCH_TARGET_VERSION >> 56) & 0xff) << '.'
        << ((TORCH_TARGET_VERSION >> 48) & 0xff) << '\n';
-#if defined(__AVX512F__)
-  text << "instruction_set: avx512\n";
-#elif defined(__AVX2__)
-  text << "instruction_set: avx2\n";
-#elif defined(__x86_64__) || defined(_M_X64)
-  text << "instruction_set: sse2\n";
-#elif defined(__aarch64__)
-  text << "instruction_set: neon\n";
-#else
-  text << "instruction_set: baseline\n";
-#endif
+  text << "instruction_sets:";
+  for (const std::string& name : cpu::compiled_instruction_sets()) {
+    text << ' ' << name;
+  }
+  text << "\ninstruction_set: " << cpu::chosen_instruction_set().name << '\n';
+  return text.str();
+}
+
+// For tests: which instruction sets there are to choose from, and the choice.
+std::string supported_instruction_sets() {
+  std::string text;
+  for (const std::string& name : cpu::supported_instruction_sets()) {
+    text += (text.empty() ? "" : " ") + name;
+  }
+  return text;
+}
+
+void choose_instruction_set(std::string name) {
+  if (!cpu::choose_instruction_set(name)) {
+    fail("name must be one of '", supported_instruction_sets(), "', got '",
+         name, "'");
+  }
+}
+
+// For tests: how a call would be served, as lines of "key: value".
+std::string strategy(
+    int64_t rows,
+    std::vector<int64_t> widths,
+    bool is_narrow) {
+  const cpu::Strategy s = cpu::choose_strategy(rows, widths, is_narrow);
+  std::ostringstream text;
+  text << "products: " << (s.library ? "library" : "own") << "\nblock: "
+       << s.block << "\nchunk: " << s.chunk << "\nchunks: " << s.chunks << '\n';
   return text.str();
 }
 
@@ -364,6 +431,10 @@ STABLE_TORCH_LIBRARY(relu_mlp, m) {
   m.def(
       "backward(Tensor grad_output, Tensor[] saved, str output_activation, "
       "str needs) -> Tensor[]");
+  // The same from x and the parameters, for those who kept nothing else.
+  m.def(
+      "recompute_backward(Tensor grad_output, Tensor x, Tensor[] weights, "
+      "Tensor[] biases, str output_activation, str needs) -> Tensor[]");
   // The gradients are those of the weights, then one for every entry of
   // biases: without elements, where the entry has none.
   m.def(
@@ -371,15 +442,25 @@ STABLE_TORCH_LIBRARY(relu_mlp, m) {
       "Tensor[] biases, str loss, str output_activation) "
       "-> (Tensor, Tensor[])");
   m.def("_build_info() -> str");
+  m.def("_supported_instruction_sets() -> str");
+  m.def("_choose_instruction_set(str name) -> ()");
+  m.def("_strategy(int rows, int[] widths, bool is_narrow) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(relu_mlp, CompositeExplicitAutograd, m) {
   m.impl("_build_info", TORCH_BOX(&relu_mlp::build_info));
+  m.impl(
+      "_supported_instruction_sets",
+      TORCH_BOX(&relu_mlp::supported_instruction_sets));
+  m.impl(
+      "_choose_instruction_set", TORCH_BOX(&relu_mlp::choose_instruction_set));
+  m.impl("_strategy", TORCH_BOX(&relu_mlp::strategy));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(relu_mlp, CPU, m) {
   m.impl("relu_mlp", &relu_mlp::differentiable);
   m.impl("forward", &relu_mlp::forward);
   m.impl("backward", &relu_mlp::backward);
+  m.impl("recompute_backward", &relu_mlp::recompute_backward);
   m.impl("loss_and_grads", &relu_mlp::loss_and_grads);
 }

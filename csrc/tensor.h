@@ -210,6 +210,20 @@ Matrix<T> matrix(const Tensor& tensor) {
       sizes[1] <= 1 ? 1 : strides[1]};
 }
 
+// The number of the dtype that T is stored as.
+template <typename T>
+int32_t dtype_number() {
+  if constexpr (std::is_same_v<T, float>) {
+    return aoti_torch_dtype_float32();
+  } else if constexpr (std::is_same_v<T, double>) {
+    return aoti_torch_dtype_float64();
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    return aoti_torch_dtype_bfloat16();
+  } else {
+    return aoti_torch_dtype_float16();
+  }
+}
+
 // Calls f<T>() with the C++ type that `dtype` stands for.
 template <typename F>
 auto dispatch(int32_t dtype, const F& f) {
@@ -223,17 +237,6 @@ auto dispatch(int32_t dtype, const F& f) {
     return f.template operator()<Half>();
   }
   fail("relu_mlp: no kernel for this dtype");
-}
-
-// Calls f(begin, end) for ranges that cover [0, count), on PyTorch's threads
-// if there are more than `grain` elements.
-template <typename F>
-void parallel_for(int64_t count, int64_t grain, const F& f) {
-  if (count <= grain) {
-    f(int64_t(0), count);
-  } else {
-    torch::stable::parallel_for(0, count, grain, f);
-  }
 }
 
 } // namespace relu_mlp

@@ -105,11 +105,6 @@ class MLP(torch.autograd.Function):
         call, plan, y_shape = ctx.remembered
         implementation, output_activation, recompute, layers = call
         saved = ctx.saved_tensors
-        if recompute:
-            x, weights, biases = saved[0], saved[1 : 1 + layers], saved[1 + layers :]
-            y, *hidden = _forward_again(call, x, weights, biases)
-            saved = plan.kept((x, y, *weights, *hidden))
-
         reached = [grad for grad in grad_hidden if grad is not None]
         if reached or grad_output is None or _is_grad_enabled():
             # A second derivative is or was asked for: the reference is made of
@@ -118,9 +113,17 @@ class MLP(torch.autograd.Function):
                 if not reached:
                     return (None,) * len(ctx.needs_input_grad)
                 grad_output = reached[0].new_zeros(y_shape)
+            if recompute:
+                saved = plan.kept(_forward_again(call, *saved))
             grads = reference.backward(
                 grad_output, saved, output_activation, plan.needs, grad_hidden
             )
+        elif recompute:
+            x, weights, biases = saved[0], saved[1 : 1 + layers], saved[1 + layers :]
+            with below_autograd():
+                grads = implementation.recompute_backward(
+                    grad_output, x, weights, biases, output_activation, plan.needs
+                )
         else:
             with below_autograd():
                 grads = implementation.backward(grad_output, saved, output_activation, plan.needs)
@@ -132,17 +135,17 @@ class MLP(torch.autograd.Function):
 apply = super(torch.autograd.Function, MLP).apply
 
 
-def _forward_again(
-    call: Call, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
-    """y and the hidden activations; differentiable if gradients are enabled."""
+def _forward_again(call: Call, x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+    """(x, y, *weights, *hidden), with a graph of their own if gradients are enabled."""
     implementation, output_activation, _, layers = call
+    weights, biases = parameters[:layers], parameters[layers:]
     if _is_grad_enabled():
         again: Call = (implementation, output_activation, False, layers)
-        return apply(again, x, *weights, *biases)
-    with below_autograd():
-        y, hidden = implementation.forward(x, weights, biases, output_activation, True)
-    return (y, *hidden)
+        y, *hidden = apply(again, x, *parameters)
+    else:
+        with below_autograd():
+            y, hidden = implementation.forward(x, weights, biases, output_activation, True)
+    return (x, y, *weights, *hidden)
 
 
 def _relu_mlp_autograd(

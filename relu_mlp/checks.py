@@ -71,9 +71,9 @@ def check_chain(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) 
             check_like_x(f"biases[{layer}]", bias, x)
 
 
-def check_target(target: Tensor, x: Tensor, shape: torch.Size) -> None:
-    if target.shape != shape:
+def check_like_output(name: str, tensor: Tensor, x: Tensor, shape: torch.Size) -> None:
+    if tensor.shape != shape:
         raise RuntimeError(
-            f"target must have the output's shape {tuple(shape)}, got {tuple(target.shape)}"
+            f"{name} must have the output's shape {tuple(shape)}, got {tuple(tensor.shape)}"
         )
-    check_like_x("target", target, x)
+    check_like_x(name, tensor, x)

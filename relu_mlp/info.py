@@ -44,7 +44,6 @@ def build_info() -> BuildInfo:
     name = ops.current_backend()
     has_library = ops.LIBRARY_PATH is not None
     without_kernels = "nothing" if name == "extension" else "reference"
-    instruction_set = built.get("instruction_set")
     return BuildInfo(
         relu_mlp=__version__,
         torch=torch.__version__,
@@ -56,7 +55,7 @@ def build_info() -> BuildInfo:
         problem=None if has_library else f"{ops.LIBRARY_PROBLEM}. {ops.REMEDY}",
         compiler=built.get("compiler"),
         oldest_torch=built.get("oldest_torch"),
-        instruction_sets=(instruction_set,) if instruction_set else (),
-        instruction_set=instruction_set,
+        instruction_sets=tuple(built.get("instruction_sets", "").split()),
+        instruction_set=built.get("instruction_set"),
         cuda_architectures=tuple(built.get("cuda_architectures", "").split()),
     )

@@ -28,9 +28,14 @@ SCHEMAS = (
     "forward(Tensor x, Tensor[] weights, Tensor[] biases, "
     "str output_activation, bool save_hidden) -> (Tensor, Tensor[])",
     "backward(Tensor grad_output, Tensor[] saved, str output_activation, str needs) -> Tensor[]",
+    "recompute_backward(Tensor grad_output, Tensor x, Tensor[] weights, Tensor[] biases, "
+    "str output_activation, str needs) -> Tensor[]",
     "loss_and_grads(Tensor x, Tensor target, Tensor[] weights, "
     "Tensor[] biases, str loss, str output_activation) -> (Tensor, Tensor[])",
     "_build_info() -> str",
+    "_supported_instruction_sets() -> str",
+    "_choose_instruction_set(str name) -> ()",
+    "_strategy(int rows, int[] widths, bool is_narrow) -> str",
 )
 
 REMEDY = (
@@ -85,6 +90,8 @@ class Implementation(Protocol):
     @property
     def backward(self) -> Callable[..., list[Tensor]]: ...
     @property
+    def recompute_backward(self) -> Callable[..., list[Tensor]]: ...
+    @property
     def loss_and_grads(self) -> Callable[..., tuple[Tensor, list[Tensor]]]: ...
 
 
@@ -97,6 +104,7 @@ class Extension:
     relu_mlp = torch.ops.relu_mlp.relu_mlp.default._op
     forward = torch.ops.relu_mlp.forward.default._op
     backward = torch.ops.relu_mlp.backward.default._op
+    recompute_backward = torch.ops.relu_mlp.recompute_backward.default._op
     loss_and_grads = torch.ops.relu_mlp.loss_and_grads.default._op
 
 
@@ -245,6 +253,23 @@ def _(
     ]
 
 
+@torch.library.register_fake("relu_mlp::recompute_backward", lib=_library)
+def _(
+    grad_output: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    output_activation: str,
+    needs: str,
+) -> list[Tensor]:
+    return [
+        grad.new_empty(grad.shape)
+        for grad in reference.recompute_backward(
+            grad_output, x, weights, biases, output_activation, needs
+        )
+    ]
+
+
 @torch.library.register_fake("relu_mlp::loss_and_grads", lib=_library)
 def _(
     x: Tensor,
@@ -256,7 +281,8 @@ def _(
 ) -> tuple[Tensor, list[Tensor]]:
     checks.check_layers(x, weights, biases)
     checks.check_name("output_activation", output_activation, reference.ACTIVATIONS)
-    checks.check_target(target, x, torch.Size([*x.shape[:-1], weights[-1].shape[0]]))
+    output_shape = torch.Size([*x.shape[:-1], weights[-1].shape[0]])
+    checks.check_like_output("target", target, x, output_shape)
     checks.check_name("loss", loss, reference.LOSSES)
     return x.new_empty(()), [p.new_empty(p.shape) for p in [*weights, *biases]]
 
@@ -267,9 +293,11 @@ def _(
 _library.impl("relu_mlp", reference.relu_mlp, "CompositeExplicitAutograd")
 _library.impl("forward", reference.forward, "CompositeExplicitAutograd")
 _library.impl("backward", reference.backward, "CompositeExplicitAutograd")
+_library.impl("recompute_backward", reference.recompute_backward, "CompositeExplicitAutograd")
 _library.impl("loss_and_grads", reference.loss_and_grads, "CompositeExplicitAutograd")
 if LIBRARY_PATH is None:
     _library.impl("_build_info", lambda: "", "CompositeExplicitAutograd")
+    _library.impl("_supported_instruction_sets", lambda: "", "CompositeExplicitAutograd")
 
 
 # -- Guards: a raw operator has no derivative and must not seem to have one ----
@@ -313,5 +341,5 @@ def _guard(name: str) -> Callable[..., Any]:
     return guarded
 
 
-for _name in ("forward", "backward", "loss_and_grads"):
+for _name in ("forward", "backward", "recompute_backward", "loss_and_grads"):
     _library.impl(_name, _guard(_name), "Autograd")

@@ -18,13 +18,15 @@ phi' is written in terms of y, so no z is kept. The mask of the ReLU selects
 and does not multiply: an infinite gradient at a unit that is off gives 0.
 
 The functions have the signatures of the operators ``relu_mlp::relu_mlp``,
-``forward``, ``backward`` and ``loss_and_grads``, and stand in for them.
+``forward``, ``backward``, ``recompute_backward`` and ``loss_and_grads``, and
+stand in for them.
 They are made of differentiable operations: the second derivative is the
 derivative of `backward`. In the code, layers are counted from 0.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -209,6 +211,22 @@ def backward(
     return grads
 
 
+def recompute_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    output_activation: str,
+    needs: str,
+) -> list[Tensor]:
+    """The backward pass of those who kept nothing but x and the parameters."""
+    y, hidden = forward(x, weights, biases, output_activation, True)
+    checks.check_like_output("grad_output", grad_output, x, y.shape)
+    kept = is_kept(output_activation, needs)
+    saved = itertools.compress([x, y, *weights, *hidden], kept)
+    return backward(grad_output, list(saved), output_activation, needs)
+
+
 def loss_and_grads(
     x: Tensor,
     target: Tensor,
@@ -224,15 +242,15 @@ def loss_and_grads(
     `forward`. A missing bias has a gradient without elements.
     """
     y, hidden = forward(x, weights, biases, output_activation, True)
-    checks.check_target(target, x, y.shape)
+    checks.check_like_output("target", target, x, y.shape)
     checks.check_name("loss", loss, LOSSES)
     error = y - target
     grad_output = LOSS_BACKWARDS[loss](error)
     has_bias = [bias_of(biases, layer) is not None for layer in range(len(weights))]
     needs = "0" + "1" * len(weights) + "".join("01"[present] for present in has_bias)
-    kept = zip(is_kept(output_activation, needs), [x, y, *weights, *hidden], strict=True)
-    saved = [tensor for is_saved, tensor in kept if is_saved]
-    grads = iter(backward(grad_output, saved, output_activation, needs))
+    kept = is_kept(output_activation, needs)
+    saved = itertools.compress([x, y, *weights, *hidden], kept)
+    grads = iter(backward(grad_output, list(saved), output_activation, needs))
     return LOSSES[loss](error), [
         next(grads) if present else x.new_empty(0)
         for present in [True] * len(weights) + has_bias[: len(biases)]

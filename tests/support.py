@@ -190,30 +190,34 @@ def count_calls() -> Iterator[dict[str, int]]:
     """Counts the calls of the operators, or of the reference in their place.
 
     The keys are "forward", "backward" and "loss_and_grads", and "native" for
-    the linear layers and matrix products that ran outside of them.
+    the linear layers and matrix products that ran outside of them. A pass is
+    counted under its direction, whichever of the operators makes it.
     """
     counts = dict.fromkeys(["forward", "backward", "loss_and_grads", "native"], 0)
+    passes = {
+        "relu_mlp": "forward",
+        "forward": "forward",
+        "backward": "backward",
+        "recompute_backward": "backward",
+        "loss_and_grads": "loss_and_grads",
+    }
     inside = [0]
 
     class Mode(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             name = func._schema.name
-            if name == "relu_mlp::relu_mlp":  # the forward pass of inference
-                counts["forward"] += 1
-            elif name.startswith("relu_mlp::") and name.removeprefix("relu_mlp::") in counts:
-                counts[name.removeprefix("relu_mlp::")] += 1
+            if name.startswith("relu_mlp::"):
+                counts[passes[name.removeprefix("relu_mlp::")]] += 1
             elif name in ("aten::addmm", "aten::mm", "aten::linear", "aten::bmm") and not inside[0]:
                 counts["native"] += 1
             return func(*args, **(kwargs or {}))
 
-    originals = {
-        name: getattr(reference, name) for name in ("forward", "backward", "loss_and_grads")
-    }
+    originals = {name: getattr(reference, name) for name in passes if name != "relu_mlp"}
 
     def counted(name):
         def function(*args, **kwargs):
             if not inside[0]:
-                counts[name] += 1
+                counts[passes[name]] += 1
             inside[0] += 1
             try:
                 return originals[name](*args, **kwargs)
@@ -230,6 +234,19 @@ def count_calls() -> Iterator[dict[str, int]]:
     finally:
         for name, function in originals.items():
             setattr(reference, name, function)
+
+
+@contextmanager
+def saved_tensors() -> Iterator[list[Tensor]]:
+    """Collects the tensors that are saved for a backward pass."""
+    saved: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield saved
 
 
 def layers_of(net: Sequence[torch.nn.Module]) -> tuple[list[Tensor], list[Tensor | None]]:

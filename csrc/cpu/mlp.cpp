@@ -1,207 +1,125 @@
 #include "mlp.h"
 
-#include <algorithm>
-
-#include "elementwise.h"
-#include "products.h"
+#include "dense.h"
+#include "library_layers.h"
+#include "own_layers.h"
 
 namespace relu_mlp::cpu {
 namespace {
 
-// Elements per task of the element-wise loops: at::internal::GRAIN_SIZE.
-constexpr int64_t grain = 32768;
-
-// Calls f<activation>() for an activation known only at run time.
-template <typename F>
-void dispatch(Activation activation, const F& f) {
-  switch (activation) {
-    case Activation::none:
-      return f.template operator()<Activation::none>();
-    case Activation::relu:
-      return f.template operator()<Activation::relu>();
-    case Activation::sigmoid:
-      return f.template operator()<Activation::sigmoid>();
-    case Activation::tanh:
-      return f.template operator()<Activation::tanh>();
-  }
-}
-
-// a = max(z, 0) in place.
+// Calls an in-place operator of PyTorch on contiguous memory, so that the
+// transcendental functions have its accuracy and its speed.
 template <typename T>
-void relu_(const Tensor& z) {
-  T* const data = z.data<T>();
-  parallel_for(z.numel(), grain, [&](int64_t begin, int64_t end) {
-    relu(data, begin, end);
-  });
-}
-
-// Calls an in-place operator of PyTorch, so that the transcendental functions
-// have its accuracy and its speed.
-void call_inplace(const char* name, const Tensor& z) {
-  AtenTensorHandle argument;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(z.get(), &argument));
-  StableIValue stack = torch::stable::detail::from(argument);
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher(name, "", &stack, TORCH_ABI_VERSION));
+void activate(Activation activation, T* z, int64_t count) {
+  const int64_t stride = 1;
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(
+      z, 1, &count, &stride, 0, dtype_number<T>(),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  StableIValue stack = torch::stable::detail::from(handle);
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(
+      activation == Activation::sigmoid ? "aten::sigmoid_" : "aten::tanh_", "",
+      &stack, TORCH_ABI_VERSION));
   Tensor(torch::stable::detail::to<AtenTensorHandle>(stack));
 }
 
-// y = phi(z) in place.
+// Tensors as a network, whose rows have to be contiguous, and the copies that it
+// takes to make them so.
 template <typename T>
-void activate_(const Tensor& z, Activation activation) {
-  switch (activation) {
-    case Activation::none:
-      return;
-    case Activation::relu:
-      return relu_<T>(z);
-    case Activation::sigmoid:
-      return call_inplace("aten::sigmoid_", z);
-    case Activation::tanh:
-      return call_inplace("aten::tanh_", z);
+struct Operands {
+  std::vector<Tensor> copies;
+  Network<T> network;
+
+  Matrix<const T> whole(const Tensor& tensor) {
+    return matrix<const T>(as_contiguous(tensor, copies.emplace_back()));
   }
-}
-
-// delta = delta where a > 0 or NaN, else 0, in place.
-template <typename T>
-void relu_backward_(const Tensor& delta, const Tensor& a) {
-  Tensor holder;
-  T* const data = delta.data<T>();
-  const T* const active = as_contiguous(a, holder).data<const T>();
-  parallel_for(delta.numel(), grain, [&](int64_t begin, int64_t end) {
-    relu_backward(data, active, begin, end);
-  });
-}
-
-// delta_L = grad_output * phi'(z_L)
-template <typename T>
-Tensor output_delta(
-    const Tensor& grad_output,
-    const Tensor& y,
-    Activation activation) {
-  const auto grad = matrix<const T>(grad_output);
-  Tensor delta = empty<2>({grad.rows, grad.cols}, grad_output);
-  Tensor holder;
-  T* const to = delta.data<T>();
-  const T* const from = as_contiguous(y, holder).data<const T>();
-  const int64_t rows_per_task =
-      std::max<int64_t>(1, grain / std::max<int64_t>(1, grad.cols));
-  dispatch(activation, [&]<Activation phi>() {
-    parallel_for(grad.rows, rows_per_task, [&](int64_t begin, int64_t end) {
-      activation_backward<phi>(to, grad, from, begin, end);
-    });
-  });
-  return delta;
-}
+  Matrix<const T> rows(const Tensor& tensor) {
+    const auto m = matrix<const T>(tensor);
+    if (m.col_stride == 1) {
+      return m;
+    }
+    return matrix<const T>(as_contiguous(tensor, copies.emplace_back()));
+  }
+  const T* vector(const Tensor& tensor) {
+    return as_contiguous(tensor, copies.emplace_back()).template data<const T>();
+  }
+};
 
 template <typename T>
-ForwardResult forward_as(
+Operands<T> operands(
     const Tensor& x,
     const std::vector<Tensor>& weights,
     const std::vector<Tensor>& biases,
-    Activation output_activation,
-    bool save_hidden) {
-  const std::size_t layers = weights.size();
-  const int64_t rows = x.size(0);
-  std::vector<Tensor> hidden;
-  hidden.reserve(save_hidden ? layers - 1 : 0);
-  const Tensor* a = &x;
-  Tensor current; // what `a` points to, where it is neither x nor saved
-  for (std::size_t l = 0; l < layers; ++l) {
-    Tensor z = empty<2>({rows, weights[l].size(0)}, x);
+    Activation output_activation) {
+  Operands<T> result;
+  result.copies.reserve(1 + 2 * weights.size());
+  result.network = {
+      result.rows(x), {}, output_activation, activate<T>};
+  for (std::size_t l = 0; l < weights.size(); ++l) {
     const bool has_bias = !biases.empty() && biases[l].numel() > 0;
-    linear<T>(z, *a, weights[l], has_bias ? &biases[l] : nullptr);
-    if (l + 1 == layers) {
-      activate_<T>(z, output_activation);
-      return {std::move(z), std::move(hidden)};
-    }
-    relu_<T>(z);
-    if (save_hidden) {
-      a = &hidden.emplace_back(std::move(z));
-    } else {
-      current = std::move(z);
-      a = &current;
-    }
+    result.network.layers.push_back(
+        {result.rows(weights[l]),
+         has_bias ? result.vector(biases[l]) : nullptr});
   }
-  fail("relu_mlp: no layers");
+  return result;
 }
 
-// The backward pass from delta_L = d loss / d z_L down.
+// New tensors for the gradients that are needed, entered into `pass`.
 template <typename T>
-Gradients propagate(
-    const Tensor& delta_L,
-    const Saved& saved,
-    const Needs& needs) {
-  const std::size_t lowest = needs.lowest_layer();
-  const int64_t rows = delta_L.size(0);
-  const Tensor* at = &delta_L; // delta_l
-  Tensor current; // what `at` points to below the last layer
-  Gradients gradients(1 + 2 * needs.layers());
-  for (std::size_t l = needs.layers(); l-- > lowest;) {
-    const Tensor& delta = *at;
-    const int64_t out_features = delta.size(1);
+Gradients new_gradients(
+    const Network<T>& network,
+    const Tensor& like,
+    BackwardPass<T>& pass) {
+  const std::size_t layers = network.layers.size();
+  const Needs& needs = pass.needs;
+  Gradients gradients(1 + 2 * layers);
+  pass.grad_weights.resize(layers);
+  pass.grad_biases.resize(layers);
+  if (needs.x()) {
+    gradients[0] = empty<2>({network.x.rows, network.width(0)}, like);
+    pass.grad_x = gradients[0].template data<T>();
+  }
+  for (std::size_t l = 0; l < layers; ++l) {
+    const int64_t out = network.width(l + 1), in = network.width(l);
     if (needs.weight(l)) {
-      const Tensor& input = *saved.inputs[l];
-      Tensor& grad = gradients[1 + l];
-      grad = empty<2>({out_features, input.size(1)}, delta);
-      grad_weight<T>(grad, delta, input);
+      Tensor& grad = gradients[1 + l] = empty<2>({out, in}, like);
+      pass.grad_weights[l] = grad.template data<T>();
     }
     if (needs.bias(l)) {
-      Tensor& grad = gradients[1 + needs.layers() + l];
-      grad = empty<1>({out_features}, delta);
-      grad_bias<T>(grad, delta);
+      Tensor& grad = gradients[1 + layers + l] = empty<1>({out}, like);
+      pass.grad_biases[l] = grad.template data<T>();
     }
-    if (needs.propagation_through(l)) {
-      const Tensor& weight = *saved.weights[l];
-      Tensor below = empty<2>({rows, weight.size(1)}, delta);
-      grad_input<T>(below, delta, weight);
-      if (l > 0) {
-        relu_backward_<T>(below, *saved.inputs[l]);
-      }
-      current = std::move(below);
-      at = &current;
-    }
-  }
-  if (needs.x()) {
-    gradients[0] = std::move(current);
   }
   return gradients;
 }
 
-// delta_L = d loss / d z_L, in the memory of y, and the value of the loss.
-// Blocks of fixed size have sums of their own, which are added up in order, so
-// any number of threads gives the same bits.
 template <typename T>
-Tensor loss_and_delta_(
-    const Tensor& y,
-    const Tensor& target,
-    Loss loss,
-    Activation output_activation) {
-  // loss = scale * sum (y - t)^2; d loss / d y = 2 * scale * (y - t)
-  const int64_t count = y.numel();
-  const double scale = loss == Loss::sse ? 1.0
-      : loss == Loss::half_sse           ? 0.5
-                                         : 1.0 / double(count);
-  Tensor holder;
-  T* const delta = y.data<T>();
-  const T* const t = as_contiguous(target, holder).data<const T>();
-  const int64_t blocks = std::max<int64_t>(1, (count + grain - 1) / grain);
-  std::vector<double> sums(blocks);
-  dispatch(output_activation, [&]<Activation phi>() {
-    parallel_for(blocks, 1, [&](int64_t first, int64_t last) {
-      for (int64_t b = first; b < last; ++b) {
-        sums[b] = squared_error<phi>(
-            delta, delta, t, 2.0 * scale, b * grain,
-            std::min(count, (b + 1) * grain));
-      }
-    });
-  });
-  double sum = 0;
-  for (const double block_sum : sums) {
-    sum += block_sum;
+Strategy strategy_for(const Network<T>& network) {
+  return choose_strategy(
+      network.x.rows, network.widths(), !std::is_same_v<T, compute_t<T>>);
+}
+
+template <typename T>
+void run_forward(
+    const Network<T>& network,
+    const std::vector<T*>& hidden,
+    T* y) {
+  const Strategy strategy = strategy_for(network);
+  if (strategy.library) {
+    dense_forward<LibraryLayers<T>>(network, strategy, hidden, y);
+  } else {
+    dense_forward<OwnLayers<T>>(network, strategy, hidden, y);
   }
-  Tensor value = empty<0>({}, y);
-  *value.data<T>() = T(compute_t<T>(scale * sum));
-  return value;
+}
+
+template <typename T>
+void run_backward(const Network<T>& network, const BackwardPass<T>& pass) {
+  const Strategy strategy = strategy_for(network);
+  if (strategy.library) {
+    dense_backward<LibraryLayers<T>>(network, strategy, pass);
+  } else {
+    dense_backward<OwnLayers<T>>(network, strategy, pass);
+  }
 }
 
 } // namespace
@@ -213,7 +131,17 @@ ForwardResult forward(
     Activation output_activation,
     bool save_hidden) {
   return relu_mlp::dispatch(x.dtype(), [&]<typename T>() {
-    return forward_as<T>(x, weights, biases, output_activation, save_hidden);
+    const Operands<T> given = operands<T>(x, weights, biases, output_activation);
+    const int64_t rows = x.size(0);
+    ForwardResult result;
+    std::vector<T*> hidden;
+    for (std::size_t l = 0; save_hidden && l + 1 < weights.size(); ++l) {
+      result.hidden.push_back(empty<2>({rows, weights[l].size(0)}, x));
+      hidden.push_back(result.hidden.back().template data<T>());
+    }
+    result.y = empty<2>({rows, weights.back().size(0)}, x);
+    run_forward(given.network, hidden, result.y.template data<T>());
+    return result;
   });
 }
 
@@ -223,12 +151,59 @@ Gradients backward(
     Activation output_activation,
     const Needs& needs) {
   return relu_mlp::dispatch(grad_output.dtype(), [&]<typename T>() {
-    if (output_activation == Activation::none) {
-      return propagate<T>(grad_output, saved, needs);
+    const std::size_t layers = needs.layers();
+    Operands<T> given;
+    given.copies.reserve(2 * layers + 1);
+    BackwardPass<T> pass{needs};
+    pass.grad_output = matrix<const T>(grad_output);
+    const int64_t rows = grad_output.size(0);
+    // A superfluous operand leaves at least its shape behind.
+    Network<T>& network = given.network;
+    network = {{nullptr, rows, 0, 0, 1}, {}, output_activation, activate<T>};
+    network.layers.resize(layers);
+    int64_t width = grad_output.size(1);
+    for (std::size_t l = layers; l-- > 0;) {
+      Matrix<const T>& weight = network.layers[l].weight;
+      const Tensor *w = saved.weights[l], *input = saved.inputs[l];
+      weight = {nullptr, width, 0, 0, 1};
+      if (w) {
+        weight = given.rows(*w);
+      } else if (input) {
+        weight.cols = input->size(1);
+      }
+      width = weight.cols;
     }
-    return propagate<T>(
-        output_delta<T>(grad_output, *saved.y, output_activation), saved,
-        needs);
+    if (saved.inputs[0]) {
+      network.x = given.rows(*saved.inputs[0]);
+    }
+    for (std::size_t l = 1; l < layers; ++l) {
+      pass.hidden.push_back(
+          saved.inputs[l] ? given.whole(*saved.inputs[l]) : Matrix<const T>{});
+    }
+    if (saved.y) {
+      pass.y = given.rows(*saved.y);
+    }
+    Gradients gradients = new_gradients(network, grad_output, pass);
+    run_backward(network, pass);
+    return gradients;
+  });
+}
+
+Gradients recompute_backward(
+    const Tensor& grad_output,
+    const Tensor& x,
+    const std::vector<Tensor>& weights,
+    const std::vector<Tensor>& biases,
+    Activation output_activation,
+    const Needs& needs) {
+  return relu_mlp::dispatch(x.dtype(), [&]<typename T>() {
+    const Operands<T> given = operands<T>(x, weights, biases, output_activation);
+    BackwardPass<T> pass{needs};
+    pass.recompute = true;
+    pass.grad_output = matrix<const T>(grad_output);
+    Gradients gradients = new_gradients(given.network, x, pass);
+    run_backward(given.network, pass);
+    return gradients;
   });
 }
 
@@ -240,22 +215,25 @@ LossAndGradients loss_and_grads(
     Loss loss,
     Activation output_activation) {
   return relu_mlp::dispatch(x.dtype(), [&]<typename T>() {
-    const ForwardResult result =
-        forward_as<T>(x, weights, biases, output_activation, true);
-    Tensor value =
-        loss_and_delta_<T>(result.y, target, loss, output_activation);
-
-    Saved saved{{&x}, {}, nullptr};
+    Operands<T> given = operands<T>(x, weights, biases, output_activation);
     std::string flags = "0" + std::string(weights.size(), '1');
-    for (const Tensor& a : result.hidden) {
-      saved.inputs.push_back(&a);
+    for (const Layer<T>& layer : given.network.layers) {
+      flags += layer.bias ? '1' : '0';
     }
-    for (std::size_t l = 0; l < weights.size(); ++l) {
-      saved.weights.push_back(&weights[l]);
-      flags += !biases.empty() && biases[l].numel() > 0 ? '1' : '0';
-    }
-    return LossAndGradients{
-        std::move(value), propagate<T>(result.y, saved, Needs{flags})};
+    BackwardPass<T> pass{Needs{flags}};
+    double squares = 0;
+    pass.recompute = true;
+    pass.target = given.rows(target);
+    pass.loss_scale = loss == Loss::sse ? 1.0
+        : loss == Loss::half_sse        ? 0.5
+                                        : 1.0 / double(target.numel());
+    pass.squares = &squares;
+    LossAndGradients result{
+        empty<0>({}, x), new_gradients(given.network, x, pass)};
+    run_backward(given.network, pass);
+    *result.loss.template data<T>() =
+        T(compute_t<T>(pass.loss_scale * squares));
+    return result;
   });
 }
 

@@ -38,6 +38,16 @@ Gradients backward(
     Activation output_activation,
     const Needs& needs);
 
+// The same from x and the parameters alone: the hidden activations are computed
+// again, block by block.
+Gradients recompute_backward(
+    const Tensor& grad_output,
+    const Tensor& x,
+    const std::vector<Tensor>& weights,
+    const std::vector<Tensor>& biases,
+    Activation output_activation,
+    const Needs& needs);
+
 struct LossAndGradients {
   Tensor loss; // ()
   Gradients gradients;

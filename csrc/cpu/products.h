@@ -1,117 +1,176 @@
-// The three matrix products of a linear layer and the sum over rows. A product
-// is served by the small kernels or by PyTorch's own; which, depends on its
-// sizes and strides alone.
+// Matrix products by this package's kernels: packing, the walk over panels, and
+// threads.
 #pragma once
-
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <algorithm>
 
-#include "../tensor.h"
-#include "elementwise.h"
-#include "small.h"
+#include "../parallel.h"
+#include "buffer.h"
+#include "isa.h"
 
 namespace relu_mlp::cpu {
 
-// A product through PyTorch costs one to three microseconds before the first
-// multiplication; the small kernels start at once but reach a fraction of the
-// library's rate. docs/architecture.md has the measurement.
-constexpr int64_t max_small_multiplications = 8192;
+// A matrix (k, n) as panels of columns. The last one, if it is narrower, may lie
+// elsewhere.
+template <typename C>
+struct Panels {
+  const C* data = nullptr;
+  int64_t k = 0, n = 0;
+  int64_t step = 0, row = 0; // from panel to panel; from row to row within one
+  const C* last = nullptr;
+  int64_t last_row = 0;
+};
 
-// Whether the small kernels may serve a product of these sizes whose operand
-// `row_operand` they read row by row.
-template <typename T>
-bool is_small(
-    int64_t rows,
-    int64_t in_features,
-    int64_t out_features,
-    const Matrix<T>& row_operand) {
-  constexpr int64_t limit = max_small_multiplications;
-  // No overflow: a factor above the limit ends the test before the next one.
-  return (std::is_same_v<T, const float> || std::is_same_v<T, const double>) &&
-      row_operand.col_stride == 1 && rows <= limit && in_features <= limit &&
-      out_features <= limit && rows * in_features <= limit &&
-      rows * in_features * out_features <= limit;
-}
+template <typename C>
+class Products {
+ public:
+  const Kernels<C>& kernels;
+  const bool parallel; // whether one product may be spread over several threads
 
-// out (rows, out_features) = a (rows, in_features) weight^T + bias
-template <typename T>
-void linear(
-    const Tensor& out,
-    const Tensor& a,
-    const Tensor& weight,
-    const Tensor* bias) {
-  const auto w = matrix<const T>(weight);
-  const auto rows = matrix<const T>(a);
-  if (rows.col_stride == 1 && is_small(rows.rows, w.cols, w.rows, w) &&
-      (!bias || bias->is_contiguous())) {
-    small_linear<T>(
-        matrix<T>(out), rows, w, bias ? bias->data<const T>() : nullptr);
-    return;
+  explicit Products(bool parallel)
+      : kernels(chosen_kernels<C>()), parallel(parallel) {}
+
+  // How many elements the panels of a matrix (k, n) take.
+  int64_t packed_size(int64_t k, int64_t n) const {
+    return k * round_up(n, kernels.panel);
   }
-  const Tensor weight_t = transposed(weight);
-  if (bias) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(
-        out.get(), bias->get(), a.get(), weight_t.get(), 1.0, 1.0));
-  } else {
-    TORCH_ERROR_CODE_CHECK(
-        aoti_torch_cpu_mm_out(out.get(), a.get(), weight_t.get()));
-  }
-}
 
-// out (out_features, in_features) = delta^T (out_features, rows) a (rows,
-// in_features)
-template <typename T>
-void grad_weight(const Tensor& out, const Tensor& delta, const Tensor& a) {
-  const auto d = matrix<const T>(delta);
-  const auto input = matrix<const T>(a);
-  if (is_small(d.rows, input.cols, d.cols, input)) {
-    small_product<T>(matrix<T>(out), d.transposed(), input);
-    return;
+  // b, of any strides, copied to panels at `to`.
+  Panels<C> pack(Matrix<const C> b, C* to) const {
+    const int64_t panel = kernels.panel, step = b.rows * panel;
+    each(ceil_div(b.cols, panel), b.rows * b.cols * 8, [&](int64_t p) {
+      Matrix<const C> part = b;
+      part.data += p * panel * b.col_stride;
+      part.cols = std::min(panel, b.cols - p * panel);
+      kernels.pack(to + p * step, panel, part);
+    });
+    return {to, b.rows, b.cols, step, panel,
+            to + b.cols / panel * step, panel};
   }
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_cpu_mm_out(out.get(), transposed(delta).get(), a.get()));
-}
 
-// out (rows, in_features) = delta (rows, out_features) weight (out_features,
-// in_features)
-template <typename T>
-void grad_input(const Tensor& out, const Tensor& delta, const Tensor& weight) {
-  const auto d = matrix<const T>(delta);
-  const auto w = matrix<const T>(weight);
-  if (is_small(d.rows, w.cols, d.cols, w)) {
-    small_product<T>(matrix<T>(out), d, w);
-    return;
-  }
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_cpu_mm_out(out.get(), delta.get(), weight.get()));
-}
-
-// out (features) = the sum of delta (rows, features) over its rows, in double
-// precision. Every block of rows has a sum of its own, and the sums are added
-// up in the order of the blocks, so the result does not depend on the number
-// of threads.
-template <typename T>
-void grad_bias(const Tensor& out, const Tensor& delta) {
-  constexpr int64_t block = 1024, blocks_per_task = 32;
-  const auto d = matrix<const T>(delta);
-  const int64_t blocks = std::max<int64_t>(1, (d.rows + block - 1) / block);
-  std::vector<double> sums(blocks * d.cols);
-  parallel_for(blocks, blocks_per_task, [&](int64_t first, int64_t last) {
-    for (int64_t b = first; b < last; ++b) {
-      column_sums(
-          sums.data() + b * d.cols, d, b * block,
-          std::min(d.rows, (b + 1) * block));
+  // The panels of b, whose rows are contiguous, for a product of `rows` rows:
+  // where b lies, but for a last panel that cannot be read beyond its edge; or
+  // all copied to `to`, if that pays.
+  Panels<C> panels(Matrix<const C> b, int64_t rows, C* to) const {
+    // Rows at such a distance compete for the same lines of the cache.
+    const bool collide = b.row_stride * sizeof(C) % 1024 == 0 &&
+        b.row_stride > 2 * kernels.panel;
+    constexpr int64_t few_rows = 12; // too few to pay for a copy
+    if (collide && rows > few_rows) {
+      return pack(b, to);
     }
-  });
-  T* const result = out.data<T>();
-  for (int64_t j = 0; j < d.cols; ++j) {
-    double sum = 0;
-    for (int64_t b = 0; b < blocks; ++b) {
-      sum += sums[b * d.cols + j];
+    const int64_t rest = b.cols % kernels.panel;
+    Panels<C> where{b.data, b.rows, b.cols, kernels.panel, b.row_stride,
+                    b.data + b.cols - rest, b.row_stride};
+    if (rest % kernels.lanes != 0) {
+      where.last_row = round_up(rest, kernels.lanes);
+      kernels.pack(
+          to, where.last_row,
+          {where.last, b.rows, rest, b.row_stride, b.col_stride});
+      where.last = to;
     }
-    result[j] = T(compute_t<T>(sum));
+    return where;
   }
-}
+
+  // out = a weight^T + bias, then ReLU if asked for, without packing. Rows are
+  // contiguous.
+  void linear(
+      Matrix<C> out,
+      Matrix<const C> a,
+      Matrix<const C> weight,
+      const C* bias,
+      bool relu) const {
+    constexpr int64_t group = 32; // rows of weight, to be read for all rows of a
+    each(ceil_div(weight.rows, group), a.rows * weight.rows * weight.cols,
+         [&](int64_t part) {
+      const int64_t first = part * group;
+      const int64_t rows = std::min(group, weight.rows - first);
+      kernels.linear(
+          {out.data + first, out.rows, rows, out.row_stride, 1}, a,
+          {weight.row(first), rows, weight.cols, weight.row_stride, 1},
+          bias ? bias + first : nullptr, relu);
+    });
+  }
+
+  // out = epilogue(a b) for b of any strides, each panel of which is packed just
+  // before its use, into memory that stays in the cache.
+  void pack_and_multiply(
+      Matrix<C> out,
+      Matrix<const C> a,
+      Matrix<const C> b,
+      Epilogue epilogue,
+      const C* bias) const {
+    const int64_t panel = kernels.panel;
+    each_range(
+        ceil_div(b.cols, panel), out.rows * b.rows * b.cols,
+        [&](int64_t begin, int64_t end) {
+          const Buffer<C> packed(b.rows * panel);
+          for (int64_t p = begin; p < end; ++p) {
+            const int64_t col = p * panel;
+            const int64_t cols = std::min(panel, b.cols - col);
+            kernels.pack(
+                packed.get(), panel,
+                {b.data + col * b.col_stride, b.rows, cols, b.row_stride,
+                 b.col_stride});
+            kernels.product(
+                {out.rows, cols, b.rows, a.data, a.row_stride, a.col_stride,
+                 packed.get(), panel, out.data + col, out.row_stride, epilogue,
+                 bias ? bias + col : nullptr});
+          }
+        });
+  }
+
+  // out = epilogue(a b). The rows of out and mask are contiguous.
+  void multiply(
+      Matrix<C> out,
+      Matrix<const C> a,
+      const Panels<C>& b,
+      Epilogue epilogue,
+      const C* bias = nullptr,
+      Matrix<const C> mask = {}) const {
+    // Enough parts for any number of threads. How many, does not change the
+    // result: every element of out is one sum in one order.
+    constexpr int64_t parts = 32, tallest_tile = 48;
+    const int64_t panel = kernels.panel, panels = ceil_div(b.n, panel);
+    int64_t group = std::max<int64_t>(1, out.rows);
+    if (parallel && panels > 0) {
+      group = round_up(
+          ceil_div(group, std::max<int64_t>(1, parts / panels)), tallest_tile);
+    }
+    const int64_t groups = ceil_div(out.rows, group);
+    each(panels * groups, out.rows * b.n * b.k, [&](int64_t part) {
+      const int64_t p = part / groups, col = p * panel;
+      const int64_t row = part % groups * group;
+      const bool is_cut = b.n - col < panel;
+      kernels.product(
+          {std::min(group, out.rows - row), is_cut ? b.n - col : panel, b.k,
+           a.row(row), a.row_stride, a.col_stride,
+           is_cut ? b.last : b.data + p * b.step, is_cut ? b.last_row : b.row,
+           out.row(row) + col, out.row_stride, epilogue,
+           bias ? bias + col : nullptr,
+           mask.data ? mask.row(row) + col : nullptr, mask.row_stride});
+    });
+  }
+
+ private:
+  // Calls f(begin, end) for ranges of [0, count), which make `work`
+  // multiply-adds together.
+  template <typename F>
+  void each_range(int64_t count, int64_t work, const F& f) const {
+    // Below this, to wake a thread takes longer than what it takes over.
+    constexpr int64_t min_work = 1 << 20;
+    parallel_for(count, parallel && work >= min_work ? 1 : count, f);
+  }
+
+  // Calls f(0) ... f(count - 1).
+  template <typename F>
+  void each(int64_t count, int64_t work, const F& f) const {
+    each_range(count, work, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        f(i);
+      }
+    });
+  }
+};
 
 } // namespace relu_mlp::cpu

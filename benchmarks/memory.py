@@ -1,0 +1,57 @@
+"""The peak memory of one training step, each in a process of its own.
+
+What counts is the growth of the resident set over its size just before the
+step, with input and weights in place and the libraries warmed up by a tiny
+step: what a C++ kernel takes for itself counts as a tensor does. Linux only.
+
+`python benchmarks/memory.py ROWS CANDIDATE THREADS` is such a process; it prints bytes.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from candidates import WIDE, training_step
+from relu_mlp import ReluMLP
+
+ROWS = [4096, 8192, 16384, 32768, 65536]
+CANDIDATES = ["eager", "relu_mlp", "recompute"]
+CAN_BE_MEASURED = Path("/proc/self/clear_refs").exists()
+
+
+def peak_of_a_step(rows: int, candidate: str, threads: int) -> int:
+    """The growth of memory, in bytes, in a fresh process."""
+    command = [sys.executable, __file__, str(rows), candidate, str(threads)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def _step(rows: int, candidate: str, threads: int) -> int:
+    torch.set_num_threads(threads)
+    fused = ReluMLP(WIDE[0], WIDE[1:-1], WIDE[-1], recompute=candidate == "recompute")
+    net = nn.Sequential(*fused) if candidate == "eager" else fused
+    x, grad_output = torch.randn(rows, WIDE[0]), torch.randn(rows, WIDE[-1])
+    step = training_step(net, x, grad_output)
+    training_step(net, x[:8], grad_output[:8])()
+
+    # The high-water mark so far is the imports'; writing 5 sets it to the present size.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _resident_bytes("VmRSS")
+    step()
+    return _resident_bytes("VmHWM") - before
+
+
+def _resident_bytes(field: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    match = re.search(rf"{field}:\s*(\d+) kB", status)
+    assert match is not None, f"/proc/self/status has no {field}"
+    return int(match[1]) * 1024
+
+
+if __name__ == "__main__":
+    print(_step(int(sys.argv[1]), sys.argv[2], int(sys.argv[3])))

@@ -1,0 +1,194 @@
+"""The figures as rows of a CSV file, what they come to, and a table for the README."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from candidates import SHAPES, name_of
+
+#: The small and the narrow shapes come first, and have a mean of their own too.
+FIRST = 7
+
+
+@dataclass
+class Row:
+    """What the turns said of one candidate in one case; CSV leaves empty what is None."""
+
+    shape: str
+    case: str
+    dtype: str
+    threads: int
+    candidate: str
+    rounds: int
+    median_us: float
+    ratio: float  #: time over the baseline's
+    low: float  #: 95 % confidence interval
+    high: float
+    roofline: float | None = None  #: time over the least possible
+    against: str | None = None  #: the fastest alternative, and this candidate's speed-up over it
+    speedup: float | None = None
+    speedup_low: float | None = None
+    speedup_high: float | None = None
+
+
+@dataclass
+class LengthRow:
+    """The time of one training step, per row of x."""
+
+    rows: int
+    threads: int
+    candidate: str
+    rounds: int
+    ns_per_row: float
+    ratio: float
+    low: float
+    high: float
+
+
+@dataclass
+class MemoryRow:
+    """By how much one training step makes the process grow, at its peak."""
+
+    rows: int
+    threads: int
+    candidate: str
+    peak_mib: float
+
+
+def write_csv(path: Path, rows: Sequence[Row | LengthRow | MemoryRow]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(
+            file, [field.name for field in fields(rows[0])], lineterminator="\n"
+        )
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+def read_suite(path: Path) -> list[Row]:
+    """The rows of suite.csv."""
+    with path.open(newline="") as file:
+        return [_row(record) for record in csv.DictReader(file)]
+
+
+def _row(record: dict[str, str]) -> Row:
+    kinds = {"threads": int, "rounds": int}
+    text = {"shape", "case", "dtype", "candidate", "against"}
+    return Row(
+        **{
+            name: None if value == "" else value if name in text else kinds.get(name, float)(value)
+            for name, value in record.items()
+        }  # type: ignore[arg-type]
+    )
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    return math.exp(sum(logs := [math.log(value) for value in values]) / len(logs))
+
+
+def mean_speedup(rows: Sequence[Row], count: int) -> float | None:
+    """The geometric mean over the first shapes of the suite, if all of them are in the rows."""
+    measured = {row.shape: row.speedup for row in rows if row.speedup}
+    names = [name_of(shape) for shape in SHAPES[:count]]
+    if not all(name in measured for name in names):
+        return None
+    return geometric_mean(measured[name] for name in names)
+
+
+def by_case(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+    """What was found of the layer, by case and dtype."""
+    result: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row.speedup:
+            result.setdefault((row.case, row.dtype), []).append(row)
+    return result
+
+
+def summary(rows: Sequence[Row]) -> list[str]:
+    """The lines that say what the suite came to."""
+    lines = []
+    for (case, dtype), mine in by_case(rows).items():
+        title = f"{case} {dtype}"
+        lines += [
+            f"{title} {row.shape}: {row.speedup:.2f} [{row.speedup_low:.2f}, "
+            f"{row.speedup_high:.2f}] times as fast as {row.against}"
+            + (f", {row.roofline:.2f} times the roofline's time" if row.roofline else "")
+            for row in mine
+        ]
+        opponents = " or ".join(dict.fromkeys(str(row.against) for row in mine))
+        for count in (FIRST, len(SHAPES)):
+            mean = mean_speedup(mine, count)
+            if mean:
+                lines.append(
+                    f"{title}, first {count} shapes: {mean:.2f} times as fast as {opponents}"
+                )
+        # The median over the ratio is about the baseline's median.
+        distances = [
+            row.roofline for row in mine if row.roofline and row.median_us >= 1000 * row.ratio
+        ]
+        if distances:
+            lines.append(
+                f"{title}, {len(distances)} shapes that take eager 1 ms or more: "
+                f"{geometric_mean(distances):.2f} times the roofline's time"
+            )
+    lines += [
+        f"recompute=True {row.dtype} {row.shape}: takes {row.ratio:.2f} "
+        f"[{row.low:.2f}, {row.high:.2f}] times as long"
+        for row in rows
+        if row.candidate == "recompute"
+    ]
+    return lines
+
+
+def markdown(directory: Path) -> str:
+    """What suite.csv says, as tables for a README."""
+    cases = by_case(read_suite(directory / "suite.csv"))
+    speed, limits = [], []
+    for shape in dict.fromkeys(row.shape for rows in cases.values() for row in rows):
+        line = [next((row for row in rows if row.shape == shape), None) for rows in cases.values()]
+        speed.append([shape, *map(_speed, line)])
+        limits.append([shape, *map(_limit, line)])
+    for count in (FIRST, len(SHAPES)):
+        means = [mean_speedup(rows, count) for rows in cases.values()]
+        line_of_means = [f"**{mean:.2f}**" if mean else "" for mean in means]
+        speed.append([f"geometric mean of the first {count}", *line_of_means])
+    head = ["rows x in-hidden-out", *(f"{case} {dtype}" for case, dtype in cases)]
+    others = [row.against for row in cases.get(("loss_and_grads", "float32"), []) if row.against]
+    about = json.loads((directory / "suite.json").read_text())["suite.csv"]
+    parts = [
+        "Speed-up over the better of eager and `torch.compile` (loss_and_grads: over "
+        f"{' or '.join(dict.fromkeys(others))}) [95 % confidence interval], and time:",
+        _table([head, *speed]),
+    ]
+    if any(any(line[1:]) for line in limits):
+        parts += [
+            "Time over the roofline's, from 50 million operations on:",
+            _table([head, *(line for line in limits if any(line[1:]))]),
+        ]
+    parts.append(
+        f"{about['date']}, {about['processor']}, {about['cores']} cores, {about['threads']} "
+        f"threads, PyTorch {about['torch']}, relu_mlp {about['relu_mlp']} "
+        f"({about['instruction_set']})."
+    )
+    return "\n\n".join(parts)
+
+
+def _table(lines: list[list[str]]) -> str:
+    """The first line is the head."""
+    lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _speed(row: Row | None) -> str:
+    if row is None or row.speedup is None:
+        return ""
+    time = f"{row.median_us:.0f} µs" if row.median_us < 1000 else f"{row.median_us / 1e3:.3g} ms"
+    return f"{row.speedup:.2f} [{row.speedup_low:.2f}, {row.speedup_high:.2f}], {time}"
+
+
+def _limit(row: Row | None) -> str:
+    return "" if row is None or row.roofline is None else f"{row.roofline:.2f}"

@@ -1,0 +1,70 @@
+// Between the type that numbers are stored in, T, and the type that is computed
+// with: itself for float and double, float for bfloat16 and float16.
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <type_traits>
+
+#include "../mlp.h"
+#include "isa.h"
+
+namespace relu_mlp::cpu {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+
+template <typename T>
+using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// The kernels for T, BFloat16 or Half.
+template <typename T>
+const Format& format() {
+  const InstructionSet& isa = chosen_instruction_set();
+  return std::is_same_v<T, BFloat16> ? isa.bfloat16 : isa.half;
+}
+
+template <typename T>
+uint16_t* bits(T* numbers) {
+  return reinterpret_cast<uint16_t*>(numbers);
+}
+template <typename T>
+const uint16_t* bits(const T* numbers) {
+  return reinterpret_cast<const uint16_t*>(numbers);
+}
+
+template <typename T>
+void widen(float* to, const T* from, int64_t count) {
+  format<T>().widen(to, bits(from), count);
+}
+template <typename T>
+void narrow(T* to, const float* from, int64_t count) {
+  format<T>().narrow(bits(to), from, count);
+}
+
+// How much memory `widened` needs for `count` elements.
+template <typename T>
+int64_t widened_size(int64_t count) {
+  return std::is_same_v<T, compute_t<T>> ? 0 : count;
+}
+
+// m, whose rows are contiguous, in the type that is computed with: m itself, or
+// a contiguous copy at `to`.
+template <typename T>
+Matrix<const compute_t<T>> widened(Matrix<const T> m, compute_t<T>* to) {
+  if constexpr (std::is_same_v<T, compute_t<T>>) {
+    return m;
+  } else {
+    if (m.row_stride == m.cols) {
+      widen(to, m.data, m.rows * m.cols);
+    } else {
+      for (int64_t i = 0; i < m.rows; ++i) {
+        widen(to + i * m.cols, m.row(i), m.cols);
+      }
+    }
+    return {to, m.rows, m.cols, m.cols, 1};
+  }
+}
+
+} // namespace relu_mlp::cpu

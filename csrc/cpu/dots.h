@@ -1,0 +1,123 @@
+// A linear layer without a packed copy of its weight: every element of the
+// result is the dot product of a row of a and a row of weight, with vectors
+// along both.
+//
+// A tile has as many dot products as a vector has lanes, so its sums are added
+// up over their lanes into one vector of results. That costs what 3 or 4 steps
+// along the rows cost, so this pays where rows are long, or where there are too
+// few of them to make a packed copy worth while. Limited by loads, one for each
+// multiply-add, and for few rows by the bandwidth to the weight.
+#pragma once
+
+#include "kernels.h"
+#include "shuffle.h"
+
+namespace relu_mlp::cpu::RELU_MLP_ISA {
+namespace {
+
+// The sums over the lanes of as many vectors as a vector has lanes.
+template <typename C>
+RELU_MLP_INLINE void sums_over_lanes(C* to, Vec<C>* v) {
+  constexpr int64_t W = lanes<C>;
+#if defined(RELU_MLP_HAS_SHUFFLE)
+  constexpr auto all = std::make_index_sequence<W>();
+  RELU_MLP_UNROLL
+  for (int64_t half = W / 2; half > 0; half /= 2) {
+    RELU_MLP_UNROLL
+    for (int64_t i = 0; i < half; ++i) {
+      v[i] = zip_lower(v[i], v[i + half], all) +
+          zip_upper(v[i], v[i + half], all);
+    }
+  }
+  store(to, v[0]);
+#else
+  for (int64_t i = 0; i < W; ++i) {
+    C lane[W];
+    store(lane, v[i]);
+    to[i] = 0;
+    for (const C& value : lane) {
+      to[i] += value;
+    }
+  }
+#endif
+}
+
+// A tile of `rows` rows of a by lanes / rows rows of weight; the indices beyond
+// the last row stand for the last row again, and are not written.
+template <int rows, typename C>
+void dots_tile(
+    Matrix<C> out,
+    Matrix<const C> a,
+    Matrix<const C> weight,
+    const C* bias,
+    bool relu,
+    int64_t row,
+    int64_t col) {
+  constexpr int64_t W = lanes<C>, cols = W / rows;
+  const int64_t last_row = a.rows - 1, last_col = weight.rows - 1;
+  const C *of_a[rows], *of_weight[cols];
+  for (int64_t i = 0; i < rows; ++i) {
+    of_a[i] = a.row(row + i < last_row ? row + i : last_row);
+  }
+  for (int64_t j = 0; j < cols; ++j) {
+    of_weight[j] = weight.row(col + j < last_col ? col + j : last_col);
+  }
+  Vec<C> sums[W] = {};
+  const auto step = [&](const auto& load_from) {
+    Vec<C> factors[cols];
+    RELU_MLP_UNROLL
+    for (int64_t j = 0; j < cols; ++j) {
+      factors[j] = load_from(of_weight[j]);
+    }
+    RELU_MLP_UNROLL
+    for (int64_t i = 0; i < rows; ++i) {
+      const Vec<C> factor = load_from(of_a[i]);
+      RELU_MLP_UNROLL
+      for (int64_t j = 0; j < cols; ++j) {
+        sums[i * cols + j] += factor * factors[j];
+      }
+    }
+  };
+  int64_t s = 0;
+  for (; s + W <= a.cols; s += W) {
+    step([s](const C* from) { return load(from + s); });
+  }
+  if (const int64_t rest = a.cols - s) {
+    step([s, rest](const C* from) { return load_some(from + s, rest); });
+  }
+  C z[W];
+  sums_over_lanes<C>(z, sums);
+  for (int64_t i = 0; i < rows && row + i < a.rows; ++i) {
+    for (int64_t j = 0; j < cols && col + j < weight.rows; ++j) {
+      C value = z[i * cols + j];
+      value += bias ? bias[col + j] : C(0);
+      out.row(row + i)[col + j] = relu && value <= C(0) ? C(0) : value;
+    }
+  }
+}
+
+template <typename C>
+void linear(
+    Matrix<C> out,
+    Matrix<const C> a,
+    Matrix<const C> weight,
+    const C* bias,
+    bool relu) {
+  constexpr int64_t W = lanes<C>;
+  constexpr int tall = W >= 16 ? 4 : W >= 8 ? 2 : 1;
+  if (a.rows == 1) {
+    for (int64_t col = 0; col < weight.rows; col += W) {
+      dots_tile<1>(out, a, weight, bias, relu, 0, col);
+    }
+    return;
+  }
+  // The rows of weight of one tile stay in the cache while those of a go by.
+  for (int64_t col = 0; col < weight.rows; col += W / tall) {
+    for (int64_t row = 0; row < a.rows; row += tall) {
+      dots_tile<tall>(out, a, weight, bias, relu, row, col);
+    }
+  }
+}
+
+} // namespace
+} // namespace relu_mlp::cpu::RELU_MLP_ISA

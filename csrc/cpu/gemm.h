@@ -1,0 +1,140 @@
+// The matrix product of all passes: out (m, n) = epilogue(a (m, k) b (k, n)).
+//
+// A tile of `rows` x `vectors` vector registers of out is summed over k: each
+// step loads one row of the panel b and broadcasts one element of every row of
+// a. b has contiguous rows; a has any strides, so that delta^T needs no copy.
+// Bias, ReLU and mask are applied while the tile is in registers.
+//
+// What limits it: with enough rows, the fused multiply-add units: a step of
+// the 6 x 4 tile of AVX-512 has 24 multiply-adds for 10 loads. With few rows,
+// the latency of the multiply-add. b must lie in the first- or second-level
+// cache, which is the caller's business.
+//
+// Every sum runs over k in order, so results depend on the shape alone.
+#pragma once
+
+#include "kernels.h"
+#include "vec.h"
+
+namespace relu_mlp::cpu::RELU_MLP_ISA {
+namespace {
+
+constexpr int64_t registers = RELU_MLP_VECTOR_REGISTERS;
+// The widest tile, in vectors.
+constexpr int max_vectors = registers >= 32 ? 4 : 2;
+
+// The rows of the tallest tile whose sums, one row of b and one broadcast fit
+// into the registers. All divide 48 (or 24), so blocks of 48 rows leave no rest.
+constexpr int max_rows(int vectors) {
+  if (registers >= 32) {
+    constexpr int rows[] = {24, 12, 8, 6};
+    return rows[vectors - 1];
+  }
+  return vectors == 1 ? 12 : 6;
+}
+
+template <int rows, int vectors, typename C>
+void tile(const Product<C>& p, int64_t row) {
+  constexpr int64_t W = lanes<C>;
+  Vec<C> sums[rows][vectors] = {};
+  const C* b = p.b;
+  const int64_t a_row = p.a_row, a_col = p.a_col, b_row = p.b_row;
+  // One pointer for three rows of a: x86 adds 0, 1 or 2 strides to it for free.
+  const C* a[(rows + 2) / 3];
+  RELU_MLP_UNROLL
+  for (int g = 0; g < (rows + 2) / 3; ++g) {
+    a[g] = p.a + (row + 3 * g) * a_row;
+  }
+  for (int64_t s = p.k; s > 0; --s) {
+    Vec<C> of_b[vectors];
+    RELU_MLP_UNROLL
+    for (int j = 0; j < vectors; ++j) {
+      of_b[j] = load(b + j * W);
+    }
+    RELU_MLP_UNROLL
+    for (int i = 0; i < rows; ++i) {
+      const Vec<C> of_a = broadcast(a[i / 3][i % 3 * a_row]);
+      RELU_MLP_UNROLL
+      for (int j = 0; j < vectors; ++j) {
+        sums[i][j] += of_a * of_b[j];
+      }
+    }
+    RELU_MLP_UNROLL
+    for (int g = 0; g < (rows + 2) / 3; ++g) {
+      a[g] += a_col;
+    }
+    b += b_row;
+  }
+
+  // The last vector may be cut off by the edge of the matrix.
+  const int64_t last = p.n - (vectors - 1) * W;
+  const auto load_columns = [last](const C* from, int j) {
+    return j + 1 < vectors || last == W ? load(from + j * W)
+                                        : load_some(from + j * W, last);
+  };
+  if (p.bias) {
+    RELU_MLP_UNROLL
+    for (int j = 0; j < vectors; ++j) {
+      const Vec<C> of_bias = load_columns(p.bias, j);
+      RELU_MLP_UNROLL
+      for (int i = 0; i < rows; ++i) {
+        sums[i][j] += of_bias;
+      }
+    }
+  }
+  const Vec<C> zero = {};
+  RELU_MLP_UNROLL
+  for (int i = 0; i < rows; ++i) {
+    C* const out = p.out + (row + i) * p.out_row;
+    const C* const mask = p.mask + (row + i) * p.mask_row;
+    RELU_MLP_UNROLL
+    for (int j = 0; j < vectors; ++j) {
+      Vec<C> v = sums[i][j];
+      if (p.epilogue == Epilogue::bias_relu) {
+        v = v <= zero ? zero : v; // NaN passes
+      } else if (p.epilogue == Epilogue::mask) {
+        v = load_columns(mask, j) <= zero ? zero : v;
+      } else if (p.epilogue == Epilogue::add) {
+        v += load_columns(out, j);
+      }
+      if (j + 1 < vectors || last == W) {
+        store(out + j * W, v);
+      } else {
+        store_some(out + j * W, v, last);
+      }
+    }
+  }
+}
+
+// All rows of a panel that is `vectors` wide: tiles of full height, then the
+// rest in lower ones.
+template <int rows, int vectors, typename C>
+int64_t tiles(const Product<C>& p, int64_t row) {
+  for (; row + rows <= p.m; row += rows) {
+    tile<rows, vectors>(p, row);
+  }
+  if constexpr (rows > 1) {
+    return tiles<rows == 6 ? 4 : rows / 2, vectors>(p, row);
+  }
+  return row;
+}
+
+template <typename C>
+void product(const Product<C>& p) {
+  if (p.n > 3 * lanes<C>) {
+    if constexpr (max_vectors == 4) {
+      tiles<max_rows(4), 4>(p, 0);
+    }
+  } else if (p.n > 2 * lanes<C>) {
+    if constexpr (max_vectors == 4) {
+      tiles<max_rows(3), 3>(p, 0);
+    }
+  } else if (p.n > lanes<C>) {
+    tiles<max_rows(2), 2>(p, 0);
+  } else if (p.n > 0) {
+    tiles<max_rows(1), 1>(p, 0);
+  }
+}
+
+} // namespace
+} // namespace relu_mlp::cpu::RELU_MLP_ISA

@@ -1,0 +1,92 @@
+// Kernels for the 16-bit formats, for one instruction set: conversions to and
+// from float, ReLU and its mask. All are limited by memory. Loops over bits that the compiler makes vector code of; the including file
+// may define RELU_MLP_HAS_F16C where the processor converts float16 itself.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace relu_mlp::cpu::RELU_MLP_ISA {
+namespace {
+
+inline float from_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+inline uint32_t to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+// bfloat16 is the upper half of a float.
+void widen_bfloat16(float* to, const uint16_t* from, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    to[i] = from_bits(uint32_t(from[i]) << 16);
+  }
+}
+
+void narrow_bfloat16(uint16_t* to, const float* from, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t bits = to_bits(from[i]);
+    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
+    to[i] = uint16_t(is_nan ? 0x7fc0 : rounded);
+  }
+}
+
+#if !defined(RELU_MLP_HAS_F16C)
+// After M. Dukhan's FP16 library, as PyTorch's own: the exponent is moved by a
+// multiplication, which treats subnormal numbers right.
+void widen_half(float* to, const uint16_t* from, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t w = uint32_t(from[i]) << 16, sign = w & 0x80000000;
+    const uint32_t twice = w + w;
+    const float normal =
+        from_bits((twice >> 4) + (0xe0u << 23)) * from_bits(0x07800000);
+    const float subnormal = from_bits((twice >> 17) | (126u << 23)) - 0.5f;
+    to[i] = from_bits(
+        sign | to_bits(twice < (1u << 27) ? subnormal : normal));
+  }
+}
+
+void narrow_half(uint16_t* to, const float* from, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t w = to_bits(from[i]), twice = w + w, sign = w & 0x80000000;
+    const float magnitude = from_bits(w & 0x7fffffff);
+    // Rounds to the precision of float16 by adding a number that large.
+    float base = (magnitude * from_bits(0x77800000)) * from_bits(0x08800000);
+    uint32_t bias = twice & 0xff000000;
+    bias = bias < 0x71000000 ? 0x71000000 : bias;
+    base = from_bits((bias >> 1) + 0x07800000) + base;
+    const uint32_t bits = to_bits(base);
+    const uint32_t number = (bits >> 13 & 0x7c00) + (bits & 0x0fff);
+    to[i] = uint16_t((sign >> 16) | (twice > 0xff000000 ? 0x7e00 : number));
+  }
+}
+#endif
+
+// Whether the number is 0 or negative and not NaN; `infinity` is the format's.
+template <uint16_t infinity>
+inline bool is_off(uint16_t bits) {
+  const uint16_t magnitude = bits & 0x7fff;
+  return magnitude == 0 || (bits > 0x7fff && magnitude <= infinity);
+}
+
+template <uint16_t infinity>
+void relu(uint16_t* z, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    z[i] = is_off<infinity>(z[i]) ? 0 : z[i];
+  }
+}
+
+template <uint16_t infinity>
+void mask(uint16_t* delta, const uint16_t* a, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    delta[i] = is_off<infinity>(a[i]) ? 0 : delta[i];
+  }
+}
+
+} // namespace
+} // namespace relu_mlp::cpu::RELU_MLP_ISA

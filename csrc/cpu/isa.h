@@ -1,0 +1,40 @@
+// The choice of an instruction set, made once, when it is first asked for.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace relu_mlp::cpu {
+
+// All that one instruction set offers.
+struct InstructionSet {
+  const char* name;
+  Kernels<float> float_kernels;
+  Kernels<double> double_kernels;
+  Format bfloat16, half;
+};
+
+// The names of those that were compiled, the plainest first.
+std::vector<std::string> compiled_instruction_sets();
+// Of these, the ones that the processor has.
+std::vector<std::string> supported_instruction_sets();
+
+// The best that the processor has, or the one that RELU_MLP_ISA names.
+const InstructionSet& chosen_instruction_set();
+
+// Chooses another one: for tests. False if there is none of that name or the
+// processor lacks it.
+bool choose_instruction_set(const std::string& name);
+
+template <typename C>
+const Kernels<C>& chosen_kernels() {
+  if constexpr (std::is_same_v<C, double>) {
+    return chosen_instruction_set().double_kernels;
+  } else {
+    return chosen_instruction_set().float_kernels;
+  }
+}
+
+} // namespace relu_mlp::cpu

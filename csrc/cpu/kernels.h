@@ -1,0 +1,71 @@
+// What the kernels of one instruction set can do, as plain functions. The same
+// text (gemm.h, convert.h) is compiled once for each instruction set; which table
+// is used is decided when the library is loaded (isa.cpp).
+#pragma once
+
+#include <cstdint>
+
+#include "../mlp.h"
+
+namespace relu_mlp::cpu {
+
+// What happens to a tile of a product before it is written.
+enum class Epilogue {
+  store, // out = product
+  add, // out += product
+  bias, // out = product + bias
+  bias_relu, // out = max(product + bias, 0)
+  mask, // out = product where mask > 0 or is NaN, else 0
+};
+
+// out (m, n) = epilogue(a (m, k) b (k, n)), one panel of columns wide.
+template <typename C>
+struct Product {
+  int64_t m, n, k; // n <= panel
+  const C* a; // any strides
+  int64_t a_row, a_col;
+  const C* b; // rows contiguous, readable up to the next multiple of `lanes`
+  int64_t b_row;
+  C* out; // rows contiguous; nothing beyond column n is written
+  int64_t out_row;
+  Epilogue epilogue = Epilogue::store;
+  const C* bias = nullptr; // (n), contiguous; null for 0
+  const C* mask = nullptr; // (m, n), rows contiguous
+  int64_t mask_row = 0;
+};
+
+template <typename C>
+struct Kernels {
+  int64_t lanes; // elements of a vector
+  int64_t panel; // columns that one product may have at most
+  void (*product)(const Product<C>&);
+  // to (k, n) = b (k, n) of any strides, with contiguous rows at a distance of
+  // to_row, and 0 in the columns from n to the next multiple of `lanes`.
+  void (*pack)(C* to, int64_t to_row, Matrix<const C> b);
+  // out (m, n) = bias + a (m, k) weight^T, then ReLU if asked for, without a
+  // packed copy of weight (n, k). All rows are contiguous; bias may be null.
+  void (*linear)(
+      Matrix<C> out,
+      Matrix<const C> a,
+      Matrix<const C> weight,
+      const C* bias,
+      bool relu);
+  // sums[j] += sum_i m(i, j), in double precision. Any strides.
+  void (*column_sums)(double* sums, Matrix<const C> m);
+  // z += bias, then ReLU if asked for, in place; bias may be null.
+  void (*bias_relu)(Matrix<C> z, const C* bias, bool relu);
+  // delta = delta where a > 0 or is NaN, else 0, in place.
+  void (*mask)(C* delta, const C* a, int64_t count);
+};
+
+// What is done with numbers of a 16-bit format, given as their bits. Roundings
+// are to the nearest, ties to even; NaN stays NaN.
+struct Format {
+  void (*widen)(float* to, const uint16_t* from, int64_t count);
+  void (*narrow)(uint16_t* to, const float* from, int64_t count);
+  void (*relu)(uint16_t* z, int64_t count); // z = max(z, 0), in place
+  // delta = delta where a > 0 or is NaN, else 0
+  void (*mask)(uint16_t* delta, const uint16_t* a, int64_t count);
+};
+
+} // namespace relu_mlp::cpu

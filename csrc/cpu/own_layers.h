@@ -1,0 +1,136 @@
+// A network's layers by this package's own products. They compute in the type
+// compute_t<T>, so parameters in bfloat16 and float16 are widened once.
+#pragma once
+
+#include <utility>
+#include <vector>
+
+#include "convert.h"
+#include "network.h"
+#include "products.h"
+#include "strategy.h"
+
+namespace relu_mlp::cpu {
+
+template <typename T>
+class OwnLayers {
+ public:
+  using Element = compute_t<T>; // of a block of activations or deltas
+  using Sum = compute_t<T>; // that weight gradients are summed in
+
+  OwnLayers(const Network<T>& network, const Strategy& strategy, Uses uses)
+      : products_(strategy.chunks == 1),
+        rows_(network.x.rows),
+        layers_(network.layers.size()) {
+    // The parameters as the products want them, one after the other.
+    const auto transposes = [&](std::size_t l) {
+      const Matrix<const T>& w = network.layers[l].weight;
+      return uses.forward && rows_ >= min_rows_to_transpose &&
+          (rows_ > strategy.block || w.rows * w.cols <= few_weights);
+    };
+    int64_t size = 0;
+    for (std::size_t l = 0; l < layers_.size(); ++l) {
+      const Matrix<const T>& w = network.layers[l].weight;
+      size += widened_size<T>(w.rows * w.cols + w.rows) +
+          transposes(l) * products_.packed_size(w.cols, w.rows) +
+          uses.backward(l) * products_.packed_size(w.rows, w.cols);
+    }
+    memory_ = Buffer<Element>(size);
+    Element* next = memory_.get();
+    const auto take = [&](int64_t count) {
+      return std::exchange(next, next + count);
+    };
+    for (std::size_t l = 0; l < layers_.size(); ++l) {
+      const auto& [weight, bias] = network.layers[l];
+      Prepared& layer = layers_[l];
+      if (!uses.forward && !uses.backward(l)) {
+        continue;
+      }
+      const int64_t out = weight.rows, in = weight.cols;
+      layer.weight = widened(weight, take(widened_size<T>(out * in)));
+      if (uses.forward && bias) {
+        layer.bias =
+            widened(contiguous(bias, 1, out), take(widened_size<T>(out))).data;
+      }
+      if (transposes(l)) {
+        layer.transposed = products_.pack(
+            layer.weight.transposed(), take(products_.packed_size(in, out)));
+      }
+      if (uses.backward(l)) {
+        layer.plain = products_.panels(
+            layer.weight, rows_, take(products_.packed_size(out, in)));
+      }
+    }
+  }
+
+  // out = a W_l^T + b_l, then ReLU if asked for.
+  void linear(
+      std::size_t l,
+      Matrix<Element> out,
+      Matrix<const Element> a,
+      bool relu) const {
+    const Prepared& layer = layers_[l];
+    const Epilogue epilogue = relu ? Epilogue::bias_relu : Epilogue::bias;
+    if (layer.transposed.data) {
+      products_.multiply(out, a, layer.transposed, epilogue, layer.bias);
+    } else if (rows_ < min_rows_to_transpose) {
+      products_.linear(out, a, layer.weight, layer.bias, relu);
+    } else {
+      products_.pack_and_multiply(
+          out, a, layer.weight.transposed(), epilogue, layer.bias);
+    }
+  }
+
+  // How much memory grad_weight needs for a block of `rows` rows.
+  int64_t scratch_size(int64_t rows, int64_t widest) const {
+    return products_.packed_size(rows, widest);
+  }
+
+  // to = delta^T a, or to += delta^T a.
+  void grad_weight(
+      Matrix<Sum> to,
+      Matrix<const Element> delta,
+      Matrix<const Element> a,
+      bool add,
+      Element* scratch) const {
+    products_.multiply(
+        to, delta.transposed(), products_.panels(a, to.rows, scratch),
+        add ? Epilogue::add : Epilogue::store);
+  }
+
+  // out = delta W_l where mask > 0 or NaN, else 0; without a mask everywhere.
+  void grad_input(
+      std::size_t l,
+      Matrix<Element> out,
+      Matrix<const Element> delta,
+      Matrix<const Element> mask) const {
+    products_.multiply(
+        out, delta, layers_[l].plain,
+        mask.data ? Epilogue::mask : Epilogue::store, nullptr, mask);
+  }
+
+  // sums[j] += the sum of column j.
+  void column_sums(double* sums, Matrix<const Element> delta) const {
+    products_.kernels.column_sums(sums, delta);
+  }
+
+ private:
+  struct Prepared {
+    Matrix<const Element> weight;
+    Panels<Element> transposed; // weight^T (in, out), for a W^T
+    Panels<Element> plain; // weight (out, in), for delta W
+    const Element* bias = nullptr;
+  };
+
+  // With fewer rows a transposed copy costs more than it saves.
+  static constexpr int64_t min_rows_to_transpose = 6;
+  // A larger weight that serves a single block is transposed panel by panel.
+  static constexpr int64_t few_weights = 1 << 15;
+
+  const Products<Element> products_;
+  const int64_t rows_;
+  std::vector<Prepared> layers_;
+  Buffer<Element> memory_;
+};
+
+} // namespace relu_mlp::cpu

@@ -1,0 +1,85 @@
+// Vectors of the width that the including file asks for, with the operators of
+// GCC's and Clang's vector types. Elsewhere a vector is one number, which is
+// slow and right.
+//
+// The including file defines
+//   RELU_MLP_ISA                the namespace that all of this lies in
+//   RELU_MLP_VECTOR_BYTES       the width of a vector
+//   RELU_MLP_VECTOR_REGISTERS   how many there are
+// and may define RELU_MLP_MASKED_ACCESS after it has declared better versions
+// of load_some and store_some.
+//
+// No inline function of the standard library may be used in what is compiled
+// for one instruction set: the linker keeps one copy of it for all callers.
+#pragma once
+
+#include <cstdint>
+
+namespace relu_mlp::cpu::RELU_MLP_ISA {
+namespace {
+
+#if defined(__GNUC__)
+template <typename C>
+struct Simd {
+  static constexpr int64_t lanes = RELU_MLP_VECTOR_BYTES / sizeof(C);
+  typedef C Vec __attribute__((vector_size(RELU_MLP_VECTOR_BYTES)));
+  // The same in memory, at the alignment of an element.
+  typedef C Loose
+      __attribute__((vector_size(RELU_MLP_VECTOR_BYTES), aligned(sizeof(C))));
+};
+#define RELU_MLP_INLINE inline __attribute__((always_inline))
+#define RELU_MLP_UNROLL _Pragma("GCC unroll 32")
+#else
+template <typename C>
+struct Simd {
+  static constexpr int64_t lanes = 1;
+  using Vec = C;
+  using Loose = C;
+};
+#define RELU_MLP_INLINE inline
+#define RELU_MLP_UNROLL
+#endif
+
+template <typename C>
+using Vec = typename Simd<C>::Vec;
+template <typename C>
+constexpr int64_t lanes = Simd<C>::lanes;
+
+template <typename C>
+RELU_MLP_INLINE Vec<C> load(const C* from) {
+  return *reinterpret_cast<const typename Simd<C>::Loose*>(from);
+}
+
+template <typename C>
+RELU_MLP_INLINE void store(C* to, Vec<C> v) {
+  *reinterpret_cast<typename Simd<C>::Loose*>(to) = v;
+}
+
+template <typename C>
+RELU_MLP_INLINE Vec<C> broadcast(C value) {
+  return value - Vec<C>{};
+}
+
+#if !defined(RELU_MLP_MASKED_ACCESS)
+// The first `count` < lanes elements; the others are 0.
+template <typename C>
+RELU_MLP_INLINE Vec<C> load_some(const C* from, int64_t count) {
+  C buffer[lanes<C>] = {};
+  for (int64_t i = 0; i < count; ++i) {
+    buffer[i] = from[i];
+  }
+  return load(buffer);
+}
+
+template <typename C>
+RELU_MLP_INLINE void store_some(C* to, Vec<C> v, int64_t count) {
+  C buffer[lanes<C>];
+  store(buffer, v);
+  for (int64_t i = 0; i < count; ++i) {
+    to[i] = buffer[i];
+  }
+}
+#endif
+
+} // namespace
+} // namespace relu_mlp::cpu::RELU_MLP_ISA
