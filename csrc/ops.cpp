@@ -270,14 +270,17 @@ cpu::Saved unpack(
 }
 
 // What both backward operators check of needs and grad_output.
-void check_backward(const std::string& flags, const Tensor& grad_output) {
+void check_backward(
+    const char* name,
+    const std::string& flags,
+    const Tensor& grad_output) {
   if (flags.size() < 3 || flags.size() % 2 == 0 ||
       flags.find_first_not_of("01") != std::string::npos) {
-    fail("relu_mlp::backward: needs must be 1 + 2 L characters '0' or '1', "
+    fail("relu_mlp::", name, ": needs must be 1 + 2 L characters '0' or '1', "
          "got '", flags, "'");
   }
   if (grad_output.dim() < 1) {
-    fail("relu_mlp::backward: grad_output must have at least one dimension, "
+    fail("relu_mlp::", name, ": grad_output must have at least one dimension, "
          "got shape ()");
   }
 }
@@ -299,7 +302,7 @@ void backward(StableIValue* stack, uint64_t, uint64_t) {
   const auto saved = take<std::vector<Tensor>>(stack[1]);
   const auto output_activation = take<std::string>(stack[2]);
   const auto flags = take<std::string>(stack[3]);
-  check_backward(flags, grad_output);
+  check_backward("backward", flags, grad_output);
   const Needs needs{flags};
   if (needs.lowest_layer() == needs.layers()) {
     stack[0] = give(std::vector<Tensor>{});
@@ -323,7 +326,7 @@ void recompute_backward(StableIValue* stack, uint64_t, uint64_t) {
   const auto output_activation = take<std::string>(stack[4]);
   const auto flags = take<std::string>(stack[5]);
   check_layers(x, weights, biases);
-  check_backward(flags, grad_output);
+  check_backward("recompute_backward", flags, grad_output);
   const Needs needs{flags};
   if (needs.layers() != weights.size()) {
     fail("relu_mlp::recompute_backward: needs must have ",

@@ -2,7 +2,6 @@
 // with: itself for float and double, float for bfloat16 and float16.
 #pragma once
 
-#include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <type_traits>
@@ -12,7 +11,6 @@
 
 namespace relu_mlp::cpu {
 
-using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
 template <typename T>

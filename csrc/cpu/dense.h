@@ -49,25 +49,32 @@ struct BackwardPass {
   std::vector<T*> grad_weights, grad_biases;
 };
 
-// total[i] = the sum over the chunks of parts[chunk * step + i], in their order.
+// total[i] = the sum over the chunks of parts[chunk * step + i], in their order,
+// for i < count. The first part is overwritten.
 template <typename T, typename Sum>
 void add_chunks(
     T* total,
-    const Sum* parts,
+    Sum* parts,
     int64_t count,
     int64_t chunks,
     int64_t step) {
   constexpr int64_t grain = 1 << 15; // elements read by a task
-  parallel_for(count, std::max<int64_t>(1, grain / chunks),
-               [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      Sum sum = parts[i];
-      for (int64_t c = 1; c < chunks; ++c) {
-        sum += parts[c * step + i];
-      }
-      total[i] = T(compute_t<T>(sum));
-    }
-  });
+  parallel_for(
+      count, std::max<int64_t>(1, grain / chunks),
+      [&](int64_t begin, int64_t end) {
+        for (int64_t c = 1; c < chunks; ++c) {
+          for (int64_t i = begin; i < end; ++i) {
+            parts[i] += parts[c * step + i];
+          }
+        }
+        if constexpr (std::is_same_v<Sum, float> && sizeof(T) == 2) {
+          narrow(total + begin, parts + begin, end - begin);
+        } else {
+          for (int64_t i = begin; i < end; ++i) {
+            total[i] = T(compute_t<T>(parts[i]));
+          }
+        }
+      });
 }
 
 // The walk of one thread over blocks of rows, and its memory. C is the type of a
@@ -201,9 +208,15 @@ class Blocks {
     const Matrix<C> out = contiguous(data, a.rows, network_.width(l + 1));
     layers_.linear(l, out, a, relu);
     if constexpr (is_narrow) {
-      T* const rounded = to ? to : narrow_.get();
-      narrow(rounded, data, out.rows * out.cols);
-      widen(data, rounded, out.rows * out.cols);
+      const bool is_last = l + 1 == network_.layers.size();
+      const bool rounds = is_last || !layers_.rounds_input();
+      if (to || rounds) {
+        T* const rounded = to ? to : narrow_.get();
+        narrow(rounded, data, out.rows * out.cols);
+        if (rounds) {
+          widen(data, rounded, out.rows * out.cols);
+        }
+      }
     }
     return as_const(out);
   }

@@ -43,7 +43,8 @@ RELU_MLP_INLINE void sums_over_lanes(C* to, Vec<C>* v) {
 }
 
 // A tile of `rows` rows of a by lanes / rows rows of weight; the indices beyond
-// the last row stand for the last row again, and are not written.
+// the last row stand for the last row again, and are not written. A sum over more
+// than 64 vectors is a sum of sums, for the sake of its rounding errors.
 template <int rows, typename C>
 void dots_tile(
     Matrix<C> out,
@@ -53,7 +54,7 @@ void dots_tile(
     bool relu,
     int64_t row,
     int64_t col) {
-  constexpr int64_t W = lanes<C>, cols = W / rows;
+  constexpr int64_t W = lanes<C>, cols = W / rows, block = 64 * W;
   const int64_t last_row = a.rows - 1, last_col = weight.rows - 1;
   const C *of_a[rows], *of_weight[cols];
   for (int64_t i = 0; i < rows; ++i) {
@@ -62,31 +63,38 @@ void dots_tile(
   for (int64_t j = 0; j < cols; ++j) {
     of_weight[j] = weight.row(col + j < last_col ? col + j : last_col);
   }
-  Vec<C> sums[W] = {};
-  const auto step = [&](const auto& load_from) {
-    Vec<C> factors[cols];
-    RELU_MLP_UNROLL
-    for (int64_t j = 0; j < cols; ++j) {
-      factors[j] = load_from(of_weight[j]);
-    }
-    RELU_MLP_UNROLL
-    for (int64_t i = 0; i < rows; ++i) {
-      const Vec<C> factor = load_from(of_a[i]);
+  C z[W] = {};
+  for (int64_t first = 0; first < a.cols; first += block) {
+    Vec<C> sums[W] = {};
+    const auto step = [&](const auto& load_from) {
+      Vec<C> factors[cols];
       RELU_MLP_UNROLL
       for (int64_t j = 0; j < cols; ++j) {
-        sums[i * cols + j] += factor * factors[j];
+        factors[j] = load_from(of_weight[j]);
       }
+      RELU_MLP_UNROLL
+      for (int64_t i = 0; i < rows; ++i) {
+        const Vec<C> factor = load_from(of_a[i]);
+        RELU_MLP_UNROLL
+        for (int64_t j = 0; j < cols; ++j) {
+          sums[i * cols + j] += factor * factors[j];
+        }
+      }
+    };
+    const int64_t end = first + block < a.cols ? first + block : a.cols;
+    int64_t s = first;
+    for (; s + W <= end; s += W) {
+      step([s](const C* from) { return load(from + s); });
     }
-  };
-  int64_t s = 0;
-  for (; s + W <= a.cols; s += W) {
-    step([s](const C* from) { return load(from + s); });
+    if (const int64_t rest = end - s) {
+      step([s, rest](const C* from) { return load_some(from + s, rest); });
+    }
+    C sum[W];
+    sums_over_lanes<C>(sum, sums);
+    for (int64_t i = 0; i < W; ++i) {
+      z[i] += sum[i];
+    }
   }
-  if (const int64_t rest = a.cols - s) {
-    step([s, rest](const C* from) { return load_some(from + s, rest); });
-  }
-  C z[W];
-  sums_over_lanes<C>(z, sums);
   for (int64_t i = 0; i < rows && row + i < a.rows; ++i) {
     for (int64_t j = 0; j < cols && col + j < weight.rows; ++j) {
       C value = z[i * cols + j];

@@ -10,7 +10,7 @@
 // the latency of the multiply-add. b must lie in the first- or second-level
 // cache, which is the caller's business.
 //
-// Every sum runs over k in order, so results depend on the shape alone.
+// The order of every sum depends on k alone.
 #pragma once
 
 #include "kernels.h"
@@ -31,6 +31,60 @@ constexpr int max_rows(int vectors) {
     return rows[vectors - 1];
   }
   return vectors == 1 ? 12 : 6;
+}
+
+// Applies the epilogue to the sums of a tile and writes them.
+template <int rows, int vectors, typename C>
+RELU_MLP_INLINE void finish(
+    const Product<C>& p,
+    int64_t row,
+    Vec<C> (&sums)[rows][vectors]) {
+  constexpr int64_t W = lanes<C>;
+  // The last vector may be cut off by the edge of the matrix.
+  const int64_t last = p.n - (vectors - 1) * W;
+  const auto load_columns = [last](const C* from, int j) {
+    return j + 1 < vectors || last == W ? load(from + j * W)
+                                        : load_some(from + j * W, last);
+  };
+  if (p.continues) {
+    RELU_MLP_UNROLL
+    for (int i = 0; i < rows; ++i) {
+      RELU_MLP_UNROLL
+      for (int j = 0; j < vectors; ++j) {
+        sums[i][j] += load_columns(p.out + (row + i) * p.out_row, j);
+      }
+    }
+  }
+  if (p.bias) {
+    RELU_MLP_UNROLL
+    for (int j = 0; j < vectors; ++j) {
+      const Vec<C> of_bias = load_columns(p.bias, j);
+      RELU_MLP_UNROLL
+      for (int i = 0; i < rows; ++i) {
+        sums[i][j] += of_bias;
+      }
+    }
+  }
+  const Vec<C> zero = {};
+  RELU_MLP_UNROLL
+  for (int i = 0; i < rows; ++i) {
+    C* const out = p.out + (row + i) * p.out_row;
+    const C* const mask = p.mask + (row + i) * p.mask_row;
+    RELU_MLP_UNROLL
+    for (int j = 0; j < vectors; ++j) {
+      Vec<C> v = sums[i][j];
+      if (p.epilogue == Epilogue::bias_relu) {
+        v = v <= zero ? zero : v; // NaN passes
+      } else if (p.epilogue == Epilogue::mask) {
+        v = load_columns(mask, j) <= zero ? zero : v;
+      }
+      if (j + 1 < vectors || last == W) {
+        store(out + j * W, v);
+      } else {
+        store_some(out + j * W, v, last);
+      }
+    }
+  }
 }
 
 template <int rows, int vectors, typename C>
@@ -66,44 +120,7 @@ void tile(const Product<C>& p, int64_t row) {
     b += b_row;
   }
 
-  // The last vector may be cut off by the edge of the matrix.
-  const int64_t last = p.n - (vectors - 1) * W;
-  const auto load_columns = [last](const C* from, int j) {
-    return j + 1 < vectors || last == W ? load(from + j * W)
-                                        : load_some(from + j * W, last);
-  };
-  if (p.bias) {
-    RELU_MLP_UNROLL
-    for (int j = 0; j < vectors; ++j) {
-      const Vec<C> of_bias = load_columns(p.bias, j);
-      RELU_MLP_UNROLL
-      for (int i = 0; i < rows; ++i) {
-        sums[i][j] += of_bias;
-      }
-    }
-  }
-  const Vec<C> zero = {};
-  RELU_MLP_UNROLL
-  for (int i = 0; i < rows; ++i) {
-    C* const out = p.out + (row + i) * p.out_row;
-    const C* const mask = p.mask + (row + i) * p.mask_row;
-    RELU_MLP_UNROLL
-    for (int j = 0; j < vectors; ++j) {
-      Vec<C> v = sums[i][j];
-      if (p.epilogue == Epilogue::bias_relu) {
-        v = v <= zero ? zero : v; // NaN passes
-      } else if (p.epilogue == Epilogue::mask) {
-        v = load_columns(mask, j) <= zero ? zero : v;
-      } else if (p.epilogue == Epilogue::add) {
-        v += load_columns(out, j);
-      }
-      if (j + 1 < vectors || last == W) {
-        store(out + j * W, v);
-      } else {
-        store_some(out + j * W, v, last);
-      }
-    }
-  }
+  finish<rows, vectors>(p, row, sums);
 }
 
 // All rows of a panel that is `vectors` wide: tiles of full height, then the
@@ -120,7 +137,7 @@ int64_t tiles(const Product<C>& p, int64_t row) {
 }
 
 template <typename C>
-void product(const Product<C>& p) {
+void product_over_block(const Product<C>& p) {
   if (p.n > 3 * lanes<C>) {
     if constexpr (max_vectors == 4) {
       tiles<max_rows(4), 4>(p, 0);
@@ -134,6 +151,30 @@ void product(const Product<C>& p) {
   } else if (p.n > 0) {
     tiles<max_rows(1), 1>(p, 0);
   }
+}
+
+// Sums over more than 128 elements are sums of sums: their rounding errors then
+// grow with the square root of k, as those of a library's products do.
+template <typename C>
+void product(const Product<C>& p) {
+  constexpr int64_t block = 128;
+  Product<C> part = p;
+  part.epilogue = Epilogue::store;
+  part.bias = nullptr;
+  part.k = block;
+  int64_t k = 0;
+  for (; k + block < p.k; k += block) {
+    part.a = p.a + k * p.a_col;
+    part.b = p.b + k * p.b_row;
+    product_over_block(part);
+    part.continues = true;
+  }
+  part.a = p.a + k * p.a_col;
+  part.b = p.b + k * p.b_row;
+  part.k = p.k - k;
+  part.epilogue = p.epilogue;
+  part.bias = p.bias;
+  product_over_block(part);
 }
 
 } // namespace

@@ -4,41 +4,84 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 namespace relu_mlp::cpu {
 
 extern const InstructionSet baseline_set;
 #if defined(__x86_64__) && defined(__GNUC__)
 extern const InstructionSet avx2_set, avx512_set;
+extern const AmxKernels amx_kernels;
 #endif
 
 namespace {
 
 struct Compiled {
-  const InstructionSet* set;
+  InstructionSet set;
   bool is_supported;
 };
+
+#if defined(__x86_64__) && defined(__GNUC__)
+InstructionSet amx_set() {
+  InstructionSet set = avx512_set;
+  set.name = "amx";
+  set.bfloat16.narrow = amx_kernels.narrow;
+  Kernels<float>& kernels = set.bfloat16_kernels;
+  kernels.panel = amx_kernels.panel;
+  kernels.k_step = amx_kernels.k_step;
+  kernels.k_per_row = 2;
+  kernels.product = amx_kernels.product;
+  kernels.pack = amx_kernels.pack;
+  return set;
+}
+
+// Whether the processor has AMX with bfloat16, and the system lets us use it.
+bool has_amx() {
+#if defined(__linux__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned bfloat16 = 1u << 22, tile = 1u << 24;
+  constexpr long request = 0x1023, tile_data = 18; // ARCH_REQ_XCOMP_PERM
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) &&
+      (d & bfloat16) && (d & tile) &&
+      syscall(SYS_arch_prctl, request, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 // The plainest first. Whether one is supported is asked here, in code that runs
 // everywhere.
 const std::vector<Compiled>& compiled() {
-  static const std::vector<Compiled> sets = {
-      {&baseline_set, true},
+  static const std::vector<Compiled> sets = [] {
+    std::vector<Compiled> all = {{baseline_set, true}};
 #if defined(__x86_64__) && defined(__GNUC__)
-      {&avx2_set,
-       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
-      {&avx512_set,
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl")},
+    const bool avx512 = __builtin_cpu_supports("avx512f") &&
+        __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    all.push_back(
+        {avx2_set,
+         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")});
+    all.push_back({avx512_set, avx512});
+    all.push_back(
+        {amx_set(),
+         avx512 && __builtin_cpu_supports("avx512bf16") && has_amx()});
 #endif
-  };
+    return all;
+  }();
   return sets;
 }
 
 const InstructionSet* find(const std::string& name) {
   for (const auto& [set, is_supported] : compiled()) {
-    if (is_supported && name == set->name) {
-      return set;
+    if (is_supported && name == set.name) {
+      return &set;
     }
   }
   return nullptr;
@@ -66,7 +109,7 @@ std::atomic<const InstructionSet*> choice = nullptr;
 std::vector<std::string> compiled_instruction_sets() {
   std::vector<std::string> names;
   for (const auto& [set, is_supported] : compiled()) {
-    names.push_back(set->name);
+    names.push_back(set.name);
   }
   return names;
 }
@@ -75,7 +118,7 @@ std::vector<std::string> supported_instruction_sets() {
   std::vector<std::string> names;
   for (const auto& [set, is_supported] : compiled()) {
     if (is_supported) {
-      names.push_back(set->name);
+      names.push_back(set.name);
     }
   }
   return names;

@@ -1,18 +1,24 @@
 // The choice of an instruction set, made once, when it is first asked for.
 #pragma once
 
+#include <torch/headeronly/util/BFloat16.h>
+
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "kernels.h"
 
 namespace relu_mlp::cpu {
 
+using torch::headeronly::BFloat16;
+
 // All that one instruction set offers.
 struct InstructionSet {
   const char* name;
   Kernels<float> float_kernels;
   Kernels<double> double_kernels;
+  Kernels<float> bfloat16_kernels; // for floats that stand for bfloat16
   Format bfloat16, half;
 };
 
@@ -28,12 +34,16 @@ const InstructionSet& chosen_instruction_set();
 // processor lacks it.
 bool choose_instruction_set(const std::string& name);
 
-template <typename C>
-const Kernels<C>& chosen_kernels() {
-  if constexpr (std::is_same_v<C, double>) {
-    return chosen_instruction_set().double_kernels;
+// The kernels for numbers stored as T.
+template <typename T>
+auto& chosen_kernels() {
+  const InstructionSet& isa = chosen_instruction_set();
+  if constexpr (std::is_same_v<T, double>) {
+    return isa.double_kernels;
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    return isa.bfloat16_kernels;
   } else {
-    return chosen_instruction_set().float_kernels;
+    return isa.float_kernels;
   }
 }
 

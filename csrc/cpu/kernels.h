@@ -12,13 +12,13 @@ namespace relu_mlp::cpu {
 // What happens to a tile of a product before it is written.
 enum class Epilogue {
   store, // out = product
-  add, // out += product
   bias, // out = product + bias
   bias_relu, // out = max(product + bias, 0)
   mask, // out = product where mask > 0 or is NaN, else 0
 };
 
-// out (m, n) = epilogue(a (m, k) b (k, n)), one panel of columns wide.
+// out (m, n) = epilogue(a (m, k) b (k, n)), one panel of columns wide; where it
+// continues a sum, out = epilogue(out + a b).
 template <typename C>
 struct Product {
   int64_t m, n, k; // n <= panel
@@ -32,12 +32,16 @@ struct Product {
   const C* bias = nullptr; // (n), contiguous; null for 0
   const C* mask = nullptr; // (m, n), rows contiguous
   int64_t mask_row = 0;
+  bool continues = false;
 };
 
 template <typename C>
 struct Kernels {
   int64_t lanes; // elements of a vector
   int64_t panel; // columns that one product may have at most
+  // A packed panel of k rows takes round_up(k, k_step) / k_per_row rows. More
+  // than one per row are pairs in bfloat16, to which `product` rounds a, too.
+  int64_t k_step, k_per_row;
   void (*product)(const Product<C>&);
   // to (k, n) = b (k, n) of any strides, with contiguous rows at a distance of
   // to_row, and 0 in the columns from n to the next multiple of `lanes`.
@@ -66,6 +70,14 @@ struct Format {
   void (*relu)(uint16_t* z, int64_t count); // z = max(z, 0), in place
   // delta = delta where a > 0 or is NaN, else 0
   void (*mask)(uint16_t* delta, const uint16_t* a, int64_t count);
+};
+
+// What AMX does better than AVX-512, all of it for bfloat16.
+struct AmxKernels {
+  int64_t panel, k_step;
+  void (*product)(const Product<float>&);
+  void (*pack)(float* to, int64_t to_row, Matrix<const float> b);
+  void (*narrow)(uint16_t* to, const float* from, int64_t count);
 };
 
 } // namespace relu_mlp::cpu

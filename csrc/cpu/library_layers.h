@@ -24,7 +24,7 @@ class LibraryLayers {
 
  public:
   using Element = T;
-  using Sum = compute_t<T>;
+  using Sum = T;
 
   LibraryLayers(const Network<T>& network, const Strategy&, Uses)
       : layers_(network.layers) {}
@@ -55,36 +55,28 @@ class LibraryLayers {
     }
   }
 
+  bool rounds_input() const {
+    return true;
+  }
   int64_t scratch_size(int64_t, int64_t) const {
     return 0;
   }
 
-  // to = delta^T a, or to += delta^T a. A sum over several blocks is not left to
-  // a 16-bit format.
+  // to = delta^T a, or to += delta^T a, which is not asked of a 16-bit format: the
+  // strategy makes one block of all its rows, so that the library sums them.
   void grad_weight(
-      Matrix<Sum> to,
+      Matrix<T> to,
       Matrix<const T> delta,
       Matrix<const T> a,
       bool add,
       T*) const {
-    if constexpr (is_narrow) {
-      const int64_t count = to.rows * to.cols;
-      const Buffer<T> product(count);
-      multiply(
-          contiguous(product.get(), to.rows, to.cols), delta.transposed(), a);
-      each_rows(to, [&](Matrix<Sum> part) {
-        const T* const from = product.get() + (part.data - to.data);
-        for (int64_t i = 0; i < part.rows * part.cols; ++i) {
-          part.data[i] = (add ? part.data[i] : Sum(0)) + Sum(from[i]);
-        }
-      });
-    } else if (add) {
-      const Tensor sum = view(to);
+    const Tensor sum = view(to), left = view(delta.transposed());
+    if (add) {
       TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(
-          sum.get(), sum.get(), view(delta.transposed()).get(), view(a).get(),
-          1.0, 1.0));
+          sum.get(), sum.get(), left.get(), view(a).get(), 1.0, 1.0));
     } else {
-      multiply(to, delta.transposed(), a);
+      TORCH_ERROR_CODE_CHECK(
+          aoti_torch_cpu_mm_out(sum.get(), left.get(), view(a).get()));
     }
   }
 
@@ -94,7 +86,8 @@ class LibraryLayers {
       Matrix<T> out,
       Matrix<const T> delta,
       Matrix<const T> mask) const {
-    multiply(out, delta, layers_[l].weight);
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(
+        view(out).get(), view(delta).get(), view(layers_[l].weight).get()));
     if (mask.data) {
       each_rows(out, [&](Matrix<T> part) {
         const T* const a = mask.data + (part.data - out.data);
@@ -155,11 +148,6 @@ class LibraryLayers {
         sums[j] += row[j];
       }
     }
-  }
-
-  void multiply(Matrix<T> out, Matrix<const T> a, Matrix<const T> b) const {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(
-        view(out).get(), view(a).get(), view(b).get()));
   }
 
   // The memory as a tensor, for the time of a call.

@@ -19,7 +19,7 @@ class OwnLayers {
   using Sum = compute_t<T>; // that weight gradients are summed in
 
   OwnLayers(const Network<T>& network, const Strategy& strategy, Uses uses)
-      : products_(strategy.chunks == 1),
+      : products_(chosen_kernels<T>(), strategy.chunks == 1),
         rows_(network.x.rows),
         layers_(network.layers.size()) {
     // The parameters as the products want them, one after the other.
@@ -81,6 +81,11 @@ class OwnLayers {
     }
   }
 
+  // Whether `linear` rounds its operand to T itself.
+  bool rounds_input() const {
+    return products_.kernels.k_per_row > 1;
+  }
+
   // How much memory grad_weight needs for a block of `rows` rows.
   int64_t scratch_size(int64_t rows, int64_t widest) const {
     return products_.packed_size(rows, widest);
@@ -95,7 +100,7 @@ class OwnLayers {
       Element* scratch) const {
     products_.multiply(
         to, delta.transposed(), products_.panels(a, to.rows, scratch),
-        add ? Epilogue::add : Epilogue::store);
+        Epilogue::store, nullptr, {}, add);
   }
 
   // out = delta W_l where mask > 0 or NaN, else 0; without a mask everywhere.

@@ -31,10 +31,12 @@ Strategy choose_strategy(
   // Weights that stay in the second-level cache while rows go by.
   constexpr int64_t few_parameters = 1 << 17;
   if (parameters > few_parameters && rows > 1) {
-    // Rows enough for the library's full rate.
-    const int64_t most = is_narrow ? 8192 : 2048;
-    const int64_t all = std::max<int64_t>(1, rows);
-    return {true, all, std::min(all, part(all, most)), 1};
+    // Blocks with rows enough for the library's full rate. It has no sums over
+    // several blocks that are more precise than its operands, so 16-bit formats
+    // make one block.
+    constexpr int64_t library_block = 2048;
+    const int64_t block = is_narrow ? rows : part(rows, library_block);
+    return {true, rows, std::min(rows, block), 1};
   }
 
   // A block of the widest layer fills an eighth of that cache; a chunk has rows
