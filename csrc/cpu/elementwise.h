@@ -57,7 +57,7 @@ void activation_backward(
 }
 
 // delta = scale * (y - target) * phi'(z), the gradient of the loss at z.
-// Returns the sum of (y - target)^2. Rows are contiguous.
+// Returns the sum of (y - target)^2. All are contiguous.
 template <typename C, typename T>
 double squared_error(
     Activation activation,
@@ -66,16 +66,30 @@ double squared_error(
     Matrix<const T> target,
     double scale) {
   using F = compute_t<C>;
-  double sum = 0;
+  // Sums that do not wait for each other, which makes this vector code.
+  constexpr int64_t together = 8;
+  double sums[together] = {};
   dispatch(activation, [&]<Activation phi>() {
-    for (int64_t i = 0; i < delta.rows; ++i) {
-      for (int64_t j = 0; j < delta.cols; ++j) {
-        const F output = F(y.row(i)[j]), error = output - F(target.row(i)[j]);
-        sum += double(error) * double(error);
-        delta.row(i)[j] = C(times_derivative<phi>(F(scale) * error, output));
+    const auto element = [&](int64_t i, int64_t sum) {
+      const F output = F(y.data[i]), error = output - F(target.data[i]);
+      sums[sum] += double(error) * double(error);
+      delta.data[i] = C(times_derivative<phi>(F(scale) * error, output));
+    };
+    const int64_t count = delta.rows * delta.cols;
+    int64_t i = 0;
+    for (; i + together <= count; i += together) {
+      for (int64_t u = 0; u < together; ++u) {
+        element(i + u, u);
       }
     }
+    for (; i < count; ++i) {
+      element(i, 0);
+    }
   });
+  double sum = 0;
+  for (const double part : sums) {
+    sum += part;
+  }
   return sum;
 }
 

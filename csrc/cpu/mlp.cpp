@@ -223,7 +223,7 @@ LossAndGradients loss_and_grads(
     BackwardPass<T> pass{Needs{flags}};
     double squares = 0;
     pass.recompute = true;
-    pass.target = given.rows(target);
+    pass.target = given.whole(target);
     pass.loss_scale = loss == Loss::sse ? 1.0
         : loss == Loss::half_sse        ? 0.5
                                         : 1.0 / double(target.numel());

@@ -3,16 +3,12 @@
 namespace relu_mlp::cpu {
 namespace {
 
-constexpr int64_t tallest_tile = 48; // every tile of gemm.h divides it
-
 int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
-// `total` cut into equal parts of at most about `most`, whole tiles each.
+// The size of equal parts of `total` that have at most about `most`.
 int64_t part(int64_t total, int64_t most) {
-  const int64_t equal = ceil_div(std::max<int64_t>(1, total),
-                                 std::max<int64_t>(1, ceil_div(total, most)));
-  return ceil_div(equal, tallest_tile) * tallest_tile;
+  return ceil_div(total, ceil_div(total, most));
 }
 
 } // namespace
@@ -21,6 +17,7 @@ Strategy choose_strategy(
     int64_t rows,
     const std::vector<int64_t>& widths,
     bool is_narrow) {
+  rows = std::max<int64_t>(1, rows); // an empty batch is one empty block
   int64_t widest = 1, parameters = 0;
   for (std::size_t l = 0; l + 1 < widths.size(); ++l) {
     parameters += widths[l] * widths[l + 1];
@@ -35,21 +32,22 @@ Strategy choose_strategy(
     // several blocks that are more precise than its operands, so 16-bit formats
     // make one block.
     constexpr int64_t library_block = 2048;
-    const int64_t block = is_narrow ? rows : part(rows, library_block);
-    return {true, rows, std::min(rows, block), 1};
+    return {true, rows, is_narrow ? rows : part(rows, library_block), 1};
   }
 
-  // A block of the widest layer fills an eighth of that cache; a chunk has rows
-  // enough to pay for sums of its own.
-  constexpr int64_t block_elements = 1 << 14, smallest = 96, largest = 480;
+  // Chunks with rows enough to pay for sums of their own, in a number that many
+  // numbers of threads divide.
   constexpr int64_t chunk_rows = 240, most_chunks = 32;
-  int64_t chunk = std::max<int64_t>(1, rows);
-  if (parameters <= few_parameters && rows >= 2 * chunk_rows) {
-    chunk = part(rows, std::max(chunk_rows, ceil_div(rows, most_chunks)));
+  int64_t chunks = 1;
+  while (2 * chunks <= most_chunks && 2 * chunks * chunk_rows <= rows &&
+         parameters <= few_parameters) {
+    chunks *= 2;
   }
+  // A block of the widest layer fills an eighth of the second-level cache.
+  constexpr int64_t block_elements = 1 << 14, smallest = 96, largest = 480;
+  const int64_t chunk = ceil_div(rows, chunks);
   const int64_t block = std::clamp(block_elements / widest, smallest, largest);
-  return {false, chunk, std::min(chunk, part(chunk, block)),
-          std::max<int64_t>(1, ceil_div(rows, chunk))};
+  return {false, chunk, part(chunk, block), ceil_div(rows, chunk)};
 }
 
 } // namespace relu_mlp::cpu
