@@ -10,8 +10,10 @@ ARGS ?=
 # The Pythons of environments with another PyTorch, pytest and numpy, for make abi.
 OTHERS ?=
 
+CROSS ?= aarch64-linux-gnu-g++
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench overhead abi build dist clean FORCE
+.PHONY: help demo test lint format bench overhead abi cross build dist clean FORCE
 .NOTPARALLEL:
 # ninja would look there for a jobserver that nobody passes on to it.
 unexport MAKEFLAGS
@@ -57,6 +59,14 @@ abi: build/extension  ## run the tests of the same binary under other PyTorches,
 	set -e; for python in $(OTHERS); do \
 	    $$python -c 'import torch; print("PyTorch", torch.__version__)'; \
 	    PYTHONPATH=. $$python -m pytest -q -p no:cacheprovider -W default $(ARGS); \
+	done
+
+# What has no x86 in it, for AArch64. Nothing runs.
+cross: $(call needs,torch)  ## compile the plain kernels for AArch64 with CROSS, by default aarch64-linux-gnu-g++
+	@mkdir -p build
+	set -e; include=$$($(PYTHON) -c 'import torch.utils.cpp_extension as e; print(e.include_paths()[0])'); \
+	for file in baseline isa strategy avx2 avx512 amx; do \
+	    $(CROSS) -std=c++20 -O3 -Wall -Werror -I$$include -c csrc/cpu/$$file.cpp -o build/$$file.aarch64.o; \
 	done
 
 build: $(call needs,torch)  ## build the extension in place, even if it seems up to date

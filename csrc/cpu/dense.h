@@ -1,9 +1,10 @@
-// Forward and backward over blocks of rows, with this package's own product.
+// Forward and backward over blocks of rows.
 //
 // A block of rows goes through all layers while it is in the cache. Forward, it
 // leaves the hidden activations behind if they are to be kept; backward, its
 // delta lies in one of two buffers, each of one block, and no gradient of a
-// hidden layer ever exists whole. Weights are packed once for each call.
+// hidden layer ever exists whole. `Layers` does the products: OwnLayers or
+// LibraryLayers.
 //
 // Rows are dealt out in chunks, whose number depends on the shape alone. A
 // chunk has its own sums of the weight and bias gradients, which are added up
@@ -152,7 +153,9 @@ class Blocks {
     do { // once for an empty batch too, whose gradients are 0
       const int64_t rows = std::min(block_, end - row);
       if (pass.recompute) {
-        recompute(row, rows);
+        recompute(
+            row, rows,
+            pass.squares || network_.output_activation != Activation::none);
       }
       Matrix<const C> delta =
           output_delta(row, rows, pass, delta_memory[0].get(), squares);
@@ -221,10 +224,10 @@ class Blocks {
     return as_const(out);
   }
 
-  // Fills computed_ with a_1 ... a_{L-1} and y of a block.
-  void recompute(int64_t row, int64_t rows) {
+  // Fills computed_ with a_1 ... a_{L-1} of a block, and y if it is needed.
+  void recompute(int64_t row, int64_t rows, bool needs_y) {
     Matrix<const C> a = input(row, rows);
-    for (std::size_t l = 0; l < computed_.size(); ++l) {
+    for (std::size_t l = 0; l + !needs_y < computed_.size(); ++l) {
       a = linear(l, a, computed_[l].get(), nullptr);
     }
     if (network_.output_activation > Activation::relu) {

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../mlp.h"
+
 namespace relu_mlp::cpu::RELU_MLP_ISA {
 namespace {
 
@@ -85,6 +87,26 @@ template <uint16_t infinity>
 void mask(uint16_t* delta, const uint16_t* a, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
     delta[i] = is_off<infinity>(a[i]) ? 0 : delta[i];
+  }
+}
+
+// Sums of 32 numbers in float, whose sum is taken in double precision.
+template <void (*widen)(float*, const uint16_t*, int64_t)>
+void narrow_column_sums(double* sums, Matrix<const uint16_t> m) {
+  constexpr int64_t most_cols = 64, most_rows = 32;
+  for (int64_t first = 0; first < m.rows; first += most_rows) {
+    const int64_t end =
+        first + most_rows < m.rows ? first + most_rows : m.rows;
+    float part[most_cols] = {}, row[most_cols];
+    for (int64_t i = first; i < end; ++i) {
+      widen(row, m.row(i), m.cols);
+      for (int64_t j = 0; j < m.cols; ++j) {
+        part[j] += row[j];
+      }
+    }
+    for (int64_t j = 0; j < m.cols; ++j) {
+      sums[j] += double(part[j]);
+    }
   }
 }
 

@@ -70,6 +70,8 @@ struct Format {
   void (*relu)(uint16_t* z, int64_t count); // z = max(z, 0), in place
   // delta = delta where a > 0 or is NaN, else 0
   void (*mask)(uint16_t* delta, const uint16_t* a, int64_t count);
+  // sums[j] += sum_i m(i, j) for at most 64 columns, rows contiguous
+  void (*column_sums)(double* sums, Matrix<const uint16_t> m);
 };
 
 // What AMX does better than AVX-512, all of it for bfloat16.

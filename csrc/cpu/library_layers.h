@@ -135,17 +135,14 @@ class LibraryLayers {
 
   // The sums of at most 64 columns of a 16-bit format.
   static void add_columns(double* sums, Matrix<const T> m) {
-    float row[64];
+    if (m.col_stride == 1) {
+      format<T>().column_sums(
+          sums, {bits(m.data), m.rows, m.cols, m.row_stride, 1});
+      return;
+    }
     for (int64_t i = 0; i < m.rows; ++i) {
-      if (m.col_stride == 1) {
-        widen(row, m.row(i), m.cols);
-      } else {
-        for (int64_t j = 0; j < m.cols; ++j) {
-          row[j] = float(m.at(i, j));
-        }
-      }
       for (int64_t j = 0; j < m.cols; ++j) {
-        sums[j] += row[j];
+        sums[j] += double(float(m.at(i, j)));
       }
     }
   }

@@ -25,8 +25,11 @@ Strategy choose_strategy(
   for (const int64_t width : widths) {
     widest = std::max(widest, width);
   }
-  // Weights that stay in the second-level cache while rows go by.
-  constexpr int64_t few_parameters = 1 << 17;
+  // Weights that stay in the second-level cache while rows go by; fewer, where
+  // too few rows go by to pay for packing them. 16-bit formats are packed anyway.
+  constexpr int64_t chunk_rows = 240, some_rows = 32;
+  const bool few_rows = rows >= some_rows && rows < 2 * chunk_rows;
+  const int64_t few_parameters = few_rows && !is_narrow ? 1 << 16 : 1 << 17;
   if (parameters > few_parameters && rows > 1) {
     // Blocks with rows enough for the library's full rate. It has no sums over
     // several blocks that are more precise than its operands, so 16-bit formats
@@ -37,7 +40,7 @@ Strategy choose_strategy(
 
   // Chunks with rows enough to pay for sums of their own, in a number that many
   // numbers of threads divide.
-  constexpr int64_t chunk_rows = 240, most_chunks = 32;
+  constexpr int64_t most_chunks = 32;
   int64_t chunks = 1;
   while (2 * chunks <= most_chunks && 2 * chunks * chunk_rows <= rows &&
          parameters <= few_parameters) {

@@ -16,8 +16,11 @@ constexpr Kernels<C> kernels = {
     column_sums<C>, bias_relu<C>, mask<C>};
 
 constexpr Format bfloat16 = {
-    widen_bfloat16, narrow_bfloat16, relu<0x7f80>, mask<0x7f80>};
-constexpr Format half = {widen_half, narrow_half, relu<0x7c00>, mask<0x7c00>};
+    widen_bfloat16, narrow_bfloat16, relu<0x7f80>, mask<0x7f80>,
+    narrow_column_sums<widen_bfloat16>};
+constexpr Format half = {
+    widen_half, narrow_half, relu<0x7c00>, mask<0x7c00>,
+    narrow_column_sums<widen_half>};
 
 } // namespace
 } // namespace relu_mlp::cpu::RELU_MLP_ISA
