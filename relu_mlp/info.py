@@ -27,7 +27,32 @@ class BuildInfo:
     oldest_torch: str | None  #: the oldest PyTorch that the library loads on
     instruction_sets: tuple[str, ...]  #: that the package's own kernels were compiled for
     instruction_set: str | None  #: the one of them that this machine uses
+    supported_instruction_sets: tuple[str, ...]  #: those of them that this machine has
     cuda_architectures: tuple[str, ...]  #: that CUDA kernels were compiled for
+
+    def advice(self) -> list[str]:
+        """What runs slower than it could here, and what to do about it; a sentence or two each."""
+        lines = []
+        if self.problem is not None:
+            lines.append(f"The extension is missing: {self.problem}")
+        if self.runs_on_cpu != "extension" and self.library is not None:
+            lines.append(
+                "The extension is there, but the backend in force is "
+                f"{self.backend!r}. Unset RELU_MLP_BACKEND, or set it to 'auto'."
+            )
+        if self.supported_instruction_sets and (
+            self.instruction_set != self.supported_instruction_sets[-1]
+        ):
+            lines.append(
+                f"The kernels use {self.instruction_set}, and this processor has "
+                f"{self.supported_instruction_sets[-1]}. Unset RELU_MLP_ISA."
+            )
+        if torch.cuda.is_available() and not self.cuda_architectures:
+            lines.append(
+                "There is a GPU, but there are no kernels for CUDA in this build: CUDA tensors "
+                "are served in Python, by PyTorch's own products. That has not been measured."
+            )
+        return lines
 
     def __str__(self) -> str:
         width = max(map(len, self.__dataclass_fields__))
@@ -41,6 +66,7 @@ class BuildInfo:
 def build_info() -> BuildInfo:
     """What was built, what will run, and if that is less than it could be, why."""
     built = dict(line.split(": ", 1) for line in torch.ops.relu_mlp._build_info().splitlines())
+    supported = torch.ops.relu_mlp._supported_instruction_sets()
     name = ops.current_backend()
     has_library = ops.LIBRARY_PATH is not None
     without_kernels = "nothing" if name == "extension" else "reference"
@@ -57,5 +83,6 @@ def build_info() -> BuildInfo:
         oldest_torch=built.get("oldest_torch"),
         instruction_sets=tuple(built.get("instruction_sets", "").split()),
         instruction_set=built.get("instruction_set"),
+        supported_instruction_sets=tuple(supported.split()),
         cuda_architectures=tuple(built.get("cuda_architectures", "").split()),
     )
