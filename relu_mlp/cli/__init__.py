@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"relu-mlp {__version__}")
     commands = top.add_subparsers(title="commands", dest="command", required=True, metavar="")
     for name in COMMANDS:
-        module = importlib.import_module(f".{name}", __name__)
+        module: Any = importlib.import_module(f".{name}", __name__)
         command = commands.add_parser(
             name,
             help=module.__doc__.splitlines()[0].rstrip("."),
