@@ -3,18 +3,23 @@
 from ._version import __version__
 from .functional import LossAndGrads, loss_and_grads, relu_mlp
 from .info import BuildInfo, build_info
+from .linearization import Linearization, Parameters, jacobian, linearize
 from .modules import FusedSequential, ReluMLP, fuse
 from .ops import backend
 
 __all__ = [
     "BuildInfo",
     "FusedSequential",
+    "Linearization",
     "LossAndGrads",
+    "Parameters",
     "ReluMLP",
     "__version__",
     "backend",
     "build_info",
     "fuse",
+    "jacobian",
+    "linearize",
     "loss_and_grads",
     "relu_mlp",
 ]

@@ -184,6 +184,17 @@ def fused(
         return implementation.relu_mlp(x, weights, biases, activation)
 
 
+def refuse_transforms(function: str, *arguments: Any) -> None:
+    """RuntimeError where somebody differentiates or maps a function that has no derivative."""
+    if _are_functorch_transforms_active() or (
+        forward_ad._current_level >= 0 and carries_tangent(*arguments)
+    ):
+        raise RuntimeError(
+            f"{function} has no derivative, and is called under a functorch transform or with "
+            "a forward-mode tangent. Differentiate a function of relu_mlp(...) instead."
+        )
+
+
 def has_other_dtype(x: Tensor) -> bool:
     """Whether x is a tensor of integers, say: the native path is taken, after a check.
 
@@ -256,23 +267,29 @@ def loss_and_grads(
     weight_list, present = checked_parameters(x, weights, biases)
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a Tensor, got {type(target).__name__}")
-    if _are_functorch_transforms_active() or (
-        forward_ad._current_level >= 0 and carries_tangent(x, target, weight_list, present)
-    ):
-        raise RuntimeError(
-            "loss_and_grads has no derivative, and is called under a functorch transform or with "
-            "a forward-mode tangent. Differentiate a loss of relu_mlp(...) instead."
-        )
+    refuse_transforms("loss_and_grads", x, target, weight_list, present)
     if target.dtype is not x.dtype and not (target.is_floating_point() or target.is_complex()):
         target = target.to(x.dtype)
     with below_autograd():
         value, grads = implementation_for(x).loss_and_grads(
             x, target, weight_list, present, loss, activation
         )
-    grad_weights = tuple(grads[: len(weight_list)])
-    if biases is None:
-        return LossAndGrads(value, grad_weights, None)
-    grad_biases = [
-        None if bias is NO_TENSOR else grads[n] for n, bias in enumerate(present, len(weight_list))
-    ]
-    return LossAndGrads(value, grad_weights, tuple(grad_biases))
+    return LossAndGrads(value, *split_by_kind(grads, present))
+
+
+def split_by_kind(
+    of_parameters: Sequence[Tensor], biases: Sequence[Tensor]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...] | None]:
+    """What belongs to the weights, and what belongs to the biases, None where there is none.
+
+    Args:
+        of_parameters: an entry for each weight, then one for each of `biases`.
+        biases: as `checked_parameters` returns them.
+    """
+    layers = len(of_parameters) - len(biases)
+    of_weights, of_biases = tuple(of_parameters[:layers]), of_parameters[layers:]
+    if not biases:
+        return of_weights, None
+    return of_weights, tuple(
+        None if bias is NO_TENSOR else entry for bias, entry in zip(biases, of_biases, strict=True)
+    )

@@ -17,11 +17,12 @@ and its backward pass carries delta_l = d loss / d z_l downwards:
 phi' is written in terms of y, so no z is kept. The mask of the ReLU selects
 and does not multiply: an infinite gradient at a unit that is off gives 0.
 
-The functions have the signatures of the operators ``relu_mlp::relu_mlp``,
-``forward``, ``backward``, ``recompute_backward`` and ``loss_and_grads``, and
-stand in for them.
-They are made of differentiable operations: the second derivative is the
-derivative of `backward`. In the code, layers are counted from 0.
+The functions `relu_mlp`, `forward`, `backward`, `recompute_backward` and
+`loss_and_grads` have the signatures of the operators of those names and stand in
+for them. `jvp` and `jacobian` are the same derivative taken forwards, and for
+all outputs at once. All are made of differentiable operations: the second
+derivative is the derivative of `backward`. In the code, layers are counted
+from 0.
 """
 
 from __future__ import annotations
@@ -255,3 +256,82 @@ def loss_and_grads(
         next(grads) if present else x.new_empty(0)
         for present in [True] * len(weights) + has_bias[: len(biases)]
     ]
+
+
+def jvp(
+    x: Tensor,
+    y: Tensor,
+    weights: Sequence[Tensor],
+    hidden: Sequence[Tensor],
+    output_activation: str,
+    x_tangent: Tensor | None,
+    weight_tangents: Sequence[Tensor],
+    bias_tangents: Sequence[Tensor | None],
+) -> Tensor:
+    """The forward-mode derivative: how y changes as x and the parameters change.
+
+    With a prime for a change,
+
+        z_l' = a_{l-1}' W_l^T + a_{l-1} W_l'^T + b_l'
+        a_l' = z_l' where a_l > 0 or is NaN, and 0 elsewhere
+        y'   = phi'(z_L) * z_L'
+
+    Args:
+        x, y, weights, hidden, output_activation: as `forward` took and returned
+            them, x and y as matrices.
+        x_tangent: x', (rows, in_features); None is 0.
+        weight_tangents: W_l', one for each weight, of its shape.
+        bias_tangents: b_l', one for each weight; None is 0.
+
+    Returns:
+        y', (rows, out_features).
+    """
+    inputs = [x, *hidden]
+    tangent = x_tangent
+    for layer, weight in enumerate(weights):
+        z_tangent = F.linear(inputs[layer], weight_tangents[layer], bias_tangents[layer])
+        if tangent is not None:
+            z_tangent = torch.addmm(z_tangent, tangent, weight.T)
+        if layer < len(weights) - 1:
+            z_tangent = z_tangent.masked_fill(hidden[layer] <= 0, 0)
+        tangent = z_tangent
+    return ACTIVATION_BACKWARDS[output_activation](tangent, y)
+
+
+def jacobian(
+    x: Tensor,
+    y: Tensor,
+    weights: Sequence[Tensor],
+    hidden: Sequence[Tensor],
+    output_activation: str,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The derivative of every output of every row by every parameter.
+
+    The backward pass with a delta for each output: delta_l[n, o] is the gradient
+    of y[n, o] at row n of z_l. Rows do not mix, so nothing is summed over them:
+
+        delta_L[n, o, i]             = phi'(z_L)[n, o] where i = o, else 0
+        d y[n, o] / d W_l[i, j]      = delta_l[n, o, i] a_{l-1}[n, j]
+        d y[n, o] / d b_l[i]         = delta_l[n, o, i]
+        delta_{l-1}[n, o]            = delta_l[n, o] W_l where a_{l-1}[n] > 0 or is NaN, else 0
+
+    Args:
+        x, y, weights, hidden, output_activation: as `forward` took and returned
+            them, x and y as matrices.
+
+    Returns:
+        One (rows, out_features, *weight.shape) for each weight, and one
+        (rows, out_features, weight.shape[0]) for the bias of each.
+    """
+    inputs = [x, *hidden]
+    weight_jacobians: list[Tensor] = []
+    bias_jacobians: list[Tensor] = []
+    slope = ACTIVATION_BACKWARDS[output_activation](torch.ones_like(y), y)
+    delta = torch.diag_embed(slope)
+    for layer in reversed(range(len(weights))):
+        weight_jacobians.append(delta[:, :, :, None] * inputs[layer][:, None, None, :])
+        bias_jacobians.append(delta)
+        if layer > 0:
+            is_off = inputs[layer] <= 0
+            delta = (delta @ weights[layer]).masked_fill(is_off[:, None, :], 0)
+    return weight_jacobians[::-1], bias_jacobians[::-1]

@@ -1,0 +1,259 @@
+"""The derivative of the outputs by the parameters: the Jacobian, and products with it.
+
+With w for all weights and biases, and J = dy/dw, a small change of the parameters
+changes the outputs by J dw, and a loss of the outputs has the gradient J^T dl/dy.
+`jacobian` returns J. `linearize` returns J as an object that multiplies and is
+never formed: it holds the activations of one forward pass.
+
+The formulas are in reference.py, in plain PyTorch for every backend; forward
+passes and J^T u run on the backend in force.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from . import checks, reference
+from .functional import (
+    OutputActivation,
+    activation_name,
+    checked_parameters,
+    refuse_transforms,
+    split_by_kind,
+)
+from .ops import NO_TENSOR, below_autograd, implementation_for
+
+
+class Parameters(NamedTuple):
+    """Something for every parameter of a network: a change, a gradient, a Jacobian.
+
+    `biases` is None if the network has none, and an entry is None where a layer
+    has none.
+    """
+
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor | None, ...] | None
+
+
+def jacobian(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    output_activation: OutputActivation | None = None,
+) -> Parameters:
+    """The derivative of every output by every parameter, by hand.
+
+    With y = `relu_mlp(x, weights, biases)`, an entry holds d y[n, o] / d p at
+    [n, o], for all parameters from one batched backward pass:
+
+        d y[n, o] / d W_l[i, j] = delta_l[n, o, i] a_{l-1}[n, j]
+
+    with the delta of `reference.jacobian`. It has rows * out_features times as
+    many numbers as the network has parameters; `linearize` multiplies with it
+    and needs none of them.
+
+    Args:
+        x: (rows, in_features), of dtype float64, float32, bfloat16 or float16.
+        weights, biases, output_activation: as in `relu_mlp`.
+
+    Returns:
+        `Parameters(weights, biases)`: each entry (rows, out_features,
+        *parameter.shape), in the dtype of x. Nothing requires a gradient.
+        Autocast does not apply.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as in `relu_mlp`; RuntimeError if x
+            is no matrix, and under `torch.func` and forward-mode differentiation.
+    """
+    if isinstance(x, Tensor) and x.dim() != 2:
+        raise RuntimeError(f"x must have shape (rows, in_features), got {tuple(x.shape)}")
+    return _linearize("jacobian", x, weights, biases, output_activation).jacobian()
+
+
+def linearize(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    output_activation: OutputActivation | None = None,
+) -> Linearization:
+    """A network near its parameters: y + J dw, with J = dy/dw never formed.
+
+    One forward pass; each product with J or its transpose after that costs about
+    as much as a forward or a backward pass.
+
+    Args:
+        x: (*, in_features), of dtype float64, float32, bfloat16 or float16.
+        weights, biases, output_activation: as in `relu_mlp`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as in `relu_mlp`; RuntimeError under
+            `torch.func` and forward-mode differentiation.
+    """
+    return _linearize("linearize", x, weights, biases, output_activation)
+
+
+def _linearize(
+    function: str,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None,
+    output_activation: OutputActivation | None,
+) -> Linearization:
+    activation = activation_name(output_activation)
+    weight_list, present = checked_parameters(x, weights, biases)
+    refuse_transforms(function, x, weight_list, present)
+    return Linearization(x, weight_list, present, activation)
+
+
+class Linearization:
+    """What `linearize` returns: y, and products with the Jacobian J = dy/dw.
+
+    Nothing that it returns requires a gradient. It refers to x and the parameters
+    and raises a RuntimeError once one of them has been changed in place.
+
+    Attributes:
+        y: (*, out_features), the outputs.
+    """
+
+    def __init__(
+        self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], activation: str
+    ) -> None:
+        self._implementation = implementation_for(x)
+        self._x, self._weights, self._biases = (
+            x.detach(),
+            [weight.detach() for weight in weights],
+            [bias if bias is NO_TENSOR else bias.detach() for bias in biases],
+        )
+        self._activation = activation
+        with below_autograd():
+            self.y, self._hidden = self._implementation.forward(
+                self._x, self._weights, self._biases, activation, True
+            )
+        self._versions = [tensor._version for tensor in self._counted()]
+
+    def jvp(self, tangent: Parameters) -> Tensor:
+        """J v: how y changes as the parameters change by v, forward-mode differentiation.
+
+        Args:
+            tangent: v, `Parameters` or another pair (weights, biases) with an
+                entry of the shape and dtype of each parameter. None for a bias,
+                or for all, is 0.
+
+        Returns:
+            (*, out_features), as y.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: if that is not what came.
+        """
+        weight_tangents, bias_tangents = self._checked(tangent)
+        self._check_versions()
+        with below_autograd():
+            change = reference.jvp(
+                *self._pass(), self._activation, None, weight_tangents, bias_tangents
+            )
+        return change.reshape(self.y.shape)
+
+    def vjp(self, grad_output: Tensor) -> Parameters:
+        """J^T u: the gradient at the parameters of a loss with the gradient u at y.
+
+        Args:
+            grad_output: u, of the shape and dtype of y.
+
+        Raises:
+            TypeError, RuntimeError: if it is not.
+        """
+        if not isinstance(grad_output, Tensor):
+            raise TypeError(f"grad_output must be a Tensor, got {type(grad_output).__name__}")
+        checks.check_like_output("grad_output", grad_output, self._x, self.y.shape)
+        self._check_versions()
+        layers = len(self._weights)
+        present = [bias is not NO_TENSOR for bias in self._biases] or [False] * layers
+        needs = "0" + "1" * layers + "".join("01"[there] for there in present)
+        kept = reference.is_kept(self._activation, needs)
+        saved = itertools.compress([self._x, self.y, *self._weights, *self._hidden], kept)
+        with below_autograd():
+            grads = iter(
+                self._implementation.backward(
+                    grad_output.detach(), list(saved), self._activation, needs
+                )
+            )
+        of_weights = [next(grads) for _ in self._weights]
+        of_biases = [NO_TENSOR if bias is NO_TENSOR else next(grads) for bias in self._biases]
+        return Parameters(*split_by_kind([*of_weights, *of_biases], self._biases))
+
+    def gauss_newton(self, tangent: Parameters) -> Parameters:
+        """J^T J v, with v as in `jvp`: the Gauss-Newton product of the loss ½ sum (y - t)².
+
+        That is its Hessian without the second derivative of the network.
+        """
+        return self.vjp(self.jvp(tangent))
+
+    def jacobian(self) -> Parameters:
+        """J itself; see `jacobian`. Each entry is (rows, out_features, *parameter.shape)."""
+        self._check_versions()
+        with below_autograd():
+            of_weights, of_biases = reference.jacobian(*self._pass(), self._activation)
+        return Parameters(
+            *split_by_kind([*of_weights, *of_biases[: len(self._biases)]], self._biases)
+        )
+
+    def _pass(self) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+        """x and y as matrices, the weights and the hidden activations."""
+        as_matrix = reference.as_matrix
+        return as_matrix(self._x), as_matrix(self.y), self._weights, self._hidden
+
+    def _counted(self) -> Iterator[Tensor]:
+        """What must stay as it was; tensors of inference mode do not count their versions."""
+        for tensor in (self._x, self.y, *self._weights, *self._biases):
+            if not tensor.is_inference():
+                yield tensor
+
+    def _check_versions(self) -> None:
+        if self._versions != [tensor._version for tensor in self._counted()]:
+            raise RuntimeError(
+                "x, y or a parameter has been changed in place since linearize(...), whose "
+                "products would be wrong now. Call linearize(...) again."
+            )
+
+    def _checked(self, tangent: Parameters) -> tuple[list[Tensor], list[Tensor | None]]:
+        if not isinstance(tangent, tuple) or len(tangent) != 2:
+            raise TypeError(
+                f"tangent must be a pair (weights, biases), got {type(tangent).__name__}"
+            )
+        layers = len(self._weights)
+        weight_tangents: list[Tensor] = list(tangent[0])
+        bias_tangents: list[Tensor | None] = [None] * layers
+        if tangent[1] is not None:
+            bias_tangents = list(tangent[1])
+        for kind, length in (("weights", len(weight_tangents)), ("biases", len(bias_tangents))):
+            if length != layers:
+                raise ValueError(
+                    f"tangent.{kind} must have one entry for each of the {layers} layers, "
+                    f"got {length}"
+                )
+        biases = self._biases or [NO_TENSOR] * layers
+        for layer, weight in enumerate(self._weights):
+            self._check_entry(f"tangent.weights[{layer}]", weight_tangents[layer], weight)
+            if bias_tangents[layer] is not None:
+                self._check_entry(f"tangent.biases[{layer}]", bias_tangents[layer], biases[layer])
+        return (
+            [entry.detach() for entry in weight_tangents],
+            [None if entry is None else entry.detach() for entry in bias_tangents],
+        )
+
+    def _check_entry(self, name: str, entry: object, parameter: Tensor) -> None:
+        if parameter is NO_TENSOR:
+            raise ValueError(f"{name} must be None, as that layer has no bias")
+        if not isinstance(entry, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(entry).__name__}")
+        if entry.shape != parameter.shape:
+            raise RuntimeError(
+                f"{name} must have shape {tuple(parameter.shape)}, got {tuple(entry.shape)}"
+            )
+        checks.check_like_x(name, entry, self._x)
