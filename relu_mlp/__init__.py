@@ -2,6 +2,8 @@
 
 from ._version import __version__
 from .functional import LossAndGrads, loss_and_grads, relu_mlp
+from .gradient_check import check_gradients
+from .gradient_report import GradientReport
 from .info import BuildInfo, build_info
 from .linearization import Linearization, Parameters, jacobian, linearize
 from .modules import FusedSequential, ReluMLP, fuse
@@ -10,6 +12,7 @@ from .ops import backend
 __all__ = [
     "BuildInfo",
     "FusedSequential",
+    "GradientReport",
     "Linearization",
     "LossAndGrads",
     "Parameters",
@@ -17,6 +20,7 @@ __all__ = [
     "__version__",
     "backend",
     "build_info",
+    "check_gradients",
     "fuse",
     "jacobian",
     "linearize",

@@ -16,6 +16,7 @@ from .checks import DTYPES
 from .ops import NO_TENSOR, below_autograd, carries_tangent, implementation_for
 
 OutputActivation = Literal["relu", "sigmoid", "tanh"]
+Loss = Literal["sse", "half_sse", "mse"]
 
 #: The operators' names of the output activations.
 ACTIVATION_NAMES = {None: "none", "relu": "relu", "sigmoid": "sigmoid", "tanh": "tanh"}
@@ -231,7 +232,7 @@ def loss_and_grads(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None] | None = None,
     *,
-    loss: Literal["sse", "half_sse", "mse"] = "sse",
+    loss: Loss = "sse",
     output_activation: OutputActivation | None = None,
 ) -> LossAndGrads:
     """The loss of a network and its gradient at every parameter, by hand.
