@@ -13,6 +13,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from numbers import Real
 from typing import Any, overload
 
 import torch
@@ -42,8 +43,8 @@ OF_GRADIENT, OF_LOSS = 2.0**-30, 2.0**-33
 #: Of a larger parameter, only so many elements have a numerical gradient.
 MOST_ELEMENTS = 4096
 
-#: How many roundings of its value a function is granted. Sums of n terms in PyTorch
-#: round like log n to sqrt n of them.
+#: How many roundings of its value, and of each of its inputs, a function is granted.
+#: Sums of n terms in PyTorch round like log n to sqrt n of them.
 ROUNDINGS = 64
 UNIT_ROUNDOFF = torch.finfo(torch.float64).eps / 2
 
@@ -130,13 +131,14 @@ def check_gradients(
             as above, RuntimeError for a function that is not differentiable, gives
             two values for the same inputs, or can't be evaluated in float64.
     """
-    if eps is not None and not eps > 0:
-        raise ValueError(f"eps must be above 0, got {eps!r}")
-    if callable(x):
-        if biases is not None or loss != "sse" or output_activation is not None:
-            raise TypeError("check_gradients(function, inputs, backward) takes only eps beside")
-        return _check_function(x, target, weights, eps)
-    return _check_network(x, target, weights, biases, loss, output_activation, eps)
+    if eps is not None and not (isinstance(eps, Real) and 0 < eps < math.inf):
+        raise ValueError(f"eps must be a number above 0, got {eps!r}")
+    with torch.inference_mode(False):  # inside it, autograd records nothing
+        if callable(x):
+            if biases is not None or loss != "sse" or output_activation is not None:
+                raise TypeError("check_gradients(function, inputs, backward) takes only eps beside")
+            return _check_function(x, target, weights, eps)
+        return _check_network(x, target, weights, biases, loss, output_activation, eps)
 
 
 def _check_network(
@@ -148,11 +150,15 @@ def _check_network(
     output_activation: OutputActivation | None,
     eps: float | None,
 ) -> GradientReport:
-    # For its checks, in the dtype that came.
-    loss_and_grads(x, target, weights, biases, loss=loss, output_activation=output_activation)
     activation = activation_name(output_activation)
     weight_list, bias_list = checked_parameters(x, weights, biases)
-    x64, target64 = x.detach().double(), target.detach().double()
+    # For its checks, in the dtype that came.
+    given_biases = [None if bias is NO_TENSOR else bias for bias in bias_list] or None
+    loss_and_grads(
+        x, target, weight_list, given_biases, loss=loss, output_activation=output_activation
+    )
+    # Copies, as autograd may not save a tensor that was made in inference mode.
+    x64, target64 = (t.detach().to(torch.float64, copy=True) for t in (x, target))
     inputs, names = {}, [f"weights[{n}]" for n in range(len(weight_list))]
     for layer, name in enumerate(names):
         inputs[name] = weight_list[layer]
@@ -242,7 +248,9 @@ def _listed(grads: Any, names: Sequence[str]) -> list[Tensor | None]:
         )
     for name, grad in zip(names, grads, strict=True):
         if not (grad is None or isinstance(grad, Tensor)):
-            raise TypeError(f"backward's gradient of {name} must be a Tensor, got {grad!r}")
+            raise TypeError(
+                f"backward's gradient of {name} must be a Tensor, got {type(grad).__name__}"
+            )
     return list(grads)
 
 
@@ -254,7 +262,7 @@ def _report(
     eps: float | None,
 ) -> GradientReport:
     """The check itself, of a function and a backward that take all inputs in their order."""
-    eps = STEP if eps is None else eps
+    eps = STEP if eps is None else float(eps)
     tensors = {
         name: tensor.detach().double() if tensor.is_floating_point() else tensor.detach()
         for name, tensor in inputs.items()
@@ -273,17 +281,33 @@ def _report(
             f"input, or make those float64 that they take from elsewhere: {error}"
         ) from error
     given = dict(zip(tensors, by_hand, strict=True))
+    # What rounding every input makes of the loss, in units of the rounding.
+    spread = sum(
+        _largest((grad * tensors[name]).abs().sum())
+        for name, grad in zip(checked, autograd, strict=True)
+    )
+    differences = {
+        name: _by_differences(function, tensors, name, loss, spread, eps) for name in checked
+    }
+    # And of the gradient, also where it is 0: |f_ij|^2 <= f_ii f_jj near a minimum.
+    length = math.sqrt(
+        sum(_largest((differences[name][3] * tensors[name] ** 2).sum()) for name in checked)
+    )
     parameters = []
     for name, grad in zip(checked, autograd, strict=True):
-        tolerance = OF_GRADIENT * _largest(grad)
+        numerical, uncertainty, is_at_kink, second = differences[name]
+        tolerance = UNIT_ROUNDOFF + OF_GRADIENT * _largest(grad)
         tolerance += OF_LOSS * _largest(torch.tensor(loss)) / max(1.0, _largest(tensors[name]))
+        tolerance += ROUNDINGS * UNIT_ROUNDOFF * math.sqrt(_largest(second)) * length
         hand = given[name]
         parameters.append(
             ParameterReport(
                 name,
                 None if hand is None else hand.detach().double(),
                 grad,
-                *_by_differences(function, tensors, name, loss, eps),
+                numerical,
+                uncertainty,
+                is_at_kink,
                 tolerance,
             )
         )
@@ -313,10 +337,9 @@ def _by_autograd(
     leaves = {
         name: tensor.clone().requires_grad_(name in checked) for name, tensor in tensors.items()
     }
-    # Not the leaves themselves, which nobody may change in place.
-    arguments = [leaf.view_as(leaf) for leaf in leaves.values()]
     with torch.enable_grad():
-        loss = function(*arguments)
+        # Not the leaves themselves, which nobody may change in place.
+        loss = function(*(leaf.clone() for leaf in leaves.values()))
         _check_loss(loss)
         grads = torch.autograd.grad(
             loss.sum(), [leaves[name] for name in checked], allow_unused=True
@@ -341,6 +364,11 @@ def _check_loss(loss: object) -> None:
             f"the function must return a tensor of one element, got shape {tuple(loss.shape)}. "
             "Reduce it: (grad_output * y).sum() has the gradient of y for grad_output."
         )
+    if loss.dtype != torch.float64:
+        raise RuntimeError(
+            "the function must compute in float64, as its inputs are, "
+            f"got {checks.name_of(loss.dtype)}"
+        )
     if not loss.requires_grad:
         raise RuntimeError(
             "the function must be made of differentiable operations: what it returned does not "
@@ -353,22 +381,38 @@ def _value(function: Function, tensors: Mapping[str, Tensor]) -> float:
         return function(*(tensor.clone() for tensor in tensors.values())).item()
 
 
+def _positions(numel: int) -> Sequence[int]:
+    """Which elements have a numerical gradient: `MOST_ELEMENTS` of them at most."""
+    if numel <= MOST_ELEMENTS:
+        return range(numel)
+    # Not every second one, say, which may be the same columns in all rows.
+    order = torch.randperm(numel, generator=torch.Generator().manual_seed(0), device="cpu")
+    return order[:MOST_ELEMENTS].tolist()
+
+
 def _by_differences(
-    function: Function, tensors: Mapping[str, Tensor], name: str, loss: float, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    function: Function,
+    tensors: Mapping[str, Tensor],
+    name: str,
+    loss: float,
+    spread: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The numerical gradient at one input, how far it may be off, and where there is a kink.
+
+    Last, the size of the second derivative by each element, 0 at a kink.
 
     With f_k = f(p + k h) and the quotients q_1 = (f_1 - f_-1) / 2h, q_2 = (f_2 - f_-2) / 4h
     and s_k = f_k - 2 f_0 + f_-k: where f is smooth, q_1 - q_2 = O(h^2) and
     s_2 - 4 s_1 = O(h^4). A kink within 2 h, by which f' changes by J, makes at least one
     of |q_1 - q_2| and |s_2 - 4 s_1| / h a sizeable part of J.
     """
-    p = tensors[name]
+    p = tensors[name].contiguous()
     numerical = torch.full_like(p, torch.nan)
     uncertainty = torch.full_like(p, torch.inf)
     is_at_kink = torch.zeros_like(p, dtype=torch.bool)
-    positions = range(0, p.numel(), -(-p.numel() // MOST_ELEMENTS) or 1)
-    for position in positions:
+    second = torch.zeros_like(p)
+    for position in _positions(p.numel()):
         values, h = {0: loss}, 0.0
         for k in (-2, -1, 1, 2):
             moved = p.clone().contiguous()
@@ -377,10 +421,15 @@ def _by_differences(
             element += k * h
             values[k] = _value(function, {**tensors, name: moved})
         near, far = (values[1] - values[-1]) / (2 * h), (values[2] - values[-2]) / (4 * h)
+        curve = (values[1] - 2 * loss + values[-1]) / h
         bend = values[2] - 4 * values[1] + 6 * loss - 4 * values[-1] + values[-2]
-        rounding = ROUNDINGS * UNIT_ROUNDOFF * max(map(abs, values.values())) / h
-        smooth = rounding + (1e-6 + 100 * eps**2) * max(abs(near), abs(far))
+        steepest = max(abs(near), abs(far)) + abs(curve)
+        rounding = max(map(abs, values.values())) + spread + steepest * h / eps
+        rounding *= ROUNDINGS * UNIT_ROUNDOFF / h
+        smooth = rounding + (1e-6 + 100 * eps**2) * steepest + 30 * eps * abs(curve)
         numerical.view(-1)[position] = near
         uncertainty.view(-1)[position] = smooth + abs(near - far)
-        is_at_kink.view(-1)[position] = max(abs(near - far), abs(bend) / h) > smooth
-    return numerical, uncertainty, is_at_kink
+        has_kink = max(abs(near - far), abs(bend) / h) > smooth
+        is_at_kink.view(-1)[position] = has_kink
+        second.view(-1)[position] = 0 if has_kink else max(0.0, abs(curve) - rounding) / h
+    return numerical, uncertainty, is_at_kink, second

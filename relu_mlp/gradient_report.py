@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,7 +62,8 @@ class ParameterReport:
         if not self.has_shape:
             return torch.full_like(self.autograd, torch.inf)
         is_same = (self.by_hand == self.autograd) | (self.by_hand.isnan() & self.autograd.isnan())
-        return (self.by_hand - self.autograd).masked_fill(is_same, 0).nan_to_num(nan=torch.inf)
+        difference = (self.by_hand - self.autograd).masked_fill(is_same, 0)
+        return difference.masked_fill(difference.isnan(), torch.inf)
 
     @property
     def max_error(self) -> float:
@@ -101,11 +102,10 @@ class ParameterReport:
         def at(tensor: Tensor) -> float:
             return tensor.flatten()[position].item()
 
-        index = torch.unravel_index(torch.tensor(position), self.autograd.shape)
         by_hand = self.by_hand if self.by_hand is not None and self.has_shape else None
         return Element(
             self.name,
-            tuple(int(i) for i in index),
+            index_of(position, self.autograd.shape),
             torch.nan if by_hand is None else at(by_hand),
             at(self.autograd),
             at(self.numerical),
@@ -175,6 +175,16 @@ class GradientReport:
         return "\n".join(lines)
 
 
+def index_of(position: int, shape: Sequence[int]) -> tuple[int, ...]:
+    """Of a position in the flattened tensor."""
+    # torch.unravel_index would load sympy, which takes seconds.
+    index: tuple[int, ...] = ()
+    for size in reversed(shape):
+        position, place = divmod(position, size)
+        index = (place, *index)
+    return index
+
+
 def ulp(tensor: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     """The distance between neighbouring numbers of a dtype at |tensor|; a float64 tensor."""
     info = torch.finfo(dtype)
@@ -203,12 +213,13 @@ def diagnosis(by_hand: Tensor, autograd: Tensor, tolerance: float) -> str:
         return "it is the transpose"
     if autograd.numel() > 1 and is_close(by_hand, autograd.sum().expand_as(by_hand)):
         return "every element is the sum over all elements of the gradient"
-    factor = float((by_hand * autograd).sum() / autograd.square().sum())
-    if is_close(by_hand, factor * autograd):
-        return f"it is {in_words(factor)} autograd's"
+    # Before the factors: of one element, every error is one.
     error = (by_hand - autograd).abs()
     if error.max() < 2.0**-16 * autograd.abs().max():
         return "it is right to some digits only, as if computed in single precision"
+    factor = float((by_hand * autograd).sum() / autograd.square().sum())
+    if is_close(by_hand, factor * autograd):
+        return f"it is {in_words(factor)} autograd's"
     return where_it_is_wrong(error > tolerance)
 
 
@@ -219,7 +230,7 @@ def in_words(factor: float) -> str:
     if abs(factor - round(factor)) < 1e-6 * abs(factor):
         return f"{round(factor)} times"
     if abs(1 / factor - round(1 / factor)) < 1e-6 / abs(factor):
-        return f"1/{round(1 / factor)} of"
+        return f"{'-' if factor < 0 else ''}1/{abs(round(1 / factor))} of"
     return f"{factor:.6g} times"
 
 

@@ -13,13 +13,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from . import checks, reference
 from .functional import (
     OutputActivation,
+    _list_of_tensors,
     activation_name,
     checked_parameters,
     refuse_transforms,
@@ -107,8 +110,16 @@ def _linearize(
 ) -> Linearization:
     activation = activation_name(output_activation)
     weight_list, present = checked_parameters(x, weights, biases)
-    refuse_transforms(function, x, weight_list, present)
-    return Linearization(x, weight_list, present, activation)
+    with _by_hand(function, x, weight_list, present):
+        return Linearization(x, weight_list, present, activation)
+
+
+@contextmanager
+def _by_hand(function: str, *arguments: Any) -> Iterator[None]:
+    """Neither a graph nor autocast, and RuntimeError where somebody differentiates or maps."""
+    refuse_transforms(function, *arguments)
+    with torch._C._DisableAutocast(), below_autograd():
+        yield
 
 
 class Linearization:
@@ -131,10 +142,9 @@ class Linearization:
             [bias if bias is NO_TENSOR else bias.detach() for bias in biases],
         )
         self._activation = activation
-        with below_autograd():
-            self.y, self._hidden = self._implementation.forward(
-                self._x, self._weights, self._biases, activation, True
-            )
+        self.y, self._hidden = self._implementation.forward(
+            self._x, self._weights, self._biases, activation, True
+        )
         self._versions = [tensor._version for tensor in self._counted()]
 
     def jvp(self, tangent: Parameters) -> Tensor:
@@ -149,11 +159,12 @@ class Linearization:
             (*, out_features), as y.
 
         Raises:
-            TypeError, ValueError, RuntimeError: if that is not what came.
+            TypeError, ValueError, RuntimeError: if that is not what came; RuntimeError
+                under `torch.func` and forward-mode differentiation.
         """
         weight_tangents, bias_tangents = self._checked(tangent)
         self._check_versions()
-        with below_autograd():
+        with _by_hand("jvp", weight_tangents, bias_tangents):
             change = reference.jvp(
                 *self._pass(), self._activation, None, weight_tangents, bias_tangents
             )
@@ -166,7 +177,8 @@ class Linearization:
             grad_output: u, of the shape and dtype of y.
 
         Raises:
-            TypeError, RuntimeError: if it is not.
+            TypeError, RuntimeError: if it is not; RuntimeError under `torch.func` and
+                forward-mode differentiation.
         """
         if not isinstance(grad_output, Tensor):
             raise TypeError(f"grad_output must be a Tensor, got {type(grad_output).__name__}")
@@ -177,7 +189,7 @@ class Linearization:
         needs = "0" + "1" * layers + "".join("01"[there] for there in present)
         kept = reference.is_kept(self._activation, needs)
         saved = itertools.compress([self._x, self.y, *self._weights, *self._hidden], kept)
-        with below_autograd():
+        with _by_hand("vjp", grad_output):
             grads = iter(
                 self._implementation.backward(
                     grad_output.detach(), list(saved), self._activation, needs
@@ -197,7 +209,7 @@ class Linearization:
     def jacobian(self) -> Parameters:
         """J itself; see `jacobian`. Each entry is (rows, out_features, *parameter.shape)."""
         self._check_versions()
-        with below_autograd():
+        with _by_hand("jacobian"):
             of_weights, of_biases = reference.jacobian(*self._pass(), self._activation)
         return Parameters(
             *split_by_kind([*of_weights, *of_biases[: len(self._biases)]], self._biases)
@@ -227,10 +239,10 @@ class Linearization:
                 f"tangent must be a pair (weights, biases), got {type(tangent).__name__}"
             )
         layers = len(self._weights)
-        weight_tangents: list[Tensor] = list(tangent[0])
+        weight_tangents: list[Tensor] = _list_of_tensors("tangent.weights", tangent[0])
         bias_tangents: list[Tensor | None] = [None] * layers
         if tangent[1] is not None:
-            bias_tangents = list(tangent[1])
+            bias_tangents = _list_of_tensors("tangent.biases", tangent[1], or_none=True)
         for kind, length in (("weights", len(weight_tangents)), ("biases", len(bias_tangents))):
             if length != layers:
                 raise ValueError(
@@ -240,18 +252,14 @@ class Linearization:
         biases = self._biases or [NO_TENSOR] * layers
         for layer, weight in enumerate(self._weights):
             self._check_entry(f"tangent.weights[{layer}]", weight_tangents[layer], weight)
-            if bias_tangents[layer] is not None:
-                self._check_entry(f"tangent.biases[{layer}]", bias_tangents[layer], biases[layer])
-        return (
-            [entry.detach() for entry in weight_tangents],
-            [None if entry is None else entry.detach() for entry in bias_tangents],
-        )
+            bias_tangent = bias_tangents[layer]
+            if bias_tangent is not None:
+                self._check_entry(f"tangent.biases[{layer}]", bias_tangent, biases[layer])
+        return weight_tangents, bias_tangents
 
-    def _check_entry(self, name: str, entry: object, parameter: Tensor) -> None:
+    def _check_entry(self, name: str, entry: Tensor, parameter: Tensor) -> None:
         if parameter is NO_TENSOR:
             raise ValueError(f"{name} must be None, as that layer has no bias")
-        if not isinstance(entry, Tensor):
-            raise TypeError(f"{name} must be a Tensor, got {type(entry).__name__}")
         if entry.shape != parameter.shape:
             raise RuntimeError(
                 f"{name} must have shape {tuple(parameter.shape)}, got {tuple(entry.shape)}"

@@ -56,6 +56,13 @@ def leaves(x, weights, biases=None) -> dict[str, Tensor]:
     return named
 
 
+def by_name(of_parameters) -> dict[str, Tensor]:
+    """What belongs to each parameter in a pair (weights, biases), named as in `leaves`."""
+    named = leaves(None, *of_parameters)
+    del named["x"]
+    return named
+
+
 def gradients(y, named: dict[str, Tensor], grad_output=None) -> dict[str, Tensor]:
     """The gradient of every tensor that requires one, by name."""
     wanted = {name: tensor for name, tensor in named.items() if tensor.requires_grad}
@@ -163,6 +170,26 @@ def implementation_of(backend):
     """The object whose `forward` and `backward` serve a backend."""
     assert backend in ("extension", "reference")
     return functional.implementation_for(torch.empty(0))
+
+
+def native_jacobian(x, weights, biases=None, *, output_activation=None, network=native_mlp):
+    """dy/dp of every parameter p by name, (rows, out_features, *p.shape), by `jacrev`."""
+
+    def y(parameters):
+        return network(
+            x,
+            [parameters[f"weights[{layer}]"] for layer in range(len(weights))],
+            [parameters.get(f"biases[{layer}]") for layer in range(len(weights))],
+            output_activation=output_activation,
+        )
+
+    return torch.func.jacrev(y)(by_name((weights, biases)))
+
+
+def jacobian_magnitudes(x, weights, biases, activation) -> dict[str, Tensor]:
+    """The sums of absolute values on the way to every entry of the Jacobian."""
+    tensors = absolutes([x])[0], absolutes(weights), absolutes(biases)
+    return native_jacobian(*tensors, output_activation=activation, network=majorant)
 
 
 def first_order_bounds(x, weights, biases, activation, grad_output=None):

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import relu_mlp
 from relu_mlp import functional, ops, reference
@@ -25,6 +26,9 @@ from relu_mlp import functional, ops, reference
 BACKENDS = ["reference"] if ops.LIBRARY_PATH is None else ["extension", "reference"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 ACTIVATIONS = [None, "relu", "sigmoid", "tanh"]
+
+#: PyTorch's matrix products, as its dispatcher calls them.
+PRODUCTS = {"aten::addmm", "aten::mm", "aten::linear", "aten::bmm", "aten::matmul"}
 
 
 def native(x, weights, biases=None, output_activation=None):
@@ -208,7 +212,7 @@ def count_calls() -> Iterator[dict[str, int]]:
             name = func._schema.name
             if name.startswith("relu_mlp::"):
                 counts[passes[name.removeprefix("relu_mlp::")]] += 1
-            elif name in ("aten::addmm", "aten::mm", "aten::linear", "aten::bmm") and not inside[0]:
+            elif name in PRODUCTS and not inside[0]:
                 counts["native"] += 1
             return func(*args, **(kwargs or {}))
 
@@ -234,6 +238,27 @@ def count_calls() -> Iterator[dict[str, int]]:
     finally:
         for name, function in originals.items():
             setattr(reference, name, function)
+
+
+@contextmanager
+def dispatched() -> Iterator[list[tuple[str, int]]]:
+    """Collects what PyTorch computes: each operation's name, and the most elements
+    that a tensor returned by it holds in memory."""
+    operations: list[tuple[str, int]] = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            held = [
+                tensor.untyped_storage().nbytes() // tensor.element_size()
+                for tensor in tree_leaves(result)
+                if isinstance(tensor, Tensor)
+            ]
+            operations.append((func._schema.name, max(held, default=0)))
+            return result
+
+    with Mode():
+        yield operations
 
 
 @contextmanager
