@@ -48,8 +48,9 @@ format: $(call needs,dev)  ## let ruff sort the imports and lay out the code
 	$(PYTHON) -m ruff check --fix
 	$(PYTHON) -m ruff format
 
-bench: $(call needs,bench) build/extension  ## measure, about 15 minutes; writes benchmarks/results; ARGS=--quick tries it out
-	PYTHONPATH=. $(PYTHON) benchmarks/suite.py $(ARGS)
+# What is not the whole suite does not replace its results.
+bench: $(call needs,bench) build/extension  ## measure, about 15 minutes; writes benchmarks/results; ARGS=--quick tries it out in build/bench
+	$(PYTHON) -m relu_mlp bench --force --out $(if $(filter-out --table,$(ARGS)),build/bench,benchmarks/results) $(ARGS)
 
 overhead: $(call needs,torch) build/extension  ## measure what a call costs where there is next to nothing to compute
 	PYTHONPATH=. $(PYTHON) benchmarks/overhead.py $(ARGS)

@@ -9,13 +9,21 @@ the baseline: its distance from 1 is what noise can do.
 from __future__ import annotations
 
 import copy
+import json
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from candidates import eager_loss_step, inference, loss_and_grads_step, training_step
 from relu_mlp import ReluMLP
-from turns import take_turns, write
+from relu_mlp.bench.candidates import (
+    eager_loss_step,
+    inference,
+    loss_and_grads_step,
+    training_step,
+)
+from relu_mlp.bench.turns import machine, take_turns
 
 SHAPES = [(64, 3, 2, 1), (1, 8, 64, 64, 4)]
 
@@ -54,7 +62,10 @@ def main() -> None:
             },
         )
     print(*figures, sep="\n")
-    print("written to", write("overhead", figures).name)
+    path = Path(__file__).parent / "results" / "overhead.json"
+    document = {"machine": machine(), "figures": [asdict(figure) for figure in figures]}
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    print("written to", path.name)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 from .._version import __version__
 
 #: In the order in which `relu-mlp --help` lists them.
-COMMANDS = ("info", "check")
+COMMANDS = ("info", "check", "train", "predict", "bench")
 
 
 class Problem(Exception):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..info import build_info
+from ..info import BuildInfo, build_info
 from . import Problem
 
 EXAMPLE = "relu-mlp info"
@@ -14,11 +14,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pass
 
 
-def run(options: argparse.Namespace) -> int:
+def checked_build_info() -> BuildInfo:
+    """`build_info`; a `Problem` if an environment variable stands in the way."""
     try:
-        info = build_info()
+        return build_info()
     except (RuntimeError, ValueError) as error:  # RELU_MLP_ISA, RELU_MLP_BACKEND
         raise Problem(str(error)) from None
+
+
+def run(options: argparse.Namespace) -> int:
+    info = checked_build_info()
     print(info)
     print()
     print(*info.advice() or ["Nothing to improve: the extension runs at its best."], sep="\n")

@@ -9,20 +9,19 @@ time divided by the baseline's time in the same round.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
 import torch
 
-import relu_mlp
+from .. import __version__, build_info
 
 #: From here on the first call of a turn counts too, or a slow case would take twice as
 #: long. For steps of 0.2 to 1.5 s, on a busy machine, it took 0.94 to 1.02 of the second's
@@ -153,7 +152,7 @@ def machine() -> dict[str, object]:
             f"{fields.get('model name', model)} (family {fields.get('cpu family')}, "
             f"model {fields.get('model')})"
         )
-    built = relu_mlp.build_info()
+    built = build_info()
     return {
         "date": date.today().isoformat(),
         "processor": model,
@@ -162,16 +161,8 @@ def machine() -> dict[str, object]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "relu_mlp": relu_mlp.__version__,
+        "relu_mlp": __version__,
         "compiler": built.compiler,
-        "instruction_set": built.instruction_set,
+        # None where the reference runs, in Python.
+        "instruction_set": built.instruction_set if built.runs_on_cpu == "extension" else None,
     }
-
-
-def write(name: str, figures: list[Figure]) -> Path:
-    """Keeps figures and machine as results/NAME.json."""
-    path = Path(__file__).parent / "results" / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
-    document = {"machine": machine(), "figures": [asdict(figure) for figure in figures]}
-    path.write_text(json.dumps(document, indent=1) + "\n")
-    return path

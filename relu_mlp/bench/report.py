@@ -1,4 +1,4 @@
-"""The figures as rows of a CSV file, what they come to, and a table for the README."""
+"""The figures as rows of CSV files, side by side for the terminal, as tables for the README."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from candidates import SHAPES, name_of
+from .candidates import SHAPES, name_of
 
 #: The small and the narrow shapes come first, and have a mean of their own too.
 FIRST = 7
+
+#: What stands side by side at the terminal, where it was measured.
+SIDE_BY_SIDE = ("eager", "compile", "jax", "relu_mlp")
 
 
 @dataclass
@@ -110,15 +113,35 @@ def by_case(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
 
 def summary(rows: Sequence[Row]) -> list[str]:
     """The lines that say what the suite came to."""
+    return [*side_by_side(rows), *means(rows)]
+
+
+def side_by_side(rows: Sequence[Row]) -> list[str]:
+    """A line for each case: times, the layer's speed-up, and how far it is from the roofline."""
+    layers = [row for row in rows if row.speedup]
+    if not layers:
+        return []
+    times = {(_title(row), row.candidate): _time(row.median_us) for row in rows}
+    columns = [name for name in SIDE_BY_SIDE if any(row.candidate == name for row in rows)]
+    width = max(len(_title(row)) for row in layers)
+    lines = [
+        f"{'':<{width}}{''.join(f'{name:>10}' for name in columns)}"
+        "   speed-up [95 % confidence interval]"
+    ]
+    for row in layers:
+        title = _title(row)
+        line = "".join(f"{times.get((title, name), '-'):>10}" for name in columns)
+        lines.append(f"{title:<{width}}{line}   {_speedup(row)} over {row.against}")
+        if row.roofline:
+            lines[-1] += f", {row.roofline:.2f} times the roofline's time"
+    return lines
+
+
+def means(rows: Sequence[Row]) -> list[str]:
+    """What the lines of `side_by_side` come to, and what recompute=True costs."""
     lines = []
     for (case, dtype), mine in by_case(rows).items():
         title = f"{case} {dtype}"
-        lines += [
-            f"{title} {row.shape}: {row.speedup:.2f} [{row.speedup_low:.2f}, "
-            f"{row.speedup_high:.2f}] times as fast as {row.against}"
-            + (f", {row.roofline:.2f} times the roofline's time" if row.roofline else "")
-            for row in mine
-        ]
         opponents = " or ".join(dict.fromkeys(str(row.against) for row in mine))
         for count in (FIRST, len(SHAPES)):
             mean = mean_speedup(mine, count)
@@ -152,16 +175,18 @@ def markdown(directory: Path) -> str:
         line = [next((row for row in rows if row.shape == shape), None) for rows in cases.values()]
         speed.append([shape, *map(_speed, line)])
         limits.append([shape, *map(_limit, line)])
-    for count in (FIRST, len(SHAPES)):
-        means = [mean_speedup(rows, count) for rows in cases.values()]
-        line_of_means = [f"**{mean:.2f}**" if mean else "" for mean in means]
-        speed.append([f"geometric mean of the first {count}", *line_of_means])
+    for which, count in (("the first", FIRST), ("all", len(SHAPES))):
+        line_of_means = [mean_speedup(rows, count) for rows in cases.values()]
+        if any(line_of_means):
+            bold = [f"**{mean:.2f}**" if mean else "" for mean in line_of_means]
+            speed.append([f"geometric mean of {which} {count}", *bold])
     head = ["rows x in-hidden-out", *(f"{case} {dtype}" for case, dtype in cases)]
     others = [row.against for row in cases.get(("loss_and_grads", "float32"), []) if row.against]
     about = json.loads((directory / "suite.json").read_text())["suite.csv"]
+    exception = f" (loss_and_grads: over {' or '.join(dict.fromkeys(others))})" if others else ""
     parts = [
-        "Speed-up over the better of eager and `torch.compile` (loss_and_grads: over "
-        f"{' or '.join(dict.fromkeys(others))}) [95 % confidence interval], and time:",
+        f"Speed-up over the better of eager and `torch.compile`{exception} "
+        "[95 % confidence interval], and time:",
         _table([head, *speed]),
     ]
     if any(any(line[1:]) for line in limits):
@@ -172,7 +197,7 @@ def markdown(directory: Path) -> str:
     parts.append(
         f"{about['date']}, {about['processor']}, {about['cores']} cores, {about['threads']} "
         f"threads, PyTorch {about['torch']}, relu_mlp {about['relu_mlp']} "
-        f"({about['instruction_set']})."
+        f"({about['instruction_set'] or 'in Python'})."
     )
     return "\n\n".join(parts)
 
@@ -183,11 +208,24 @@ def _table(lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def _title(row: Row) -> str:
+    return f"{row.shape} {row.case} {row.dtype}"
+
+
+def _time(microseconds: float) -> str:
+    if microseconds < 1000:
+        return f"{microseconds:.0f} µs"
+    if microseconds < 999.5e3:
+        return f"{microseconds / 1e3:.3g} ms"
+    return f"{microseconds / 1e6:.3g} s"
+
+
+def _speedup(row: Row) -> str:
+    return f"{row.speedup:.2f} [{row.speedup_low:.2f}, {row.speedup_high:.2f}]"
+
+
 def _speed(row: Row | None) -> str:
-    if row is None or row.speedup is None:
-        return ""
-    time = f"{row.median_us:.0f} µs" if row.median_us < 1000 else f"{row.median_us / 1e3:.3g} ms"
-    return f"{row.speedup:.2f} [{row.speedup_low:.2f}, {row.speedup_high:.2f}], {time}"
+    return "" if row is None or row.speedup is None else f"{_speedup(row)}, {_time(row.median_us)}"
 
 
 def _limit(row: Row | None) -> str:

@@ -10,6 +10,7 @@ changed in place.)
 from __future__ import annotations
 
 import copy
+import functools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from relu_mlp import ReluMLP, loss_and_grads
+from .. import ReluMLP, loss_and_grads
 
 Step = Callable[[], object]
 Shape = tuple[int, ...]  #: rows, in_features, hidden widths, out_features
@@ -103,14 +104,11 @@ def inference_job(shape: Shape, nets: dict[str, nn.Module], x: Tensor) -> Job:
 
 def loss_job(shape: Shape, nets: dict[str, nn.Module], x: Tensor, target: Tensor) -> Job:
     steps = {"eager": eager_loss_step(nets["eager"], x, target)}
-    alternatives = ["eager"]
-    try:
+    if has_jax():
         steps["jax"] = jax_loss_step(nets["relu_mlp"], x, target)
-        alternatives = ["jax"]
-    except ImportError as problem:
-        print(f"without JAX: {problem}")
+    opponent = list(steps)[-1]
     steps["relu_mlp"] = loss_and_grads_step(nets["relu_mlp"], x, target)
-    return Job(shape, "loss_and_grads", x.dtype, steps, alternatives)
+    return Job(shape, "loss_and_grads", x.dtype, steps, [opponent])
 
 
 def recompute_job(rows: int) -> Job:
@@ -203,13 +201,24 @@ def loss_and_grads_step(net: nn.Module, x: Tensor, target: Tensor) -> Step:
     return step
 
 
+@functools.cache
+def has_jax() -> bool:
+    """Whether JAX can be imported; says so once if not."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    try:
+        import jax  # noqa: F401
+    except ImportError as problem:
+        print(f"without JAX: {problem}")
+        return False
+    return True
+
+
 def jax_loss_step(net: nn.Module, x: Tensor, target: Tensor) -> Step:
     """`jax.jit(jax.value_and_grad(loss))` of the same network, on the CPU.
 
     The weights are JAX's own arrays. So are the threads: one for each core,
     however many PyTorch is told to use.
     """
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import jax
     import jax.numpy as jnp
 

@@ -7,16 +7,12 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
-from report import Row, read_suite
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
+
+from .report import Row, read_suite
 
 COLORS = {
     "eager": "#8c8c8c",
@@ -116,7 +112,8 @@ def draw_lines(source: Path, column: str, label: str, title: str) -> None:
     """A column over the number of rows, a line for each candidate, as SOURCE.png."""
     with source.open(newline="") as file:
         records = list(csv.DictReader(file))
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
     for name in dict.fromkeys(record["candidate"] for record in records):
         points = [record for record in records if record["candidate"] == name]
         axes.plot(
@@ -139,15 +136,9 @@ def draw_lines(source: Path, column: str, label: str, title: str) -> None:
 
 def panels_for(count: int, shapes: Sequence[str]) -> tuple[Figure, list[Axes]]:
     """Panels side by side, all over the same shapes, the first at the top."""
-    figure, panels = plt.subplots(
-        1,
-        count,
-        sharey=True,
-        squeeze=False,
-        figsize=(2 + 2.6 * count, 1.5 + 0.4 * len(shapes)),
-        layout="constrained",
-    )
-    axes = list(panels[0])
+    size = 2 + 2.6 * count, 1.5 + 0.4 * len(shapes)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = list(figure.subplots(1, count, sharey=True, squeeze=False)[0])
     axes[0].set_yticks(range(len(shapes)), shapes)
     axes[0].set(ylabel="rows x in-hidden-out", ylim=(len(shapes) - 0.5, -0.5))
     return figure, axes
@@ -168,4 +159,3 @@ def save(figure: Figure, path: Path) -> None:
         list(handles.values()), list(handles), loc="outside lower center", ncols=len(handles)
     )
     figure.savefig(path, dpi=110)
-    plt.close(figure)

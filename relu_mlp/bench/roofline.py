@@ -28,7 +28,7 @@ import itertools
 
 import torch
 
-from candidates import Shape, Step
+from .candidates import Shape, Step
 
 MM, COPY = "1536^3 mm", "copy of 128 MiB"
 _SIDE = 1536

@@ -1,0 +1,111 @@
+"""What is to be measured, and roughly how long that takes."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from . import memory, roofline
+from .candidates import WIDE, Shape, Step
+from .turns import LONG_CALL_S
+
+#: The cases that are measured shape by shape; loss_and_grads in float32 only.
+SHAPE_CASES = ("training", "inference", "loss_and_grads")
+#: These have networks of their own, in float32.
+OTHER_CASES = ("rows", "memory", "recompute")
+
+#: The roofline is of interest from so many operations on; below, overhead rules.
+ROOFLINE_FROM = 50e6
+
+ROUNDS, FEWEST_ROUNDS, TURN_MS = 45, 25, 10
+BUDGET_S = 5  #: a case that takes longer ends after the fewest rounds
+
+#: The curve over the rows; each point ends like a case, but after fewer rounds.
+LENGTHS = tuple(2**n for n in range(12, 21))
+LENGTH_WIDTHS = (64, 64, 64)
+LENGTH_FEWEST_ROUNDS, LENGTH_BUDGET_S = 7, 5
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be measured."""
+
+    shapes: Sequence[Shape]
+    cases: Sequence[str]  #: of SHAPE_CASES and OTHER_CASES
+    dtypes: Sequence[torch.dtype]
+    threads: int
+    input_grad: bool = False  #: whether the input of a training step needs a gradient
+    rounds: int = ROUNDS  #: at most
+    lengths: Sequence[int] = LENGTHS  #: the points of the case "rows"
+    memory_rows: Sequence[int] = tuple(memory.ROWS)  #: of "memory", and the last of "recompute"
+
+    def dtypes_of(self, case: str) -> Sequence[torch.dtype]:
+        """The dtypes that one of the SHAPE_CASES is measured in."""
+        if case == "loss_and_grads":
+            return [dtype for dtype in self.dtypes if dtype is torch.float32]
+        return self.dtypes
+
+
+class Speeds(NamedTuple):
+    """What the probes of the roofline say of a dtype."""
+
+    rate: float  #: operations per second
+    bandwidth: float  #: bytes per second
+    probing: float  #: seconds for one call of each probe
+
+
+def estimated_seconds(plan: Plan) -> float:
+    """Roughly how long a plan takes, from the rate and the bandwidth just now."""
+    speeds = functools.cache(_speeds_just_now)
+    total = 0.0
+    for case, candidates in {"training": 5, "inference": 4, "loss_and_grads": 3}.items():
+        if case in plan.cases:
+            for dtype in plan.dtypes_of(case):
+                total += sum(
+                    _seconds_of(shape, case, dtype, candidates, plan.rounds, speeds(dtype))
+                    for shape in plan.shapes
+                )
+    if {"training", "inference"} & set(plan.cases):
+        total += 10 + 4 * len(plan.dtypes) * len(plan.shapes)  # torch.compile; the first is slow
+    if "rows" in plan.cases:
+        total += 1.3 * LENGTH_BUDGET_S * len(plan.lengths)
+    if "memory" in plan.cases:
+        total += 4 * len(memory.CANDIDATES) * len(plan.memory_rows)
+    if "recompute" in plan.cases:
+        shape, dtype = (plan.memory_rows[-1], *WIDE), torch.float32
+        total += _seconds_of(shape, "training", dtype, 2, plan.rounds, speeds(dtype))
+    return total
+
+
+def _seconds_of(
+    shape: Shape, case: str, dtype: torch.dtype, candidates: int, rounds: int, speeds: Speeds
+) -> float:
+    """Roughly how long one case takes at one shape."""
+    # Eager comes this near to the limits, by experience.
+    operations = roofline.operations(shape, case)
+    step = 1.1 * operations / speeds.rate
+    step += 4 * roofline.compulsory_bytes(shape, case, dtype) / speeds.bandwidth
+    uncounted = step if step < LONG_CALL_S else 0.0
+    a_round = candidates * (uncounted + max(step, TURN_MS / 1e3))
+    if operations >= ROOFLINE_FROM:
+        a_round += 2 * speeds.probing
+    return min(rounds, max(FEWEST_ROUNDS, BUDGET_S / a_round)) * a_round + candidates * 0.3
+
+
+def _speeds_just_now(dtype: torch.dtype) -> Speeds:
+    mm, copied = (_shortest_of_three(probe) for probe in roofline.probes(dtype).values())
+    return Speeds(*roofline.rates(mm, copied), mm + copied)
+
+
+def _shortest_of_three(step: Step) -> float:
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    return min(times)

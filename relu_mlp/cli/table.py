@@ -1,0 +1,174 @@
+"""A person's CSV table: its numbers and labels, and where in the file they stand."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import itertools
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import Problem, needs
+from .files import read_text
+
+#: Sums of squares of smaller numbers are finite.
+LARGEST = 1e100
+
+
+def pandas() -> Any:
+    return needs("pandas", "cli", "reading a table")
+
+
+def listed(values: Sequence[Any], most: int = 8) -> str:
+    """The first few of a list that may be long."""
+    return ", ".join([*map(str, values[:most]), *["..."] * (len(values) > most)])
+
+
+def records(text: str) -> Iterator[tuple[int, list[str]]]:
+    """(number of its first line, fields) of each record that is not blank."""
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
+    reader = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True)
+    line = 1
+    for fields in reader:
+        if fields and fields != [""]:
+            yield line, fields
+        line = reader.line_num + 1
+
+
+@dataclass(frozen=True)
+class Table:
+    """The columns of a CSV file that have names, and at least one row of them."""
+
+    path: Path
+    text: str  #: of the file
+    cells: Any  #: a pandas.DataFrame
+    nameless: int  #: how many columns were left out because they have no name
+
+    @classmethod
+    def read(cls, path: Path) -> Table:
+        """Reads values separated by commas, in UTF-8, whose first line names the columns.
+
+        Blank lines do not count. What pandas takes for a missing value is missing.
+
+        Raises:
+            Problem: if there is no such file or it can't be read so, if two
+                columns have one name, or if there are no rows.
+        """
+        text = read_text(path)
+        cells = parse(path, text)
+        header = next(records(text))[1]
+        if len(header) == 1 and any(separator in header[0] for separator in ";\t|"):
+            raise Problem(f"{path}: expected commas between the names, got {header[0]!r}")
+        names = [name.strip() for name in header]
+        for name, count in Counter(names).items():
+            if name and count > 1:
+                raise Problem(
+                    f"{path}: expected a name for each column, got {name!r} {count} times"
+                )
+        if not len(cells):
+            raise Problem(f"{path}: expected rows below the names of the columns, got none")
+        cells.columns = names
+        named = [name for name in names if name]
+        return cls(path, text, cells[named], len(names) - len(named))
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.cells.columns)
+
+    def require(self, names: Sequence[str], why: str) -> None:
+        """A `Problem` if a column is missing; `why` says who wants it: "which --target names"."""
+        for name in names:
+            if name not in self.cells.columns:
+                close = difflib.get_close_matches(name, self.names, 1)
+                hint = f"did you mean {close[0]!r}?" if close else f"it has {listed(self.names)}"
+                raise Problem(f"{self.path} has no column {name!r}, {why}; {hint}")
+
+    def line(self, row: int) -> int:
+        """The number of a row's first line in the file, from 1 on."""
+        return next(itertools.islice(records(self.text), row + 1, None))[0]
+
+    def at(self, row: int, name: str) -> str:
+        """Where a cell stands in the file, for a message."""
+        return f"{self.path}, line {self.line(row)}, column {name!r}"
+
+    def numbers(self, names: Sequence[str], remedy: str = "") -> Tensor:
+        """(rows, len(names)) in float64; true and false are 1 and 0.
+
+        Raises:
+            Problem: at the first cell of a column that is not a number from
+                -`LARGEST` to `LARGEST`; `remedy` is added to it.
+        """
+        return torch.stack([self._numbers(name, remedy) for name in names], 1)
+
+    def _numbers(self, name: str, remedy: str) -> Tensor:
+        column = self.cells[name]
+        values = torch.tensor(
+            pandas().to_numeric(column, errors="coerce").to_numpy("float64", na_value=torch.nan)
+        )
+        bad = ~(values.abs() <= LARGEST)
+        if bad.any():
+            self._check_not_empty(name, remedy)
+            row = int(bad.int().argmax())
+            if column.isna().iloc[row]:
+                mismatch = "a number, got none"
+            elif values[row].isnan():
+                mismatch = f"a number, got the text {column.iloc[row]!r}"
+            else:
+                mismatch = f"a number from -{LARGEST} to {LARGEST}, got {column.iloc[row]}"
+            raise Problem(f"{self.at(row, name)}: expected {mismatch}{remedy}")
+        return values
+
+    def labels(self, name: str) -> list[Any]:
+        """The values of a column: all str, all bool, all int, or all float.
+
+        Numbers are int if all of them are whole.
+
+        Raises:
+            Problem: at the first cell that is missing or infinite.
+        """
+        column = self.cells[name]
+        missing = column.isna()
+        if missing.any():
+            self._check_not_empty(name)
+            raise Problem(f"{self.at(int(missing.argmax()), name)}: expected a value, got none")
+        if column.dtype.kind == "f":
+            self._numbers(name, "")
+            if (column % 1 == 0).all():
+                return [int(value) for value in column]
+        return list(column.tolist())
+
+    def _check_not_empty(self, name: str, remedy: str = "") -> None:
+        if self.cells[name].isna().all():
+            raise Problem(f"{self.path}: expected values in column {name!r}, got none{remedy}")
+
+
+def parse(path: Path, text: str) -> Any:
+    """The cells as pandas reads them, with a type for each column."""
+    pd = pandas()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)
+        try:
+            return pd.read_csv(
+                io.StringIO(text),
+                index_col=False,  # a line with one value more does not begin with an index
+                skipinitialspace=True,
+                low_memory=False,  # one type for a column, not one for each chunk of it
+            )
+        except pd.errors.EmptyDataError:
+            raise Problem(f"{path}: expected the names of columns, got an empty file") from None
+        except pd.errors.ParserWarning:
+            problem = "a line has more values than the first line has names"
+        except pd.errors.ParserError as error:
+            problem = str(error).removeprefix("Error tokenizing data. C error: ").splitlines()[0]
+    raise Problem(f"{path}: expected a CSV table, got: {problem}")

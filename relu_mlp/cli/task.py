@@ -1,0 +1,144 @@
+"""What is learnt from a table: which columns from which, and how good it came out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import Problem
+from .table import Table
+
+#: A target of whole numbers with more values than these is regression.
+MOST_CLASSES = 20
+
+#: Rows that go through a network together where there is no backward pass.
+ROWS_AT_ONCE = 65536
+
+
+def is_constant(columns: Tensor) -> Tensor:
+    """(rows, columns) -> (columns,): whether all rows are equal."""
+    return columns.amax(0) == columns.amin(0)
+
+
+@dataclass(frozen=True)
+class Standardization:
+    """z = (x - mean) / scale, column by column, in float64."""
+
+    mean: Tensor  #: (columns,)
+    scale: Tensor  #: (columns,)
+
+    @classmethod
+    def of(cls, x: Tensor) -> Standardization:
+        """Mean and standard deviation of (rows, columns); the scale of a constant column is 1."""
+        scale = x.std(0, correction=0)
+        # By comparison, because the standard deviation of a constant need not round to 0.
+        return cls(x.mean(0), scale.masked_fill(is_constant(x) | (scale == 0), 1))
+
+    def apply(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.scale
+
+    def undo(self, z: Tensor) -> Tensor:
+        return z * self.scale + self.mean
+
+
+@dataclass(frozen=True)
+class Task:
+    """The columns, and the classes of a classification."""
+
+    features: list[str]
+    targets: list[str]
+    classes: list[Any] | None  #: all str, bool, int or float, in order; None for a regression
+
+    @property
+    def kind(self) -> str:
+        return "regression" if self.classes is None else "classification"
+
+    @property
+    def outputs(self) -> int:
+        """The width of the network's last layer."""
+        return len(self.targets if self.classes is None else self.classes)
+
+    def read_targets(self, table: Table) -> Tensor:
+        """(rows, targets) in float64, or for a classification (rows,) in int64."""
+        if self.classes is None:
+            return table.numbers(self.targets)
+        (target,) = self.targets
+        numbers = {str(label): n for n, label in enumerate(self.classes)}
+        labels = [numbers.get(str(label)) for label in table.labels(target)]
+        if None in labels:
+            row = labels.index(None)
+            raise Problem(
+                f"{table.at(row, target)}: expected one of the classes {', '.join(numbers)}, "
+                f"got {table.labels(target)[row]}"
+            )
+        return torch.tensor(labels)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Cross entropy, or mean squared error of what is standardized; at least in float32."""
+        outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+        if self.classes is not None:
+            return F.cross_entropy(outputs, targets)
+        return F.mse_loss(outputs, targets.to(outputs.dtype))
+
+    def scores(
+        self, outputs: Tensor, targets: Tensor, standardization: Standardization | None
+    ) -> dict[str, float]:
+        """The loss, and accuracy or R² and root mean squared errors.
+
+        Args:
+            outputs: (rows, outputs) in float64.
+            targets: as `read_targets` gives them, those of a regression standardized.
+            standardization: of the targets, whose units the RMSE is in.
+
+        Returns:
+            "loss" and "accuracy"; or "loss", "r2" (the mean over the targets;
+            NaN if one is the same in all rows) and "rmse", or "rmse_NAME" for
+            each if there are several.
+        """
+        scores = {"loss": self.loss(outputs, targets).item()}
+        if standardization is None:
+            return {**scores, "accuracy": (outputs.argmax(1) == targets).double().mean().item()}
+        squares = (outputs - targets).square()
+        total = (targets - targets.mean(0)).square().sum(0)
+        r2 = (1 - squares.sum(0) / total).masked_fill(is_constant(targets), torch.nan)
+        rmse = (squares.mean(0).sqrt() * standardization.scale).tolist()
+        names = ["rmse"] if len(rmse) == 1 else [f"rmse_{name}" for name in self.targets]
+        return {**scores, "r2": r2.mean().item(), **dict(zip(names, rmse, strict=True))}
+
+
+def choose_classes(
+    table: Table, targets: Sequence[str], kind: str | None
+) -> tuple[list[Any] | None, str]:
+    """The classes, or None for a regression, and why.
+
+    Text, and true and false, are classes. Whole numbers are if there are at most
+    `MOST_CLASSES` different ones. `kind` overrides.
+    """
+    if kind == "regression":
+        return None, "--task says so"
+    if len(targets) > 1:
+        if kind == "classification":
+            raise Problem(f"--target: expected one column for classification, got {len(targets)}")
+        return None, "there are several targets"
+    labels = table.labels(targets[0])
+    classes = sorted(set(labels))
+    if kind == "classification":
+        return classes, "--task says so"
+    if isinstance(labels[0], (str, bool)):
+        holds = "text" if isinstance(labels[0], str) else "true and false"
+        return classes, f"{targets[0]!r} holds {holds}"
+    if isinstance(labels[0], float):
+        return None, f"{targets[0]!r} holds numbers that are not all whole"
+    holds = f"holds {len(classes)} different whole numbers"
+    return classes if len(classes) <= MOST_CLASSES else None, f"{targets[0]!r} {holds}"
+
+
+def outputs_of(net: nn.Module, x: Tensor) -> Tensor:
+    """(rows, features) on any device -> (rows, outputs) in float64 on the CPU."""
+    with torch.no_grad():
+        return torch.cat([net(rows).cpu().double() for rows in x.split(ROWS_AT_ONCE)])

@@ -1,0 +1,168 @@
+"""The training of `relu-mlp train`, epoch by epoch, from the start or from a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import Problem
+from .checkpoint import Checkpoint, fingerprint, make_network
+from .table import Table
+from .task import Standardization, Task, is_constant, outputs_of
+
+OPTIMIZERS: dict[str, tuple[Any, dict[str, float]]] = {
+    "adam": (torch.optim.Adam, {"lr": 1e-3, "weight_decay": 0}),
+    "adamw": (torch.optim.AdamW, {"lr": 1e-3, "weight_decay": 1e-2}),
+    "sgd": (torch.optim.SGD, {"lr": 1e-2, "weight_decay": 0, "momentum": 0.9}),
+}
+
+
+def check_device(device: str, dtype: str) -> None:
+    try:
+        torch.zeros(1, device=device, dtype=getattr(torch, dtype)).item()
+    except (RuntimeError, AssertionError, TypeError) as error:  # each device has its own
+        reason = str(error).splitlines()[0]
+        raise Problem(f"--device {device} can't be used with {dtype}: {reason}") from None
+
+
+class Part(NamedTuple):
+    """Rows to train or to validate on."""
+
+    x: Tensor  #: (rows, features), standardized
+    targets: Tensor  #: as `Task.read_targets` gives them, those of a regression standardized
+
+
+class Training:
+    """A network on its way, with all that the rest of the way depends on."""
+
+    def __init__(
+        self,
+        table: Table,
+        task: Task,
+        settings: dict[str, Any],
+        device: str,
+        resumed: Checkpoint | None,
+    ) -> None:
+        self.table, self.task, self.settings, self.device = table, task, settings, device
+        self.generator = torch.Generator().manual_seed(settings["seed"])
+        self.read(resumed)
+        self.net = (resumed.network() if resumed else make_network(task, settings)).to(device)
+        parameters = list(self.net.parameters())
+        #: An update is often too small for 16 bits: there, it goes to a copy in float32.
+        self.master_weights = (
+            [parameter.detach().float() for parameter in parameters]
+            if settings["dtype"] in ("bfloat16", "float16")
+            else []
+        )
+        kind, options = OPTIMIZERS[settings["optimizer"]]
+        chosen = {name: settings[name] for name in ("lr", "weight_decay")}
+        options = options | {name: value for name, value in chosen.items() if value is not None}
+        self.optimizer = kind(self.master_weights or parameters, **options)
+        self.history: list[dict[str, float]] = []
+        self.last = resumed  #: the state after the last epoch
+        if resumed:
+            self.restore(resumed, options)
+
+    def read(self, resumed: Checkpoint | None) -> None:
+        """The rows of the table, standardized: some to train, some to validate on."""
+        path, task = self.table.path, self.task
+        features = self.table.numbers(task.features, "; --ignore leaves a column out")
+        targets = task.read_targets(self.table)
+        self.fingerprint = fingerprint(features, targets)
+        if resumed and self.fingerprint != resumed.table:
+            raise Problem(
+                f"{path}: expected the {resumed.rows} rows that the checkpoint was trained on, "
+                f"got {len(targets)} rows of another table"
+            )
+        if len(targets) < 2:
+            raise Problem(f"{path}: expected a row to train and one to validate on, got one row")
+        if is_constant(targets).all():
+            names = ", ".join(map(repr, task.targets))
+            raise Problem(
+                f"{path}: expected a target that varies, got one value for all of {names}"
+            )
+        held_out = round(len(targets) * self.settings["validation"])
+        held_out = min(max(held_out, 1), len(targets) - 1)
+        order = torch.randperm(len(targets), generator=self.generator)
+        train, validation = order[held_out:], order[:held_out]
+        self.of_features = Standardization.of(features[train])
+        self.of_targets = None
+        if task.classes is None:
+            self.of_targets = Standardization.of(targets[train])
+            targets = self.of_targets.apply(targets)
+        x = self.of_features.apply(features).to(self.device, getattr(torch, self.settings["dtype"]))
+        self.train = Part(x[train], targets[train].to(self.device))
+        self.validation = Part(x[validation], targets[validation].to(self.device))
+
+    def restore(self, checkpoint: Checkpoint, options: dict[str, float]) -> None:
+        for weight, saved in zip(self.master_weights, checkpoint.master_weights, strict=True):
+            weight.copy_(saved)
+        self.optimizer.load_state_dict(copied(checkpoint.optimizer))  # or it would change them
+        for group in self.optimizer.param_groups:
+            group.update(options)
+        self.generator.set_state(checkpoint.generator)
+        self.history = list(checkpoint.history)
+
+    @property
+    def epoch(self) -> int:
+        return len(self.history)
+
+    def train_one_epoch(self) -> None:
+        order = torch.randperm(len(self.train.x), generator=self.generator)
+        for rows in order.to(self.device).split(self.settings["batch_size"]):
+            self.net.zero_grad()
+            self.task.loss(self.net(self.train.x[rows]), self.train.targets[rows]).backward()
+            self.step()
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """A step of the optimizer, for a network in 16 bits by way of float32."""
+        for master, parameter in zip(self.master_weights, self.net.parameters(), strict=False):
+            assert parameter.grad is not None
+            master.grad = parameter.grad.float()
+        self.optimizer.step()
+        for master, parameter in zip(self.master_weights, self.net.parameters(), strict=False):
+            parameter.copy_(master)
+
+    def evaluate(self) -> dict[str, float]:
+        """The scores of both parts, under the names of the columns of curves.csv."""
+        found = {}
+        for name, part in (("train", self.train), ("validation", self.validation)):
+            outputs = outputs_of(self.net, part.x)
+            scores = self.task.scores(outputs, part.targets.cpu(), self.of_targets)
+            found.update({f"{name}_{score}": value for score, value in scores.items()})
+        return found
+
+    def checkpoint(self) -> Checkpoint:
+        targets = self.of_targets
+        return Checkpoint(
+            model=copied(dict(self.net.state_dict())),
+            features=self.task.features,
+            targets=self.task.targets,
+            classes=self.task.classes,
+            feature_mean=self.of_features.mean,
+            feature_scale=self.of_features.scale,
+            target_mean=targets.mean if targets else None,
+            target_scale=targets.scale if targets else None,
+            settings=self.settings,
+            rows=len(self.table),
+            table=self.fingerprint,
+            epoch=self.epoch,
+            history=list(self.history),
+            optimizer=copied(self.optimizer.state_dict()),
+            master_weights=copied(self.master_weights),
+            generator=self.generator.get_state(),
+        )
+
+
+def copied(value: Any) -> Any:
+    """A state_dict, or a part of one, whose tensors are its own and on the CPU."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: copied(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(copied(entry) for entry in value)
+    return value
