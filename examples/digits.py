@@ -234,9 +234,11 @@ def gradient_bounds(net: nn.Sequential, x: Tensor, target: Tensor) -> tuple[Tens
 
     # Backward, on absolute values: 2 (y - target) / elements takes up to 5
     # operations, a product with a weight a sum over the layer's outputs, a
-    # gradient a sum over the rows.
+    # gradient a sum over the rows; and a hidden activation, which it is multiplied
+    # with, has been rounded on its own way up.
     rows = int(clear.sum())
     n += 5 + sum(weight.shape[0] for weight in weights[1:]) + rows
+    n += sum(weight.shape[1] + 1 for weight in weights[:-1])
     delta = (2 * (z_abs + target.double().abs()) / (rows * CLASSES))[clear]
     bounds: list[Tensor] = []
     for layer in reversed(range(len(layers))):

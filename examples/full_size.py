@@ -1,0 +1,92 @@
+"""A network of 64 x 1000 -> 100 -> 10, 500 steps: one loss curve by hand and by autograd.
+
+    python examples/full_size.py
+
+Redoes source document 003 at its full size, without biases, learning rate 1e-6, all from
+one start. In double precision the gradients of the first step and the losses of all steps
+must agree as far as rounding lets them; if not, the program stops with an error. For
+single precision, in which the document computes, it only shows how far they are apart.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+import agreement
+from agreement import by_autograd
+from relu_mlp import LossAndGrads, loss_and_grads
+
+STEPS = 500
+LEARNING_RATE = 1e-6
+
+
+def by_hand(x: Tensor, target: Tensor, weights: Sequence[Tensor]) -> LossAndGrads:
+    """The sum of (y - target)^2 and its gradients; a weight is (out, in), as in nn.Linear."""
+    w1, w2 = weights
+    z = x @ w1.T  # (64, 100)
+    h = z.clamp(min=0)  # (64, 100)
+    y = h @ w2.T  # (64, 10)
+    loss = (y - target).square().sum()
+
+    grad_y = 2 * (y - target)  # (64, 10)
+    grad_w2 = grad_y.T @ h  # (10, 100)
+    grad_h = grad_y @ w2  # (64, 100)
+    grad_z = grad_h.masked_fill(z <= 0, 0)  # (64, 100)
+    grad_w1 = grad_z.T @ x  # (100, 1000)
+    return LossAndGrads(loss, (grad_w1, grad_w2), None)
+
+
+def train(
+    gradients: Callable[..., LossAndGrads], x: Tensor, target: Tensor, weights: Sequence[Tensor]
+) -> Tensor:
+    """The losses (STEPS,) of gradient descent."""
+    weights = [w.clone() for w in weights]
+    losses = []
+    for _ in range(STEPS):
+        loss, grads, _ = gradients(x, target, weights)
+        losses.append(loss)
+        for weight, grad in zip(weights, grads, strict=True):
+            weight -= LEARNING_RATE * grad
+    return torch.stack(losses)
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    shapes = (64, 1000), (64, 10), (100, 1000), (10, 100)
+    x, target, w1, w2 = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    start = x, target, [w1, w2]
+
+    ways = {"by hand": by_hand, "by loss_and_grads": loss_and_grads, "by autograd": by_autograd}
+    expected, bounds = by_autograd(*start), agreement.gradient_bounds(*start)
+    for by, gradients in ways.items():
+        agreement.compare_gradients("first step", gradients(*start), by, expected, bounds)
+
+    double, seconds = {}, {}
+    for by, gradients in ways.items():
+        started = time.perf_counter()
+        double[by] = train(gradients, *start)
+        seconds[by] = time.perf_counter() - started
+    if_shaken = train(agreement.shaken(by_autograd), *start)
+    agreement.compare_curves("float64", double, if_shaken, agreement.roundings(x, [w1, w2]))
+
+    in_single = x.float(), target.float(), [w1.float(), w2.float()]
+    single = {by: train(gradients, *in_single) for by, gradients in ways.items()}
+    relative = [losses / single["by autograd"] - 1 for losses in single.values()]
+    apart = torch.stack(relative).abs().max().item()
+    print(f"float32: losses are at most {apart:.1e} of their value apart")
+
+    print(f"\n    {'in float64':>16}{'in float32':>48}")
+    print("step" + "".join(f"{by.removeprefix('by '):>16}" for by in [*ways, *ways]))
+    for step in [*range(10), 49, *range(99, STEPS, 100)]:
+        losses = [*double.values(), *single.values()]
+        print(f"{step:4}" + "".join(f"{curve[step].item():16.9g}" for curve in losses))
+    times = ", ".join(f"{by} {time:.2f} s" for by, time in seconds.items())
+    print(f"\n{STEPS} steps in float64: {times}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Two layers with biases: gradients derived by hand beside autograd's, at every step.
+
+    python examples/two_layers.py
+
+Redoes source document 000. A network of 64 x 3 -> 2 -> 1 is trained by gradient
+descent, and then one with three outputs. In every step the loss and the gradient of
+every parameter are computed three times: by hand in the lines below, by the package,
+which does the same in one call, and by autograd. The program stops with an error if
+two of them are farther apart than rounding explains. It runs on the CPU, and on a GPU
+too where there is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import agreement
+from relu_mlp import LossAndGrads, loss_and_grads
+
+ROWS, INPUTS, HIDDEN = 64, 3, 2
+STEPS = 500
+LEARNING_RATE = 1e-6
+
+
+def by_hand(
+    x: Tensor, target: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
+) -> LossAndGrads:
+    """The sum of (y - target)^2 and its gradients; a weight is (out, in), as in nn.Linear."""
+    (w1, w2), (b1, b2) = weights, biases
+
+    z = x @ w1.T + b1  # (rows, hidden)
+    h = z.clamp(min=0)  # (rows, hidden)
+    y = h @ w2.T + b2  # (rows, outputs)
+    loss = (y - target).square().sum()
+
+    grad_y = 2 * (y - target)  # (rows, outputs)
+    grad_w2 = grad_y.T @ h  # (outputs, hidden)
+    grad_b2 = grad_y.sum(0)  # (outputs,): over the rows, each output for itself
+    grad_h = grad_y @ w2  # (rows, hidden)
+    grad_z = grad_h.masked_fill(z <= 0, 0)  # (rows, hidden): nothing passes a unit that is off
+    grad_w1 = grad_z.T @ x  # (hidden, inputs)
+    grad_b1 = grad_z.sum(0)  # (hidden,)
+    return LossAndGrads(loss, (grad_w1, grad_w2), (grad_b1, grad_b2))
+
+
+def train(outputs: int, device: str) -> None:
+    """Trains by the gradients found by hand and compares all three in every step."""
+    torch.manual_seed(0)
+
+    def random(*shape: int) -> Tensor:  # drawn on the CPU, so that a GPU starts from the same
+        return torch.randn(*shape, dtype=torch.float64).to(device)
+
+    x, target = random(ROWS, INPUTS), random(ROWS, outputs)
+    weights = [random(HIDDEN, INPUTS), random(outputs, HIDDEN)]
+    biases = [random(HIDDEN), random(outputs)]
+
+    print(f"{ROWS} x {INPUTS} -> {HIDDEN} -> {outputs} on {device}: loss and norm of each gradient")
+    print(f"{'step':>4}  {'':10}  {'by hand':>16}  {'loss_and_grads':>16}  {'autograd':>16}")
+    largest = 0.0
+    for step in range(STEPS):
+        hand = by_hand(x, target, weights, biases)
+        package = loss_and_grads(x, target, weights, biases)
+        autograd = agreement.by_autograd(x, target, weights, biases)
+
+        bounds = agreement.gradient_bounds(x, target, weights, biases)
+        for result, by in [(hand, "by hand"), (package, "by loss_and_grads")]:
+            fraction = agreement.compare_gradients(f"step {step}", result, by, autograd, bounds)
+            largest = max(largest, fraction)
+
+        if step % 100 == 99:
+            columns = [agreement.named(result) for result in (hand, package, autograd)]
+            for name in columns[0]:
+                norms = "".join(f"  {column[name].norm().item():16.9f}" for column in columns)
+                print(f"{step:4}  {name:10}{norms}")
+
+        for parameter, grad in zip([*weights, *biases], [*hand.weights, *hand.biases], strict=True):
+            parameter -= LEARNING_RATE * grad
+
+    print(f"largest difference in {STEPS} steps: {largest:.2g} of what rounding explains\n")
+    if outputs > 1:
+        y = F.linear(F.relu(F.linear(x, weights[0], biases[0])), weights[1], biases[1])
+        grad_y = 2 * (y - target)
+        rows, everything = grad_y.sum(0).tolist(), grad_y.sum().item()
+        print("The gradient of the output bias after that, summed over")
+        print("  the rows:                       " + "".join(f"{g:12.4f}" for g in rows))
+        print("  everything, as in document 000: " + f"{everything:12.4f}" * outputs + "\n")
+
+
+def main() -> None:
+    for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
+        for outputs in (1, 3):
+            train(outputs, device)
+
+
+if __name__ == "__main__":
+    main()
