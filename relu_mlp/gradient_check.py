@@ -20,6 +20,15 @@ import torch
 from torch import Tensor
 
 from . import checks, reference
+from .differences import (
+    ROUNDINGS,
+    STEP,
+    UNIT_ROUNDOFF,
+    Differences,
+    Function,
+    by_differences,
+    value_of,
+)
 from .functional import (
     Loss,
     OutputActivation,
@@ -31,24 +40,11 @@ from .functional import (
 from .gradient_report import GradientReport, ParameterReport
 from .ops import NO_TENSOR
 
-#: The step of a difference, for an element of size 1: it balances truncation, h^2,
-#: and rounding, u / h.
-STEP = torch.finfo(torch.float64).eps ** (1 / 3)
-
 #: |by hand - autograd| may be this fraction of the parameter's largest gradient
 #: plus that fraction of loss / parameter. Rounding makes some 1e-13 of it, and a
 #: wrong term far more than 1e-9.
 OF_GRADIENT, OF_LOSS = 2.0**-30, 2.0**-33
 
-#: Of a larger parameter, only so many elements have a numerical gradient.
-MOST_ELEMENTS = 4096
-
-#: How many roundings of its value, and of each of its inputs, a function is granted.
-#: Sums of n terms in PyTorch round like log n to sqrt n of them.
-ROUNDINGS = 64
-UNIT_ROUNDOFF = torch.finfo(torch.float64).eps / 2
-
-Function = Callable[..., Tensor]
 Backward = Callable[..., Any]
 Inputs = Mapping[str, Tensor] | Sequence[Tensor]
 
@@ -281,37 +277,56 @@ def _report(
             f"input, or make those float64 that they take from elsewhere: {error}"
         ) from error
     given = dict(zip(tensors, by_hand, strict=True))
+    gradients = dict(zip(checked, autograd, strict=True))
     # What rounding every input makes of the loss, in units of the rounding.
-    spread = sum(
-        _largest((grad * tensors[name]).abs().sum())
-        for name, grad in zip(checked, autograd, strict=True)
-    )
+    spread = sum(_largest((grad * tensors[name]).abs().sum()) for name, grad in gradients.items())
     differences = {
-        name: _by_differences(function, tensors, name, loss, spread, eps) for name in checked
+        name: by_differences(function, tensors, name, loss, spread, eps) for name in checked
     }
-    # And of the gradient, also where it is 0: |f_ij|^2 <= f_ii f_jj near a minimum.
-    length = math.sqrt(
-        sum(_largest((differences[name][3] * tensors[name] ** 2).sum()) for name in checked)
-    )
+    tolerances = _tolerances(tensors, loss, gradients, differences)
     parameters = []
-    for name, grad in zip(checked, autograd, strict=True):
-        numerical, uncertainty, is_at_kink, second = differences[name]
-        tolerance = UNIT_ROUNDOFF + OF_GRADIENT * _largest(grad)
-        tolerance += OF_LOSS * _largest(torch.tensor(loss)) / max(1.0, _largest(tensors[name]))
-        tolerance += ROUNDINGS * UNIT_ROUNDOFF * math.sqrt(_largest(second)) * length
-        hand = given[name]
+    for name, grad in gradients.items():
+        hand, found = given[name], differences[name]
         parameters.append(
             ParameterReport(
                 name,
                 None if hand is None else hand.detach().double(),
                 grad,
-                numerical,
-                uncertainty,
-                is_at_kink,
-                tolerance,
+                found.numerical,
+                found.uncertainty,
+                found.is_at_kink,
+                tolerances[name],
             )
         )
     return GradientReport(subject, _notes(inputs, eps), loss, eps, tuple(parameters))
+
+
+def _tolerances(
+    tensors: Mapping[str, Tensor],
+    loss: float,
+    gradients: Mapping[str, Tensor],
+    differences: Mapping[str, Differences],
+) -> dict[str, float]:
+    """How far by hand and autograd may be apart by rounding, for each input.
+
+    Rounding every input by u moves a gradient by the second derivatives times u, also
+    where the gradient is 0. Near a minimum those obey |f_ij|^2 <= f_ii f_jj.
+    """
+    moved = math.sqrt(
+        sum(
+            _largest((differences[name].curvature * tensors[name] ** 2).sum()) for name in gradients
+        )
+    )
+    tolerances = {}
+    for name, grad in gradients.items():
+        steepest = math.sqrt(_largest(differences[name].curvature))
+        tolerances[name] = (
+            UNIT_ROUNDOFF
+            + OF_GRADIENT * _largest(grad)
+            + OF_LOSS * _largest(torch.tensor(loss)) / max(1.0, _largest(tensors[name]))
+            + ROUNDINGS * UNIT_ROUNDOFF * steepest * moved
+        )
+    return tolerances
 
 
 def _largest(tensor: Tensor) -> float:
@@ -344,7 +359,7 @@ def _by_autograd(
         grads = torch.autograd.grad(
             loss.sum(), [leaves[name] for name in checked], allow_unused=True
         )
-    again = _value(function, tensors)
+    again = value_of(function, tensors)
     if again != loss.item() and not (again != again and loss.isnan().item()):
         raise RuntimeError(
             "the function must return the same value for the same inputs, got "
@@ -374,62 +389,3 @@ def _check_loss(loss: object) -> None:
             "the function must be made of differentiable operations: what it returned does not "
             "depend on its inputs, as far as autograd knows"
         )
-
-
-def _value(function: Function, tensors: Mapping[str, Tensor]) -> float:
-    with torch.no_grad():
-        return function(*(tensor.clone() for tensor in tensors.values())).item()
-
-
-def _positions(numel: int) -> Sequence[int]:
-    """Which elements have a numerical gradient: `MOST_ELEMENTS` of them at most."""
-    if numel <= MOST_ELEMENTS:
-        return range(numel)
-    # Not every second one, say, which may be the same columns in all rows.
-    order = torch.randperm(numel, generator=torch.Generator().manual_seed(0), device="cpu")
-    return order[:MOST_ELEMENTS].tolist()
-
-
-def _by_differences(
-    function: Function,
-    tensors: Mapping[str, Tensor],
-    name: str,
-    loss: float,
-    spread: float,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The numerical gradient at one input, how far it may be off, and where there is a kink.
-
-    Last, the size of the second derivative by each element, 0 at a kink.
-
-    With f_k = f(p + k h) and the quotients q_1 = (f_1 - f_-1) / 2h, q_2 = (f_2 - f_-2) / 4h
-    and s_k = f_k - 2 f_0 + f_-k: where f is smooth, q_1 - q_2 = O(h^2) and
-    s_2 - 4 s_1 = O(h^4). A kink within 2 h, by which f' changes by J, makes at least one
-    of |q_1 - q_2| and |s_2 - 4 s_1| / h a sizeable part of J.
-    """
-    p = tensors[name].contiguous()
-    numerical = torch.full_like(p, torch.nan)
-    uncertainty = torch.full_like(p, torch.inf)
-    is_at_kink = torch.zeros_like(p, dtype=torch.bool)
-    second = torch.zeros_like(p)
-    for position in _positions(p.numel()):
-        values, h = {0: loss}, 0.0
-        for k in (-2, -1, 1, 2):
-            moved = p.clone().contiguous()
-            element = moved.view(-1)[position : position + 1]
-            h = eps * max(1.0, abs(element.item()))
-            element += k * h
-            values[k] = _value(function, {**tensors, name: moved})
-        near, far = (values[1] - values[-1]) / (2 * h), (values[2] - values[-2]) / (4 * h)
-        curve = (values[1] - 2 * loss + values[-1]) / h
-        bend = values[2] - 4 * values[1] + 6 * loss - 4 * values[-1] + values[-2]
-        steepest = max(abs(near), abs(far)) + abs(curve)
-        rounding = max(map(abs, values.values())) + spread + steepest * h / eps
-        rounding *= ROUNDINGS * UNIT_ROUNDOFF / h
-        smooth = rounding + (1e-6 + 100 * eps**2) * steepest + 30 * eps * abs(curve)
-        numerical.view(-1)[position] = near
-        uncertainty.view(-1)[position] = smooth + abs(near - far)
-        has_kink = max(abs(near - far), abs(bend) / h) > smooth
-        is_at_kink.view(-1)[position] = has_kink
-        second.view(-1)[position] = 0 if has_kink else max(0.0, abs(curve) - rounding) / h
-    return numerical, uncertainty, is_at_kink, second

@@ -12,7 +12,7 @@ from torch import nn
 
 import relu_mlp
 import support
-from relu_mlp import GradientReport, check_gradients, gradient_check
+from relu_mlp import GradientReport, check_gradients, differences
 from relu_mlp.gradient_report import HEAD, ulp
 from test_errors import (
     NETWORKS,
@@ -343,7 +343,7 @@ def test_the_step(eps):
 def test_the_default_step_is_the_cube_root_of_the_precision_of_float64():
     x, target, weights, biases = make_case([3, 2], dtype=torch.float32)
     report = check_gradients(x, target, weights, biases)
-    assert report.eps == gradient_check.STEP == torch.finfo(torch.float64).eps ** (1 / 3)
+    assert report.eps == differences.STEP == torch.finfo(torch.float64).eps ** (1 / 3)
 
 
 WRONG_STEPS = [0, 0.0, -1e-4, math.nan, math.inf, "1e-4", [1e-4], 1j, torch.tensor([1e-4, 1e-3])]
@@ -1046,7 +1046,7 @@ def test_of_a_large_parameter_4096_elements_have_a_numerical_gradient():
 def test_large_parameters(monkeypatch, shape):
     """The elements that have one are spread over all rows and columns, and the others are
     compared as well."""
-    monkeypatch.setattr(gradient_check, "MOST_ELEMENTS", 32)
+    monkeypatch.setattr(differences, "MOST_ELEMENTS", 32)
     gradient, p = draw(*shape), torch.zeros(shape)
     report = check_gradients(lambda p: (p * gradient).sum(), [p], lambda p: gradient)
     has_one = ~of(report)["p"].numerical.isnan()
