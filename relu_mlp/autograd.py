@@ -1,4 +1,9 @@
-"""The torch.autograd.Function: what is saved, and who computes the backward pass.
+"""The torch.autograd.Functions: what is saved, and who computes each derivative.
+
+`MLP` is the network, with its backward pass and its forward-mode derivative; `Gradient`
+is the backward pass as a function that is differentiated once more. Both are also the
+derivatives of the operators, registered at the end: a functorch transform, a
+forward-mode level and a compiled graph come in that way, through PyTorch's dispatcher.
 
 At small sizes the time goes into this file and not into arithmetic. So what
 depends only on which arguments need a gradient is worked out once, in a `Plan`
@@ -7,20 +12,24 @@ that is cached, and a call follows it.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 
-from . import ops, reference
-from .ops import Implementation, below_autograd
+from . import batching, ops, reference, second_order
+from .ops import Implementation, below_autograd, implementation_for
+from .reference import as_matrix
 
+_set_fwd_grad_enabled = forward_ad._set_fwd_grad_enabled
 # To look it up in `torch` on every call takes a while.
 _is_grad_enabled = torch.is_grad_enabled
+_is_compiling = torch.compiler.is_compiling
 
 Pick = Callable[[Sequence[Any]], tuple[Any, ...]]
 
@@ -33,8 +42,9 @@ class Plan(NamedTuple):
     save_hidden: bool
     #: From (x, y, *weights, *hidden), what the backward operator wants.
     kept: Pick
-    #: From (None, *gradients), what the Function returns.
+    #: From (None, *gradients), what the Function returns, and the same as positions.
     returned: Pick
+    positions: tuple[int, ...]
 
 
 @lru_cache(maxsize=1024)
@@ -50,6 +60,7 @@ def plan_for(layers: int, needs_input_grad: tuple[bool, ...], output_activation:
         save_hidden=any(needs_input_grad),
         kept=_pick([n for n, is_kept in enumerate(kept) if is_kept]),
         returned=_pick(returned),
+        positions=tuple(returned),
     )
 
 
@@ -60,9 +71,41 @@ def _pick(positions: list[int]) -> Pick:
     return lambda items: tuple([items[position] for position in positions])
 
 
+class OneLevelDown(NamedTuple):
+    """An implementation that the levels below see in the modes that the caller has set.
+
+    PyTorch runs the forward method of a Function with gradients and tangents disabled,
+    which is meant for its own level.
+    """
+
+    implementation: Implementation
+    grad_enabled: bool
+    fwd_grad_enabled: bool
+
+    def forward(self, *arguments: Any) -> tuple[Tensor, list[Tensor]]:
+        with (
+            torch.set_grad_enabled(self.grad_enabled),
+            _set_fwd_grad_enabled(self.fwd_grad_enabled),
+        ):
+            return self.implementation.forward(*arguments)
+
+    def backward(self, *arguments: Any) -> list[Tensor]:
+        with (
+            torch.set_grad_enabled(self.grad_enabled),
+            _set_fwd_grad_enabled(self.fwd_grad_enabled),
+        ):
+            return self.implementation.backward(*arguments)
+
+
+def one_level_down(x: Tensor) -> OneLevelDown:
+    return OneLevelDown(
+        implementation_for(x), torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
+    )
+
+
 #: The arguments of `MLP` that are not tensors: what computes, the output
 #: activation, whether to recompute, and the number of layers.
-Call = tuple[Implementation, str, bool, int]
+Call = tuple[Implementation | OneLevelDown, str, bool, int]
 
 
 class MLP(torch.autograd.Function):
@@ -83,10 +126,15 @@ class MLP(torch.autograd.Function):
         implementation, output_activation, recompute, layers = call
         weights, biases = parameters[:layers], parameters[layers:]
         plan = plan_for(layers, ctx.needs_input_grad, output_activation)
-        save_hidden = plan.save_hidden and not recompute
+        dispatched = type(implementation) is OneLevelDown
+        save_hidden = (plan.save_hidden and not recompute) or dispatched
         with below_autograd():
             y, hidden = implementation.forward(x, weights, biases, output_activation, save_hidden)
-        if not plan.save_hidden:
+        ctx.remembered = call, plan, y.shape
+        ctx.set_materialize_grads(False)
+        if dispatched:
+            ctx.save_for_forward(x, y, *weights, *hidden)
+        elif not plan.save_hidden:
             return (y,)
         if recompute:
             ctx.save_for_backward(x, *parameters)
@@ -94,8 +142,6 @@ class MLP(torch.autograd.Function):
             # Exactly what the native path saves, so that a change in place
             # raises where it does natively.
             ctx.save_for_backward(*plan.kept((x, y, *weights, *hidden)))
-        ctx.set_materialize_grads(False)
-        ctx.remembered = call, plan, y.shape
         return (y, *hidden)
 
     @staticmethod
@@ -106,33 +152,74 @@ class MLP(torch.autograd.Function):
         implementation, output_activation, recompute, layers = call
         saved = ctx.saved_tensors
         reached = [grad for grad in grad_hidden if grad is not None]
-        if reached or grad_output is None or _is_grad_enabled():
-            # A second derivative is or was asked for: the reference is made of
-            # differentiable operations.
-            if grad_output is None:
-                if not reached:
-                    return (None,) * len(ctx.needs_input_grad)
-                grad_output = reached[0].new_zeros(y_shape)
+        if grad_output is None:
+            if not reached:
+                return (None,) * len(ctx.needs_input_grad)
+            grad_output = reached[0].new_zeros(y_shape)
+        dispatched = type(implementation) is OneLevelDown
+        if dispatched or reached or _is_grad_enabled() or forward_ad._current_level >= 0:
+            # Part of a second derivative, or to be differentiated once more.
             if recompute:
                 saved = plan.kept(_forward_again(call, *saved))
-            grads = reference.backward(
-                grad_output, saved, output_activation, plan.needs, grad_hidden
+            grads = _backward_once_more(
+                implementation, grad_output, saved, output_activation, plan.needs, grad_hidden
             )
         elif recompute:
             x, weights, biases = saved[0], saved[1 : 1 + layers], saved[1 + layers :]
-            with below_autograd():
-                grads = implementation.recompute_backward(
-                    grad_output, x, weights, biases, output_activation, plan.needs
-                )
+            grads = _backward_once(
+                implementation,
+                "recompute_backward",
+                *(grad_output, x, weights, biases, output_activation, plan.needs),
+            )
         else:
-            with below_autograd():
-                grads = implementation.backward(grad_output, saved, output_activation, plan.needs)
+            grads = _backward_once(
+                implementation, "backward", grad_output, saved, output_activation, plan.needs
+            )
+        if _is_compiling():  # Dynamo knows nothing of an itemgetter
+            items = [None, *grads]
+            return tuple([items[position] for position in plan.positions])
         return plan.returned((None, *grads))
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        call, _, y_shape = ctx.remembered
+        output_activation, layers = call[1], call[3]
+        with _set_fwd_grad_enabled(True):
+            x, y, *rest = _primals(ctx.saved_tensors)
+            weights, hidden = rest[:layers], rest[layers:]
+            # One that stands for a missing bias may come with a tangent of no elements.
+            bias_tangents = [
+                None if tangent is None or tangent.shape != weight.shape[:1] else tangent
+                for weight, tangent in zip(
+                    weights, tangents[1 + layers :] or [None] * layers, strict=True
+                )
+            ]
+            y_tangent, hidden_tangents = reference.jvp(
+                as_matrix(x),
+                as_matrix(y),
+                weights,
+                hidden,
+                output_activation,
+                None if tangents[0] is None else as_matrix(tangents[0]),
+                tangents[1 : 1 + layers],
+                bias_tangents,
+            )
+            return (y_tangent.reshape(y_shape), *hidden_tangents)
 
 
 #: `MLP.apply` without the Python part of `torch.autograd.Function.apply`, which
 #: serves functorch alone and takes as long as a small network.
 apply = super(torch.autograd.Function, MLP).apply
+
+
+def _primals(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors without their tangents at this level.
+
+    PyTorch calls the jvp method of a Function with tangents disabled, which is meant for its
+    own level but loses those of the levels below: jvp of jvp would be 0. Here they are
+    enabled, and the level's own are taken off instead.
+    """
+    return [forward_ad.unpack_dual(tensor).primal for tensor in tensors]
 
 
 def _forward_again(call: Call, x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
@@ -148,23 +235,140 @@ def _forward_again(call: Call, x: Tensor, *parameters: Tensor) -> tuple[Tensor, 
     return (x, y, *weights, *hidden)
 
 
-def _relu_mlp_autograd(
+def _backward_once(implementation: Implementation, name: str, *operands: Any) -> list[Tensor]:
+    """The backward pass where nobody will differentiate it."""
+    if _is_compiling() and implementation is ops.extension:
+        # Compiled autograd reads this and has to find an operator.
+        return getattr(torch.ops.relu_mlp, name).default(*operands)
+    if _is_compiling():
+        return getattr(reference, name)(*operands)
+    with below_autograd():
+        return getattr(implementation, name)(*operands)
+
+
+def _backward_once_more(
+    implementation: Implementation,
+    grad_output: Tensor,
+    saved: Sequence[Tensor],
+    output_activation: str,
+    needs: str,
+    grad_hidden: Sequence[Tensor | None],
+) -> Sequence[Tensor]:
+    """The backward pass where a derivative of it may be asked for."""
+    if any(grad is not None for grad in grad_hidden):
+        return reference.backward(grad_output, saved, output_activation, needs, grad_hidden)
+    if isinstance(implementation, OneLevelDown):
+        implementation = implementation.implementation
+    with ops.using(implementation):
+        return torch.ops.relu_mlp.backward.default(grad_output, saved, output_activation, needs)
+
+
+class Gradient(torch.autograd.Function):
+    """The backward pass as a function of its own, with its derivatives by hand."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: GradientCall, grad_output: Tensor, *saved: Tensor
+    ) -> tuple[Tensor, ...]:
+        implementation, output_activation, needs = call
+        ctx.remembered = output_activation, needs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(grad_output, *saved)
+        ctx.save_for_forward(grad_output, *saved)
+        with below_autograd():
+            return tuple(implementation.backward(grad_output, saved, output_activation, needs))
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        output_activation, needs = ctx.remembered
+        grad_output, *saved = ctx.saved_tensors
+        return None, *second_order.backward_vjp(
+            grad_output, saved, output_activation, needs, cotangents
+        )
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        output_activation, needs = ctx.remembered
+        with _set_fwd_grad_enabled(True):
+            grad_output, *saved = _primals(ctx.saved_tensors)
+            return tuple(
+                second_order.backward_jvp(
+                    grad_output, saved, output_activation, needs, tangents[0], tangents[1:]
+                )
+            )
+
+
+#: The arguments of `Gradient` that are not tensors.
+GradientCall = tuple[OneLevelDown, str, str]
+
+_apply_gradient = super(torch.autograd.Function, Gradient).apply
+
+
+# -- The derivatives of the operators ------------------------------------------
+#
+# What the dispatcher calls on the Autograd key, for one level of a functorch transform
+# at a time, or for none: what they call below autograd goes to the next level down.
+
+
+def _forward_derivative(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    output_activation: str,
+) -> tuple[Tensor, ...]:
+    call: Call = (one_level_down(x), output_activation, False, len(weights))
+    # One that stands for a missing bias has no gradient.
+    present = [
+        bias if bias.numel() or bias.shape == weight.shape[:1] else bias.detach()
+        for weight, bias in zip(weights, biases, strict=False)
+    ]
+    with enable_single_level_autograd_function():
+        return apply(call, x, *weights, *present, *biases[len(present) :])
+
+
+def _relu_mlp_kernel(
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     output_activation: str = "none",
 ) -> Tensor:
-    """The derivative of the operator for people, `torch.ops.relu_mlp.relu_mlp`."""
     if weights and ops.is_differentiated(x, weights, biases):
-        call: Call = (ops.extension, output_activation, False, len(weights))
-        # One that stands for a missing bias has no gradient.
-        present = [
-            bias if bias.numel() or bias.shape == weight.shape[:1] else bias.detach()
-            for weight, bias in itertools.zip_longest(weights, biases, fillvalue=weights[0])
-        ]
-        return apply(call, x, *weights, *present[: len(biases)])[0]
+        return _forward_derivative(x, weights, biases, output_activation)[0]
     with below_autograd():
-        return torch.ops.relu_mlp.relu_mlp.default(x, weights, biases, output_activation)
+        return implementation_for(x).relu_mlp(x, weights, biases, output_activation)
 
 
-ops._library.impl("relu_mlp", _relu_mlp_autograd, "Autograd")
+def _forward_kernel(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    output_activation: str,
+    save_hidden: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    if weights and ops.is_differentiated(x, weights, biases):
+        y, *hidden = _forward_derivative(x, weights, biases, output_activation)
+        return y, hidden if save_hidden else []
+    with below_autograd():
+        return implementation_for(x).forward(x, weights, biases, output_activation, save_hidden)
+
+
+def _backward_kernel(
+    grad_output: Tensor, saved: Sequence[Tensor], output_activation: str, needs: str
+) -> Sequence[Tensor]:
+    implementation = implementation_for(grad_output)
+    if "1" in needs and ops.is_differentiated(grad_output, saved):
+        call: GradientCall = (one_level_down(grad_output), output_activation, needs)
+        with enable_single_level_autograd_function():
+            return list(_apply_gradient(call, grad_output, *saved))
+    with below_autograd():
+        return implementation.backward(grad_output, saved, output_activation, needs)
+
+
+for _name, _kernel, _rule in (
+    ("relu_mlp", _relu_mlp_kernel, batching.relu_mlp),
+    ("forward", _forward_kernel, batching.forward),
+    ("backward", _backward_kernel, batching.backward),
+):
+    ops._library.impl(_name, _kernel, "Autograd")
+    _operator = getattr(torch.ops.relu_mlp, _name).default
+    ops._library.impl(_name, batching.kernel_of(_operator, _rule), "FuncTorchBatched")

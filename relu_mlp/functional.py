@@ -150,18 +150,15 @@ def is_plain(tensor: object) -> bool:
 def is_served(x: Tensor) -> bool:
     """Whether the operators serve this input exactly as the native path would.
 
-    Not under autocast, a functorch transform, forward-mode differentiation or
-    a TorchScript trace, not for tensor subclasses and not for other layouts
-    and dtypes: there the native path is taken.
+    Not under autocast or a TorchScript trace, not for tensor subclasses and not
+    for other layouts and dtypes: there the native path is taken.
     """
     return (
         type(x) in PLAIN
         and x.dtype in DTYPES
         and x.layout is _strided
         and not _is_any_autocast_enabled()
-        and not _are_functorch_transforms_active()
         and _get_tracing_state() is None
-        and forward_ad._current_level < 0
     )
 
 
@@ -177,6 +174,9 @@ def fused(
     if _is_compiling():
         if implementation is reference:
             return native(x, weights, biases, activation)
+        return torch.ops.relu_mlp.relu_mlp(x, weights, biases, activation)
+    if forward_ad._current_level >= 0 or _are_functorch_transforms_active():
+        # Level by level, through the dispatcher, which knows what each tensor is.
         return torch.ops.relu_mlp.relu_mlp(x, weights, biases, activation)
     if _is_grad_enabled():
         call = (implementation, activation, recompute, len(weights))

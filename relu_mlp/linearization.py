@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, reference
+from . import checks, reference, second_order
 from .functional import (
     OutputActivation,
     _list_of_tensors,
@@ -165,7 +165,7 @@ class Linearization:
         weight_tangents, bias_tangents = self._checked(tangent)
         self._check_versions()
         with _by_hand("jvp", weight_tangents, bias_tangents):
-            change = reference.jvp(
+            change, _ = reference.jvp(
                 *self._pass(), self._activation, None, weight_tangents, bias_tangents
             )
         return change.reshape(self.y.shape)
@@ -180,13 +180,9 @@ class Linearization:
             TypeError, RuntimeError: if it is not; RuntimeError under `torch.func` and
                 forward-mode differentiation.
         """
-        if not isinstance(grad_output, Tensor):
-            raise TypeError(f"grad_output must be a Tensor, got {type(grad_output).__name__}")
-        checks.check_like_output("grad_output", grad_output, self._x, self.y.shape)
-        self._check_versions()
+        self._check_grad_output(grad_output)
         layers = len(self._weights)
-        present = [bias is not NO_TENSOR for bias in self._biases] or [False] * layers
-        needs = "0" + "1" * layers + "".join("01"[there] for there in present)
+        needs = "0" + "1" * layers + "".join("01"[there] for there in self._has_bias())
         kept = reference.is_kept(self._activation, needs)
         saved = itertools.compress([self._x, self.y, *self._weights, *self._hidden], kept)
         with _by_hand("vjp", grad_output):
@@ -198,6 +194,46 @@ class Linearization:
         of_weights = [next(grads) for _ in self._weights]
         of_biases = [NO_TENSOR if bias is NO_TENSOR else next(grads) for bias in self._biases]
         return Parameters(*split_by_kind([*of_weights, *of_biases], self._biases))
+
+    def row_norms(self, grad_output: Tensor) -> Tensor:
+        """How much each row puts into J^T u: the norm of its part, over all parameters together.
+
+        The gradients of the single rows are the terms of J^T u. Row n adds the outer product
+        delta_l[n]^T a_{l-1}[n] to the gradient of W_l and delta_l[n] to that of b_l, so
+
+            norm[n]^2 = sum over l of |delta_l[n]|^2 (|a_{l-1}[n]|^2 + 1)
+
+        without the 1 where there is no bias: none of the gradients is ever held. With
+        factors min(1, C / norm[n]), ``vjp(factors[:, None] * grad_output)`` is the sum of
+        the clipped gradients, as differentially private training needs it.
+
+        Args:
+            grad_output: u, of the shape and dtype of y.
+
+        Returns:
+            y.shape[:-1], one norm for each row, in the dtype of x, or float32 if that has
+            16 bits.
+
+        Raises:
+            TypeError, RuntimeError: as in `vjp`.
+        """
+        self._check_grad_output(grad_output)
+        x, y, weights, hidden = self._pass()
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        needs = "0" + "1" * (2 * len(weights))
+        inputs = [x, *hidden]
+        with _by_hand("row_norms", grad_output):
+            deltas = second_order.descend(
+                reference.as_matrix(grad_output), y, weights, inputs, self._activation, needs
+            )
+            of_layers = []
+            for delta, a, has_bias in zip(deltas, inputs, self._has_bias(), strict=True):
+                size = torch.linalg.vector_norm(a, dim=1, dtype=dtype)
+                if has_bias:
+                    size = torch.hypot(size, torch.ones_like(size))
+                of_layers.append(size * torch.linalg.vector_norm(delta, dim=1, dtype=dtype))
+            norms = torch.linalg.vector_norm(torch.stack(of_layers), dim=0)
+        return norms.reshape(self.y.shape[:-1])
 
     def gauss_newton(self, tangent: Parameters) -> Parameters:
         """J^T J v, with v as in `jvp`: the Gauss-Newton product of the loss ½ sum (y - t)².
@@ -214,6 +250,15 @@ class Linearization:
         return Parameters(
             *split_by_kind([*of_weights, *of_biases[: len(self._biases)]], self._biases)
         )
+
+    def _has_bias(self) -> list[bool]:
+        return [bias is not NO_TENSOR for bias in self._biases] or [False] * len(self._weights)
+
+    def _check_grad_output(self, grad_output: Tensor) -> None:
+        if not isinstance(grad_output, Tensor):
+            raise TypeError(f"grad_output must be a Tensor, got {type(grad_output).__name__}")
+        checks.check_like_output("grad_output", grad_output, self._x, self.y.shape)
+        self._check_versions()
 
     def _pass(self) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
         """x and y as matrices, the weights and the hidden activations."""

@@ -11,6 +11,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol
@@ -109,6 +110,7 @@ class Extension:
 
 
 extension = Extension()
+_NAMES = ("extension", "reference")
 
 BACKENDS = ("auto", "extension", "reference")
 
@@ -198,6 +200,16 @@ def implementation_for(x: Tensor) -> Implementation:
     else:
         _checked_backend(name, "RELU_MLP_BACKEND")
     return reference
+
+
+@contextmanager
+def using(implementation: Implementation) -> Iterator[None]:
+    """`backend` with the name of an implementation, for a call through the dispatcher."""
+    outer, _thread.backend = _thread.backend, _NAMES[implementation is reference]
+    try:
+        yield
+    finally:
+        _thread.backend = outer
 
 
 def _say_missing() -> None:
@@ -313,16 +325,19 @@ def _tensors_in(arguments: Iterable[Any]) -> Iterator[Tensor]:
 
 def carries_tangent(*arguments: Any) -> bool:
     """Whether a tensor among the arguments carries a forward-mode tangent."""
-    return forward_ad._current_level >= 0 and any(
-        forward_ad.unpack_dual(tensor).tangent is not None for tensor in _tensors_in(arguments)
+    # Level 0 is the only one. `forward_ad` does not always know that it is there: a compiled
+    # graph enters it behind its back.
+    return any(
+        forward_ad.unpack_dual(tensor, level=0).tangent is not None
+        for tensor in _tensors_in(arguments)
     )
 
 
 def is_differentiated(*arguments: Any) -> bool:
     """Whether a tensor among the arguments needs a gradient or carries a tangent."""
-    return carries_tangent(*arguments) or (
+    return (
         torch.is_grad_enabled() and any(t.requires_grad for t in _tensors_in(arguments))
-    )
+    ) or carries_tangent(*arguments)
 
 
 def _guard(name: str) -> Callable[..., Any]:
@@ -341,5 +356,5 @@ def _guard(name: str) -> Callable[..., Any]:
     return guarded
 
 
-for _name in ("forward", "backward", "recompute_backward", "loss_and_grads"):
+for _name in ("recompute_backward", "loss_and_grads"):
     _library.impl(_name, _guard(_name), "Autograd")

@@ -20,9 +20,8 @@ and does not multiply: an infinite gradient at a unit that is off gives 0.
 The functions `relu_mlp`, `forward`, `backward`, `recompute_backward` and
 `loss_and_grads` have the signatures of the operators of those names and stand in
 for them. `jvp` and `jacobian` are the same derivative taken forwards, and for
-all outputs at once. All are made of differentiable operations: the second
-derivative is the derivative of `backward`. In the code, layers are counted
-from 0.
+all outputs at once; the second derivative is in second_order.py. All are made of
+differentiable operations. In the code, layers are counted from 0.
 """
 
 from __future__ import annotations
@@ -153,6 +152,14 @@ def is_kept(output_activation: str, needs: str) -> list[bool]:
     ]
 
 
+def unpack(saved: Sequence[Any], output_activation: str, needs: str) -> tuple[Any, Any, Any]:
+    """y, the weights, and the inputs of the layers x, a_1, ..., a_{L-1}; None where not kept."""
+    layers = len(needs) // 2
+    remaining = iter(saved)
+    x, y, *rest = [next(remaining) if kept else None for kept in is_kept(output_activation, needs)]
+    return y, rest[:layers], [x, *rest[layers:]]
+
+
 def backward(
     grad_output: Tensor,
     saved: Sequence[Tensor],
@@ -175,17 +182,7 @@ def backward(
         The wanted gradients, in the order of `needs`, and no others.
     """
     layers = len(needs) // 2
-    remaining = iter(saved)
-    operands: list[Any] = [
-        next(remaining) if kept else None for kept in is_kept(output_activation, needs)
-    ]
-    x, y, weights, hidden = (
-        operands[0],
-        operands[1],
-        operands[2 : 2 + layers],
-        operands[2 + layers :],
-    )
-    inputs = [x, *hidden]
+    y, weights, inputs = unpack(saved, output_activation, needs)
     needs_x, needs_weight, needs_bias = needs[0], needs[1 : 1 + layers], needs[1 + layers :]
     lowest = lowest_layer(needs)
     if lowest == layers:
@@ -265,9 +262,9 @@ def jvp(
     hidden: Sequence[Tensor],
     output_activation: str,
     x_tangent: Tensor | None,
-    weight_tangents: Sequence[Tensor],
+    weight_tangents: Sequence[Tensor | None],
     bias_tangents: Sequence[Tensor | None],
-) -> Tensor:
+) -> tuple[Tensor, list[Tensor]]:
     """The forward-mode derivative: how y changes as x and the parameters change.
 
     With a prime for a change,
@@ -279,23 +276,51 @@ def jvp(
     Args:
         x, y, weights, hidden, output_activation: as `forward` took and returned
             them, x and y as matrices.
-        x_tangent: x', (rows, in_features); None is 0.
-        weight_tangents: W_l', one for each weight, of its shape.
-        bias_tangents: b_l', one for each weight; None is 0.
+        x_tangent: x', (rows, in_features); None is 0, here and below.
+        weight_tangents: W_l', of the shape of each weight.
+        bias_tangents: b_l', one for each weight.
 
     Returns:
-        y', (rows, out_features).
+        y', (rows, out_features), and [a_1', ..., a_{L-1}'].
     """
-    inputs = [x, *hidden]
-    tangent = x_tangent
-    for layer, weight in enumerate(weights):
-        z_tangent = F.linear(inputs[layer], weight_tangents[layer], bias_tangents[layer])
+    tangents = climb([x, *hidden], weights, x_tangent, weight_tangents, bias_tangents)
+    changes = [
+        a.new_zeros(a.shape) if tangent is None else tangent
+        for a, tangent in zip([*hidden, y], tangents[1:], strict=True)
+    ]
+    return ACTIVATION_BACKWARDS[output_activation](changes[-1], y), changes[:-1]
+
+
+def climb(
+    inputs: Sequence[Any],
+    weights: Sequence[Any],
+    x_tangent: Tensor | None,
+    weight_tangents: Sequence[Tensor | None],
+    bias_tangents: Sequence[Tensor | None],
+    lowest: int = 0,
+    rows: int | None = None,
+) -> list[Tensor | None]:
+    """x', a_1', ..., a_{L-1}' and z_L' by the formulas of `jvp`; None is 0 throughout.
+
+    Nothing changes below the layer `lowest`, whose `inputs` and `weights` may be None.
+    `rows` are those of x.
+    """
+    rows = inputs[0].shape[0] if rows is None else rows
+    tangents: list[Tensor | None] = [*[None] * lowest, x_tangent]
+    for layer in range(lowest, len(weights)):
+        tangent, weight_tangent = tangents[layer], weight_tangents[layer]
+        z_tangent = bias_tangents[layer]
+        if weight_tangent is not None:
+            z_tangent = F.linear(as_matrix(inputs[layer]), weight_tangent, z_tangent)
+        elif z_tangent is not None:
+            z_tangent = z_tangent.expand(rows, -1)
         if tangent is not None:
-            z_tangent = torch.addmm(z_tangent, tangent, weight.T)
-        if layer < len(weights) - 1:
-            z_tangent = z_tangent.masked_fill(hidden[layer] <= 0, 0)
-        tangent = z_tangent
-    return ACTIVATION_BACKWARDS[output_activation](tangent, y)
+            product = tangent, weights[layer].T
+            z_tangent = torch.mm(*product) if z_tangent is None else z_tangent.addmm(*product)
+        if layer < len(weights) - 1 and z_tangent is not None:
+            z_tangent = z_tangent.masked_fill(inputs[layer + 1] <= 0, 0)
+        tangents.append(z_tangent)
+    return tangents
 
 
 def jacobian(

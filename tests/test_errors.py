@@ -125,7 +125,7 @@ TARGETS = {
     "target None": (None, TypeError, ["target", "Tensor", "NoneType"]),
     "target an array": (T.numpy(), TypeError, ["target", "Tensor", "ndarray"]),
 }
-NO_ACTIVATIONS = ["gelu", "ReLU", "none", "", 3, True, torch.relu, b"relu", [], {}]
+NO_ACTIVATIONS = ["gelu", "ReLU", "none", "", 3, True, nn.ReLU, b"relu", [], {}]
 NO_LOSSES = ["l1", "SSE", "", None, 3, True, b"mse", [], {}, nn.MSELoss()]
 
 

@@ -709,3 +709,62 @@ def test_linearize_is_refused_under_transforms(transform):
 
 def test_its_class_is_public():
     assert type(linearize(torch.ones(5, 3), W, B)) is Linearization
+
+
+# -- The norms of the rows' gradients -----------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", ["all", "none", "some"])
+@pytest.mark.parametrize("activation", support.ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("sizes", [[3, 2], [3, 4, 5, 2]], ids=str)
+@pytest.mark.parametrize("shape", [(), (5,), (0,), (2, 3)], ids=str)
+def test_row_norms_are_those_of_the_rows_gradients(backend, shape, sizes, activation, bias):
+    torch.manual_seed(0)
+    weights, biases = integer_network(sizes, bias, requires_grad=False)
+    if activation in ("sigmoid", "tanh"):  # not all at the flat ends
+        weights = [weight / 4 for weight in weights]
+    x, u = integers(*shape, sizes[0]), integers(*shape, sizes[-1])
+    net = linearize(x, weights, biases, output_activation=activation)
+    norms = net.row_norms(u)
+    assert norms.shape == shape and norms.dtype == torch.float64
+    of_rows = jacobian(x.reshape(-1, sizes[0]), weights, biases, output_activation=activation)
+    rows = [
+        torch.einsum("no,no...->n...", u.reshape(-1, sizes[-1]), entry).flatten(1)
+        for entry in by_name(of_rows).values()
+    ]
+    expected = torch.cat(rows, 1).norm(dim=1).reshape(shape)
+    # Few roundings of positive terms: squares, sums of at most 40, roots, and the same beside.
+    torch.testing.assert_close(norms, expected, rtol=100 * torch.finfo(norms.dtype).eps, atol=0)
+    assert (norms > 0).sum() * 2 >= norms.numel()
+
+
+def test_row_norms_of_16_bits_do_not_overflow(backend):
+    x = torch.full((1, 4), 200.0, dtype=torch.float16)
+    weights = [torch.eye(4, dtype=torch.float16), torch.eye(4, dtype=torch.float16)]
+    norms = linearize(x, weights).row_norms(torch.full((1, 4), 40000.0, dtype=torch.float16))
+    # |a| = 400 and |delta| = 80000 in both layers; the largest float16 is 65504
+    torch.testing.assert_close(norms, torch.tensor([400 * 80000 * 2**0.5]))
+
+
+def test_clipped_gradients_from_norms(backend):
+    """What private training does: every row's gradient clipped, and none of them held."""
+    torch.manual_seed(0)
+    weights, biases = integer_network([3, 4, 2], "all", requires_grad=False)
+    x, u = integers(6, 3), integers(6, 2)
+    net = linearize(x, weights, biases)
+    norms = net.row_norms(u)
+    factors = (norms.median() / norms).clamp(max=1)
+    actual = net.vjp(factors[:, None] * u)
+    rows = [linearize(x[n : n + 1], weights, biases).vjp(u[n : n + 1]) for n in range(6)]
+    for name, total in by_name(actual).items():
+        expected = sum(factor * by_name(row)[name] for factor, row in zip(factors, rows))
+        # 6 terms and a factor each, in two orders
+        bound = sum(factor * by_name(row)[name].abs() for factor, row in zip(factors, rows))
+        assert_within(total, expected, 2 * gamma(2, 6) * bound, name)
+
+
+@pytest.mark.parametrize("bad", [None, torch.ones(5, 3), torch.ones(5, 2)], ids=str)
+def test_row_norms_of_something_else(bad):
+    net = linearize(integers(5, 3), [integers(2, 3)])
+    with pytest.raises(TypeError if bad is None else RuntimeError, match="grad_output must"):
+        net.row_norms(bad)

@@ -93,7 +93,9 @@ def test_same_initial_values_and_keys(hidden, bias, activation):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("hidden", [5, [5], (5,), iter([5]), torch.Size([5])], ids=repr)
+@pytest.mark.parametrize(
+    "hidden", [5, [5], (5,), iter([5]), torch.Size([5])], ids=lambda h: type(h).__name__
+)
 def test_hidden_features(hidden):
     assert [m.out_features for m in ReluMLP(3, hidden, 2) if isinstance(m, nn.Linear)] == [5, 2]
 
@@ -123,9 +125,7 @@ def test_sizes_not_ints():
         ReluMLP(3, 5, "2")
 
 
-@pytest.mark.parametrize(
-    "activation", ["gelu", "", "ReLU", torch.relu, nn.ReLU(), ["relu"]], ids=str
-)
+@pytest.mark.parametrize("activation", ["gelu", "", "ReLU", nn.ReLU, nn.ReLU(), ["relu"]], ids=str)
 def test_unknown_activation(activation):
     with pytest.raises(ValueError, match="output_activation must be"):
         ReluMLP(3, 5, 2, output_activation=activation)
@@ -870,7 +870,7 @@ def test_forward_mode(backend, what):
                 }
                 y = torch.func.functional_call(module, duals, (x,))
             primal, tangent = forward_ad.unpack_dual(y)
-        assert calls["forward"] == 0
+        assert calls["forward"] == (module is net)
         results.append([primal.detach(), tangent.detach()])
     same(*results)
     assert results[0][1].any()

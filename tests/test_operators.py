@@ -285,10 +285,18 @@ def positions(call):
 REMEDY = r"(?s)relu_mlp::{}.*torch\.ops\.relu_mlp\.relu_mlp or relu_mlp\.relu_mlp.*detach"
 
 
-@pytest.mark.parametrize("operator", RAW)
+@pytest.mark.parametrize("operator", ["loss_and_grads", "recompute_backward"])
 @pytest.mark.parametrize("network", NETWORKS[:4], ids=str)
 def test_raw_operators_refuse_what_they_cannot_differentiate(network, operator):
-    call = raw_arguments(operator, *make_arguments(*network))
+    arguments = make_arguments(*network)
+    if operator == "recompute_backward":
+        x, weights, biases, activation = arguments
+        needs = "11" + "1" * (len(weights) - 1) + "".join("01"[b.numel() > 0] for b in biases)
+        needs += "0" * (1 + 2 * len(weights) - len(needs))
+        grad_output = torch.ones(*x.shape[:-1], weights[-1].shape[0], dtype=x.dtype)
+        call = (grad_output, x, weights, biases, activation, needs)
+    else:
+        call = raw_arguments(operator, *arguments)
     raw, refusal = getattr(R, operator), REMEDY.format(operator)
     plain = flat(raw(*call))
     for put in positions(call):
@@ -313,9 +321,8 @@ def test_raw_operators_refuse_what_they_cannot_differentiate(network, operator):
 
 # -- torch.func: right or refused, never wrong in silence ------------------------------
 #
-# Small integers make every sum exact, so "right" is `torch.equal`. As of this
-# writing every one of these raises; whoever teaches the operators a transform
-# has the test already.
+# Small integers make every sum exact, so "right" is `torch.equal`. The operators with
+# derivatives must be right; loss_and_grads, which has none, may refuse.
 
 
 def integers(*sizes):
@@ -370,10 +377,12 @@ TRANSFORMS = {
 }
 
 
-def right_or_refused(function, expected):
+def right_or_refused(function, expected, operator="relu_mlp"):
     try:
         result = function()
     except RuntimeError:  # NotImplementedError is one
+        if operator != "loss_and_grads":
+            raise
         return
     assert isinstance(result, torch.Tensor)
     assert torch.equal(result, expected)
@@ -387,7 +396,7 @@ def test_torch_func(operator, transform):
     ours, plain = functions_of_x(operator, weights, biases)
     assert torch.equal(ours(x), plain(x))
     apply = TRANSFORMS[transform]
-    right_or_refused(lambda: apply(ours, x, v), apply(plain, x, v))
+    right_or_refused(lambda: apply(ours, x, v), apply(plain, x, v), operator)
 
 
 @pytest.mark.parametrize("which", ["weights", "biases"])

@@ -1,0 +1,175 @@
+"""The derivatives of the backward pass: the second derivative of the network, by hand.
+
+`reference.backward` takes g = d loss / d y and what was saved, and returns gradients:
+
+    delta_L = g * phi'(z_L)            dW_l = delta_l^T a_{l-1}         db_l = sum of delta_l
+    delta_{l-1} = delta_l W_l where a_{l-1} > 0 or is NaN, else 0      dx = delta_1 W_1
+
+The mask is locally constant, so this is a chain of products like the forward pass,
+and has two derivatives: the vector-Jacobian product `backward_vjp`, for reverse over
+reverse, and the Jacobian-vector product `backward_jvp`, for forward over reverse.
+
+Let the gradients that reach dx, dW_l, db_l be x', W_l', b_l'. What they send on to
+delta_l is z_l' of the forward-mode derivative (`reference.jvp`) with x', W_l', b_l' as
+tangents: to transpose the backward pass is to go forwards. With a_l' from there,
+
+    for g      phi'(z_L) * z_L'                     (which is y')
+    for W_l    delta_l^T a_{l-1}'
+    for a_l    delta_{l+1} W_{l+1}'                 (x is a_0)
+    for y      g * z_L' * d phi'/d y                where phi is sigmoid or tanh
+
+All is made of differentiable operations, which the third derivative is taken of.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .reference import (
+    ACTIVATION_BACKWARDS,
+    as_matrix,
+    climb,
+    is_kept,
+    lowest_layer,
+    unpack,
+)
+
+#: y -> the derivative of phi' by y, where phi' is not piecewise constant.
+CURVATURES = {"sigmoid": lambda y: 1 - 2 * y, "tanh": lambda y: -2 * y}
+
+
+def backward_vjp(
+    grad_output: Tensor,
+    saved: Sequence[Tensor],
+    output_activation: str,
+    needs: str,
+    cotangents: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """What a gradient at the results of `reference.backward` is at its arguments.
+
+    Args:
+        grad_output, saved, output_activation, needs: the arguments of
+            `reference.backward`.
+        cotangents: a gradient for each of its results; None is 0.
+
+    Returns:
+        The gradient of grad_output and of each of `saved`; None is 0.
+    """
+    layers, lowest = len(needs) // 2, lowest_layer(needs)
+    x_tangent, weight_tangents, bias_tangents = _by_need(cotangents, needs)
+    y, weights, inputs = unpack(saved, output_activation, needs)
+    if x_tangent is not None:
+        x_tangent = as_matrix(x_tangent)
+    deltas = descend(grad_output, y, weights, inputs, output_activation, needs)
+    tangents = climb(
+        inputs, weights, x_tangent, weight_tangents, bias_tangents, lowest, deltas[-1].shape[0]
+    )
+    change = tangents[-1]
+    of_grad_output = of_y = None
+    if change is not None:
+        change = change.reshape(grad_output.shape)
+        of_grad_output = ACTIVATION_BACKWARDS[output_activation](change, y)
+        if output_activation in CURVATURES:
+            of_y = grad_output * change * CURVATURES[output_activation](y)
+    of_weights = [
+        None if delta is None or tangent is None else delta.T @ tangent
+        for delta, tangent in zip(deltas, tangents[:-1], strict=True)
+    ]
+    of_inputs = [
+        None
+        if delta is None or weight_tangent is None
+        else (delta @ weight_tangent).reshape(inputs[layer].shape)
+        for layer, (delta, weight_tangent) in enumerate(zip(deltas, weight_tangents, strict=True))
+    ]
+    of_kept = [of_inputs[0], of_y, *of_weights, *of_inputs[1:]]
+    assert len(of_kept) == 1 + 2 * layers
+    return [of_grad_output, *itertools.compress(of_kept, is_kept(output_activation, needs))]
+
+
+def backward_jvp(
+    grad_output: Tensor,
+    saved: Sequence[Tensor],
+    output_activation: str,
+    needs: str,
+    grad_output_tangent: Tensor | None,
+    saved_tangents: Sequence[Tensor | None],
+) -> list[Tensor]:
+    """How the results of `reference.backward` change as its arguments do.
+
+    With a prime for a change,
+
+        delta_L'     = g' * phi'(z_L) + g * y' * d phi'/d y
+        dW_l'        = delta_l'^T a_{l-1} + delta_l^T a_{l-1}'      db_l' = sum of delta_l'
+        delta_{l-1}' = delta_l' W_l + delta_l W_l' where a_{l-1} > 0 or is NaN, else 0
+
+    Args:
+        grad_output, saved, output_activation, needs: the arguments of
+            `reference.backward`.
+        grad_output_tangent, saved_tangents: g', and the change of each of `saved`;
+            None is 0.
+
+    Returns:
+        The change of each gradient.
+    """
+    lowest = lowest_layer(needs)
+    y, weights, inputs = unpack(saved, output_activation, needs)
+    y_tangent, weight_tangents, input_tangents = unpack(saved_tangents, output_activation, needs)
+    deltas = descend(grad_output, y, weights, inputs, output_activation, needs)
+    change = grad_output.new_zeros(grad_output.shape)
+    if grad_output_tangent is not None:
+        change = ACTIVATION_BACKWARDS[output_activation](grad_output_tangent, y)
+    if y_tangent is not None and output_activation in CURVATURES:
+        change = change + grad_output * y_tangent * CURVATURES[output_activation](y)
+    delta_tangent = as_matrix(change)
+    of_weights: list[Tensor] = []
+    of_biases: list[Tensor] = []
+    for layer in reversed(range(lowest, len(weights))):
+        delta, tangent = deltas[layer], input_tangents[layer]
+        if needs[1 + layer] == "1":
+            product = delta_tangent.T @ as_matrix(inputs[layer])
+            if tangent is not None:
+                product = product + delta.T @ as_matrix(tangent)
+            of_weights.append(product)
+        if needs[1 + len(weights) + layer] == "1":
+            of_biases.append(delta_tangent.sum(0))
+        if layer > lowest or needs[0] == "1":
+            delta_tangent = delta_tangent @ weights[layer]
+            if weight_tangents[layer] is not None:
+                delta_tangent = delta_tangent + delta @ weight_tangents[layer]
+            if layer > 0:
+                delta_tangent = delta_tangent.masked_fill(inputs[layer] <= 0, 0)
+    of_x = (
+        [delta_tangent.reshape(*grad_output.shape[:-1], delta_tangent.shape[1])]
+        if needs[0] == "1"
+        else []
+    )
+    return [*of_x, *reversed(of_weights), *reversed(of_biases)]
+
+
+def descend(
+    grad_output: Tensor,
+    y: Tensor,
+    weights: Sequence[Any],
+    inputs: Sequence[Any],
+    output_activation: str,
+    needs: str,
+) -> list[Any]:
+    """delta_1, ..., delta_L as matrices; None below the lowest layer that has a gradient."""
+    layers, lowest = len(weights), lowest_layer(needs)
+    deltas = [as_matrix(ACTIVATION_BACKWARDS[output_activation](grad_output, y))]
+    for layer in reversed(range(lowest + 1, layers)):
+        deltas.append((deltas[-1] @ weights[layer]).masked_fill(inputs[layer] <= 0, 0))
+    return [None] * lowest + deltas[::-1]
+
+
+def _by_need(
+    items: Iterable[Tensor | None], needs: str
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    """What belongs to x, to every weight, to every bias; None where nothing was wanted."""
+    remaining = iter(items)
+    x, *rest = [next(remaining) if need == "1" else None for need in needs]
+    return x, rest[: len(rest) // 2], rest[len(rest) // 2 :]
