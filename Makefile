@@ -36,8 +36,9 @@ help:  ## this list
 demo: $(call needs,demo) build/extension  ## train on handwritten digits, next to nn.Sequential; writes demo/
 	PYTHONPATH=. $(PYTHON) examples/digits.py $(ARGS)
 
+# One process for each core; each computes on one thread unless a test asks for more.
 test: $(call needs,test) build/extension  ## run the tests
-	$(PYTHON) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 8 $(ARGS)
 
 lint: $(call needs,dev)  ## run ruff and mypy
 	$(PYTHON) -m ruff check

@@ -1,16 +1,20 @@
 """A fused multilayer perceptron for PyTorch with a backward pass derived by hand."""
 
+from . import flops as flops  # registers them
 from ._version import __version__
 from .functional import LossAndGrads, loss_and_grads, relu_mlp
 from .gradient_check import check_gradients
 from .gradient_report import GradientReport
 from .info import BuildInfo, build_info
 from .linearization import Linearization, Parameters, jacobian, linearize
-from .modules import FusedSequential, ReluMLP, fuse
+from .modules import ReluMLP
 from .ops import backend
+from .patching import FusedSequential, FuseReport, fuse, unfuse
+from .rules import register_fusion
 
 __all__ = [
     "BuildInfo",
+    "FuseReport",
     "FusedSequential",
     "GradientReport",
     "Linearization",
@@ -25,5 +29,7 @@ __all__ = [
     "jacobian",
     "linearize",
     "loss_and_grads",
+    "register_fusion",
     "relu_mlp",
+    "unfuse",
 ]

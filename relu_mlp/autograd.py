@@ -27,9 +27,10 @@ from .ops import Implementation, below_autograd, implementation_for
 from .reference import as_matrix
 
 _set_fwd_grad_enabled = forward_ad._set_fwd_grad_enabled
-# To look it up in `torch` on every call takes a while.
+# To look them up in `torch` on every call takes a while.
 _is_grad_enabled = torch.is_grad_enabled
 _is_compiling = torch.compiler.is_compiling
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 
 Pick = Callable[[Sequence[Any]], tuple[Any, ...]]
 
@@ -148,6 +149,9 @@ class MLP(torch.autograd.Function):
     def backward(
         ctx: Any, grad_output: Tensor | None, *grad_hidden: Tensor | None
     ) -> tuple[Tensor | None, ...]:
+        if _is_any_autocast_enabled():  # it computes in the dtype of the forward pass
+            with torch._C._DisableAutocast():
+                return MLP.backward(ctx, grad_output, *grad_hidden)
         call, plan, y_shape = ctx.remembered
         implementation, output_activation, recompute, layers = call
         saved = ctx.saved_tensors

@@ -48,7 +48,8 @@ def kernel_of(operator: Callable[..., Any], rule: Callable[..., tuple[Any, Any]]
         level, batch_size = interpreter.level(), interpreter.batch_size()
         pairs = [_taken_apart(argument, level) for argument in arguments]
         in_dims = [dim for _, dim in pairs]
-        with torch._C._ExcludeDispatchKeyGuard(_BATCHED):  # what is below this level
+        # What is below this level, where autocast is not for vmap, natively too.
+        with torch._C._ExcludeDispatchKeyGuard(_BATCHED), torch._C._DisableAutocast():
             if not any(_is_batched(dim) for dim in in_dims):
                 return operator(*arguments)
             results, out_dims = rule(batch_size, in_dims, *[operand for operand, _ in pairs])

@@ -9,9 +9,10 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.nn import Parameter
 
-from . import autograd, checks, reference
+from . import autocast, autograd, checks, reference
 from .checks import DTYPES
 from .ops import NO_TENSOR, below_autograd, carries_tangent, implementation_for
 
@@ -121,7 +122,8 @@ def check_empty_biases(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> N
     To an operator it would mean that there is no bias.
     """
     for layer, bias in enumerate(biases):
-        if bias is not NO_TENSOR and bias.numel() == 0 and bias.shape != weights[layer].shape[:1]:
+        # In a TorchScript trace numel() is a tensor, nbytes is not.
+        if bias is not NO_TENSOR and bias.nbytes == 0 and bias.shape != weights[layer].shape[:1]:
             raise RuntimeError(
                 f"biases[{layer}] must have shape ({weights[layer].shape[0]},), "
                 f"got {tuple(bias.shape)}"
@@ -144,21 +146,27 @@ def _list_of_tensors(argument: str, value: object, or_none: bool = False) -> lis
 
 def is_plain(tensor: object) -> bool:
     """Whether this is an ordinary dense tensor, no subclass and no other layout."""
-    return type(tensor) in PLAIN and tensor.layout is _strided  # type: ignore[attr-defined]
+    if type(tensor) not in PLAIN and not _is_exported(tensor):
+        return False
+    return tensor.layout is _strided  # type: ignore[attr-defined]
+
+
+def _is_exported(tensor: object) -> bool:
+    """Whether this is what `torch.export` puts in the place of an ordinary tensor."""
+    return type(tensor) is FakeTensor and _is_compiling()
 
 
 def is_served(x: Tensor) -> bool:
     """Whether the operators serve this input exactly as the native path would.
 
-    Not under autocast or a TorchScript trace, not for tensor subclasses and not
-    for other layouts and dtypes: there the native path is taken.
+    Not for tensor subclasses and not for other layouts and dtypes: there the native
+    path is taken.
     """
     return (
-        type(x) in PLAIN
+        (type(x) in PLAIN or _is_exported(x))
         and x.dtype in DTYPES
         and x.layout is _strided
-        and not _is_any_autocast_enabled()
-        and _get_tracing_state() is None
+        and not x.is_nested
     )
 
 
@@ -171,13 +179,17 @@ def fused(
 ) -> Tensor:
     """One call of the operators, for tensors that `is_served` and `is_plain` let pass."""
     implementation = implementation_for(x)
-    if _is_compiling():
-        if implementation is reference:
+    is_tracing = _get_tracing_state() is not None
+    if _is_compiling() or is_tracing:
+        # A graph without the library, or for the exporter to ONNX that traces, is of layers.
+        if implementation is reference or (is_tracing and torch.onnx.is_in_onnx_export()):
             return native(x, weights, biases, activation)
         return torch.ops.relu_mlp.relu_mlp(x, weights, biases, activation)
     if forward_ad._current_level >= 0 or _are_functorch_transforms_active():
         # Level by level, through the dispatcher, which knows what each tensor is.
         return torch.ops.relu_mlp.relu_mlp(x, weights, biases, activation)
+    if _is_any_autocast_enabled():
+        x, weights, biases = autocast.cast(x, weights, biases)
     if _is_grad_enabled():
         call = (implementation, activation, recompute, len(weights))
         return autograd.apply(call, x, *weights, *biases)[0]
@@ -201,7 +213,13 @@ def has_other_dtype(x: Tensor) -> bool:
 
     PyTorch's own message for a weight of another dtype would not name the argument.
     """
-    return type(x) in PLAIN and x.dtype not in DTYPES and _get_tracing_state() is None
+    return (
+        type(x) in PLAIN
+        and x.dtype not in DTYPES
+        and _get_tracing_state() is None
+        # Autocast makes something else of a float8 first.
+        and not (x.is_floating_point() and _is_any_autocast_enabled())
+    )
 
 
 def native(
@@ -262,6 +280,11 @@ def loss_and_grads(
             an unknown loss, RuntimeError for a target of another shape, and
             under `torch.func` and forward-mode differentiation.
     """
+    if _is_any_autocast_enabled():
+        with torch._C._DisableAutocast():
+            return loss_and_grads(
+                x, target, weights, biases, loss=loss, output_activation=output_activation
+            )
     activation = activation_name(output_activation)
     if not isinstance(loss, str) or loss not in reference.LOSSES:
         raise ValueError(f"loss must be 'sse', 'half_sse' or 'mse', got {loss!r}")

@@ -1,15 +1,16 @@
-"""The layer, and the patching of models that already have such layers."""
+"""The layer, and the runs of children that it and `fuse` find."""
 
 from __future__ import annotations
 
 import itertools
 import operator
 from collections import OrderedDict
-from collections.abc import Iterable
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._jit_internal import _copy_to_script_wrapper, is_scripting
 from torch.nn import Linear, Parameter, ReLU, Sigmoid, Tanh
 from torch.nn.modules.module import (
     _global_backward_hooks,
@@ -21,6 +22,7 @@ from torch.nn.modules.module import (
 from . import checks, functional
 from .functional import OutputActivation, fused, is_plain, is_served
 from .ops import NO_TENSOR
+from .scripting import Scriptable
 
 #: The modules that may follow the last Linear, and the activation each stands for.
 OUTPUT_ACTIVATIONS: dict[type[nn.Module], OutputActivation] = {
@@ -71,8 +73,13 @@ def _are_all_patched() -> Any:
     )
 
 
-def find_run(children: Iterable[nn.Module]) -> Run | None:
-    """The longest run of untouched children from the first on, or None."""
+def find_run(
+    children: Iterable[nn.Module], is_known: Callable[[object], bool] = is_plain
+) -> Run | None:
+    """The longest run of untouched children from the first on, or None.
+
+    `is_known` says which parameters the caller can serve.
+    """
     found: list[nn.Module] = []
     weights: list[Tensor] = []
     biases: list[Tensor] = []
@@ -91,7 +98,7 @@ def find_run(children: Iterable[nn.Module]) -> Run | None:
                 break
             parameters = child.__dict__["_parameters"]
             weight, bias = parameters.get("weight"), parameters.get("bias", child)
-            if not is_plain(weight) or not (bias is None or is_plain(bias)):
+            if not is_known(weight) or not (bias is None or is_known(bias)):
                 break  # pruned, quantized, distributed: nothing the operators know
             weights.append(weight)
             biases.append(NO_TENSOR if bias is None else bias)
@@ -159,7 +166,7 @@ class _Cached(NamedTuple):
         )
 
 
-class ReluMLP(nn.Sequential):
+class ReluMLP(Scriptable):
     """`nn.Sequential(Linear, ReLU, ..., Linear)` as one operator each way.
 
     The children are those that the `nn.Sequential` would have, under the same
@@ -254,23 +261,32 @@ class ReluMLP(nn.Sequential):
         return result
 
     def forward(self, input: Tensor) -> Tensor:
-        if is_served(input):
-            cached = self.__dict__.get("_cached")
-            if cached is not None and cached.holds(self._modules.values()):
-                run = cached.run
-            else:
+        if is_scripting():
+            return self._scripted_forward(input)
+        else:
+            if is_served(input):
+                cached = self.__dict__.get("_cached")
+                if cached is not None and cached.holds(self._modules.values()):
+                    run = cached.run
+                else:
+                    run = self._find_whole_run()
+                if run is not None and not _are_all_patched():
+                    return fused(input, run.weights, run.biases, run.activation, self.recompute)
+            elif functional.has_other_dtype(input) and input.dim():
                 run = self._find_whole_run()
-            if run is not None and not _are_all_patched():
-                return fused(input, run.weights, run.biases, run.activation, self.recompute)
-        elif functional.has_other_dtype(input) and input.dim():
-            run = self._find_whole_run()
-            if run is not None:
-                checks.check_chain(input, run.weights, run.biases)
-        return super().forward(input)
+                if run is not None:
+                    checks.check_chain(input, run.weights, run.biases)
+            return super().forward(input)
+
+    def _find_runs(self) -> list[tuple[int, Run]]:
+        run = None if _are_all_patched() else self._find_whole_run()
+        return [] if run is None else [(0, run)]
 
     def _find_whole_run(self) -> Run | None:
         """The run of all children, or None; remembered if it may be."""
-        self.__dict__.pop("_cached", None)
+        is_compiling = torch.compiler.is_compiling()
+        if not is_compiling:  # to change the module is a side effect, which torch.export reports
+            self.__dict__.pop("_cached", None)
         run = find_run(self._modules.values())
         if run is None or len(run.children) < len(self._modules):
             return None
@@ -280,7 +296,7 @@ class ReluMLP(nn.Sequential):
             type(tensor) is Parameter or tensor is NO_TENSOR
             for tensor in (*run.weights, *run.biases)
         )
-        if are_parameters and not torch.compiler.is_compiling():
+        if are_parameters and not is_compiling:
             self.__dict__["_cached"] = _Cached.of(run)
         return run
 
@@ -288,33 +304,7 @@ class ReluMLP(nn.Sequential):
         """What pickle and deepcopy take along: not what was remembered of other objects."""
         return {name: value for name, value in self.__dict__.items() if name != "_cached"}
 
-    def __getitem__(self, index: Any) -> Any:
-        return _slice_or_child(self, index)
-
-
-class FusedSequential(nn.Sequential):
-    """What `fuse` makes of an `nn.Sequential` that has runs among its children.
-
-    It holds the same children and calls them in the same order, but every run
-    of Linear, ReLU, ..., Linear as one operator.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        children = list(self._modules.values())
-        position = 0
-        while position < len(children):
-            run = None
-            if is_served(input) and not _are_all_patched():
-                run = find_run(children[position:])
-            if run is not None and len(run.weights) >= 2:
-                functional.check_empty_biases(run.weights, run.biases)
-                input = fused(input, run.weights, run.biases, run.activation, False)
-                position += len(run.children)
-            else:
-                input = children[position](input)
-                position += 1
-        return input
-
+    @_copy_to_script_wrapper
     def __getitem__(self, index: Any) -> Any:
         return _slice_or_child(self, index)
 
@@ -346,40 +336,3 @@ def _checked_widths(hidden_features: int | Iterable[int]) -> list[int]:
         if operator.index(width) < 1:
             raise ValueError(f"{name} must be at least 1, got {width}")
     return [operator.index(width) for width in named.values()]
-
-
-M = TypeVar("M", bound=nn.Module)
-
-
-def fuse(model: M) -> M:
-    """Patches a model so that its ReLU networks run as one operator each.
-
-    Goes through `model` and all modules in it. An `nn.Sequential` whose
-    children are Linear, ReLU, ..., Linear (two Linears or more, and perhaps an
-    output activation) becomes a `ReluMLP`, one that has such a run among other
-    children goes on holding them and serves the run fused. It is the class of
-    the object that changes: parameters, `state_dict` keys, names and hooks
-    stay. Subclasses of `nn.Sequential` and of `Linear` stay as they are.
-
-    Args:
-        model: any module.
-
-    Returns:
-        The same object.
-
-    Raises:
-        TypeError: if `model` is not a module.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    for module in model.modules():
-        if type(module) is not nn.Sequential:
-            continue
-        children = list(module)
-        runs = [find_run(children[position:]) for position in range(len(children))]
-        long_runs = [run for run in runs if run is not None and len(run.weights) >= 2]
-        if not long_runs:
-            continue
-        whole = runs[0] is not None and len(runs[0].children) == len(children)
-        module.__class__ = ReluMLP if whole else FusedSequential
-    return model

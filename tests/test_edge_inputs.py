@@ -438,31 +438,6 @@ def test_sums_over_features_are_not_made_in_half_precision(backend, dtype):
 # -- What takes the native path ---------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@ACTIVATION
-def test_autocast(backend, activation, dtype):
-    """Bit for bit the native layers, which run in the operators' place."""
-    net, native = support.twins(3, [4, 5], 2, output_activation=activation)
-    weights, biases = support.layers_of(net)
-    x = torch.randn(6, 3, requires_grad=True)
-
-    def function(x):
-        return relu_mlp(x, weights, biases, output_activation=activation)
-
-    results = []
-    for model in (net, function, native):
-        parameters = support.layers_of(native) if model is native else (weights, biases)
-        with torch.autocast("cpu", dtype=dtype), support.count_calls() as calls:
-            y = model(x)
-        assert y.dtype == dtype and calls["forward"] == 0
-        results.append({"y": y.detach(), **gradients(y, leaves(x, *parameters))})
-        with torch.autocast("cpu", enabled=False), support.count_calls() as calls:
-            model(x)
-        assert calls["forward"] == (model is not native)
-    assert_same(results[0], results[2], "ReluMLP")
-    assert_same(results[1], results[2], "relu_mlp")
-
-
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int8, torch.uint8], ids=str)
 @pytest.mark.parametrize("leading", [(3,), (2, 3)], ids=str)
 @ACTIVATION

@@ -53,6 +53,22 @@ FIGURES = {
         "   0      25856544.7      25856544.7      25856544.7",
         "  99      193.548768      193.548768      193.548768",
     ],
+    "physics_informed": [
+        "loss by hand          0.428201514337",
+        "loss by torch.func    0.428201514337",
+        "loss by create_graph  0.428201514337",
+    ],
+    "gradient_penalty": [
+        "   0  8.772115358660  8.772115358660 ",
+        " 149 -2.049859034425 -2.049859034425 ",
+        "D rises by 2.1758, with a slope of 1.1011",
+    ],
+    "per_sample": [
+        "256 gradients of 4801 parameters are 1229056 numbers;",
+        "the activations and their gradients, which the norms need, are 66048",
+        "   0   1.894339         27.772695        218 ",
+        "  49   0.189603         19.774683        224 ",
+    ],
 }
 
 # The files that a program leaves, with no --out given; the others leave none.

@@ -7,6 +7,9 @@ compared in float64, within bounds that are derived.
 
 import copy
 import itertools
+import pickle
+import textwrap
+import warnings
 from collections import OrderedDict
 
 import pytest
@@ -15,13 +18,13 @@ from torch import nn
 from torch.nn import functional as F
 
 import support
-from relu_mlp import ReluMLP, fuse
+from relu_mlp import FusedSequential, FuseReport, ReluMLP, fuse, unfuse
 
 
-def mlp(*sizes, inplace=False, last=()):
+def mlp(*sizes, inplace=False, last=(), dtype=None):
     children = []
     for n_in, n_out in itertools.pairwise(sizes):
-        children += [nn.Linear(n_in, n_out), nn.ReLU(inplace=inplace)]
+        children += [nn.Linear(n_in, n_out, dtype=dtype), nn.ReLU(inplace=inplace)]
     return nn.Sequential(*children[:-1], *last)
 
 
@@ -214,11 +217,258 @@ def test_children_edited_after_fuse(backend, edit):
     change(native)
     with support.count_calls() as calls:
         actual = run(model, x)
-    assert calls["forward"] == {"append": 2, "delete": 2, "insert": 1, "replace": 1}[edit]
+    assert calls["forward"] == {"append": 2, "delete": 2, "insert": 2, "replace": 1}[edit]
     expected = run(native, x)
     if edit == "replace":  # exact up to the GELU and native from there, but not on the way back
         actual, expected = actual[:1], expected[:1]
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+# -- Dropout and Identity are passed over ------------------------------------------------
+
+
+def with_dropout(p=0.5, inplace=False):
+    """Runs of two and three Linears, with modules in between that may do nothing."""
+    return nn.Sequential(
+        nn.Identity(),
+        nn.Linear(3, 6),
+        nn.Dropout(p, inplace),
+        nn.ReLU(),
+        nn.Identity(),
+        nn.Dropout(p),
+        nn.Linear(6, 4),
+        nn.Dropout(p),  # of the same run, for the ReLU ends it
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(4, 4),
+        nn.ReLU(),
+        nn.Dropout(p),
+        nn.Linear(4, 5),
+        nn.ReLU(),
+        nn.Linear(5, 2),
+        nn.Dropout(p),
+    )
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(
+    ("p", "training", "runs"), [(0.5, True, 1), (0.5, False, 2), (0.0, True, 2), (1.0, False, 2)]
+)
+def test_dropout_that_does_nothing_is_passed_over(backend, p, training, runs, inplace):
+    # in training at 1/2 the last two Linears are left, and the same units are dropped
+    model = with_dropout(p, inplace).train(training)
+    fused_like(model, integer_input(7, 3), runs)
+    assert type(model) is FusedSequential
+
+
+def test_the_mode_and_p_are_looked_at_in_every_call(backend):
+    model, x = fuse(support.integers_(with_dropout())), integer_input(7, 3)
+    native = nn.Sequential(*copy.deepcopy(unfuse(copy.deepcopy(model))))
+    for p, training, runs in [(0.5, False, 2), (0.5, True, 1), (0.0, True, 2), (0.5, True, 1)]:
+        for net in (model, native):
+            net.train(training)
+            for module in net:
+                if isinstance(module, nn.Dropout):
+                    module.p = p
+        with support.count_calls() as calls:
+            actual = run(model, x)
+        assert calls["forward"] == calls["backward"] == runs
+        assert all(torch.equal(a, e) for a, e in zip(actual, run(native, x), strict=True))
+
+
+@pytest.mark.parametrize("position", [2, 4, 5])
+def test_hooks_on_what_is_passed_over_are_called(backend, position):
+    model, x = fuse(support.integers_(with_dropout().eval())), integer_input(7, 3)
+    seen = []
+    handle = model[position].register_forward_hook(lambda m, args, y: seen.append(m))
+    with support.count_calls() as calls:
+        run(model, x)
+    assert seen == [model[position]]
+    assert calls["forward"] == 1
+    handle.remove()
+    with support.count_calls() as calls:
+        run(model, x)
+    assert calls["forward"] == 2
+
+
+def test_global_hooks_see_every_child(backend):
+    model, x = fuse(support.integers_(with_dropout().eval())), integer_input(7, 3)
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, args, y: seen.append(m))
+    try:
+        model(x)
+    finally:
+        handle.remove()
+    assert seen == [*model, model]
+
+
+@pytest.mark.parametrize("kind", [nn.Dropout, nn.Identity])
+def test_a_class_that_somebody_patched_is_called(backend, kind, monkeypatch):
+    model, x = fuse(support.integers_(with_dropout().eval())), integer_input(7, 3)
+    before = model(x)
+    # A factor of 2 goes through ReLU, but past the biases it changes the answer.
+    monkeypatch.setattr(kind, "forward", lambda self, x: 2 * x)
+    after = nn.Sequential(*model)(x)
+    assert not torch.equal(before, after)
+    assert torch.equal(model(x), after)
+
+
+def test_a_dropout_that_natively_raises_does(backend):
+    model = fuse(with_dropout().eval())
+    model[5].p = 1.5
+    with pytest.raises(ValueError, match="dropout probability"):
+        model(integer_input(7, 3))
+
+
+# -- The report, and back ------------------------------------------------------------------
+
+
+def test_the_report():
+    model = nn.Sequential(
+        OrderedDict(
+            plain=mlp(3, 4, 3),
+            dropped=nn.Sequential(
+                nn.Linear(3, 4), nn.ReLU(), nn.Dropout(0.25), nn.Linear(4, 3), nn.LayerNorm(3)
+            ),
+            parts=nn.Sequential(
+                nn.Linear(3, 4),
+                nn.GELU(),
+                nn.Linear(4, 3),
+                nn.ReLU(),
+                MyLinear(3, 3),
+                nn.ReLU(),
+                hooked(nn.Linear(3, 3)),
+                nn.ReLU(),
+                nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)),
+                nn.Softmax(),
+                *mlp(3, 4, 3),
+                nn.Identity(),
+                *mlp(3, 4, 3),
+                nn.Tanh(),
+                nn.Linear(3, 3),
+                nn.ReLU(),
+            ),
+            complex=mlp(3, 4, 3, dtype=torch.complex64),
+            mine=MySequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3)),
+            own=with_own_forward(mlp(3, 4, 3)),
+            experts=Experts(),
+            made=ReluMLP(3, 4, 3),
+            one=nn.Sequential(nn.Linear(3, 3), nn.ReLU()),
+            unknown=Bare(),
+        )
+    )
+    report = fuse(model, report=True)
+    assert isinstance(report, FuseReport)
+    assert report.model is model
+    assert str(report) == textwrap.dedent("""\
+        replaced: 7
+          plain              Sequential  ReluMLP: 0 to 2 as one operator
+          dropped            Sequential  FusedSequential: 0 to 3 as one operator; natively in training, for a Dropout has p = 0.25
+          parts              Sequential  FusedSequential: 10 to 12, 14 to 17 as one operator each
+          experts.experts.0  Sequential  ReluMLP: 0 to 2 as one operator
+          experts.experts.1  Sequential  ReluMLP: 0 to 2 as one operator
+          experts.experts.2  Sequential  ReluMLP: 0 to 2 as one operator
+          experts.heads.a    Sequential  ReluMLP: 0 to 2 as one operator
+        left as it was: 12
+          parts.0    Linear              is followed by GELU
+          parts.2    Linear              is followed by ReLU and MyLinear, which is a subclass of Linear
+          parts.4    MyLinear            is a subclass of Linear
+          parts.6    Linear              carries a hook
+          parts.8    ParametrizedLinear  is parametrized
+          parts.18   Linear              is followed by ReLU and nothing
+          complex.0  Linear              has a weight of torch.complex64
+          complex.2  Linear              has a weight of torch.complex64
+          mine       MySequential        is a subclass of Sequential
+          own        Sequential          has a forward of its own
+          made       ReluMLP             is fused already
+          unknown    Bare                has no rule for its class""")  # noqa: E501
+    assert model.plain in [model.get_submodule(entry.name) for entry in report.replaced]
+
+    again = fuse(model, report=True)
+    assert not again.replaced
+    assert {
+        entry.reason for entry in again.left if entry.kind in ("ReluMLP", "FusedSequential")
+    } == {"is fused already"}
+
+
+class Bare(nn.Module):
+    """Computes a network in a way that `fuse` knows nothing of."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(3, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.fc2(F.relu(self.fc1(x)))
+
+
+@pytest.mark.parametrize("model", [mlp(3, 4, 3), nn.ReLU(), Bare()], ids=["run", "ReLU", "Bare"])
+def test_the_report_on_one_module(model):
+    text = str(fuse(model, report=True))
+    if isinstance(model, nn.Sequential):
+        expected = "replaced: 1\n  (the model)  Sequential  ReluMLP: 0 to 2 as one operator\n"
+        assert text == expected + "left as it was: nothing"
+    elif isinstance(model, nn.ReLU):
+        assert text == "replaced: nothing\nleft as it was: nothing"
+    else:
+        expected = "replaced: nothing\nleft as it was: 1\n"
+        assert text == expected + "  (the model)  Bare  has no rule for its class"
+
+
+@pytest.mark.parametrize("how", ["itself", "deepcopy", "pickle", "fused twice", "state_dict"])
+def test_unfuse(backend, how):
+    def make():
+        return support.integers_(
+            nn.Sequential(mlp(3, 6, 3), Residual(Bare()), with_dropout().eval())
+        )
+
+    def classes_and_attributes(model):
+        return [(type(m), m.__dict__.keys()) for m in model.modules()]
+
+    model, x = fuse(make()), integer_input(7, 3)
+    run(model, x)  # a ReluMLP remembers something
+    model[0].recompute = True
+    if how == "deepcopy":
+        model = copy.deepcopy(model)
+    elif how == "pickle":
+        model = pickle.loads(pickle.dumps(model))
+    elif how == "fused twice":
+        fuse(model)
+    elif how == "state_dict":
+        model.load_state_dict(make().state_dict())
+    with support.count_calls() as calls:
+        run(model, x)
+    assert calls["forward"] == 3
+    assert unfuse(model) is model
+    assert classes_and_attributes(model) == classes_and_attributes(make())
+    with support.count_calls() as calls:
+        actual = run(model, x)
+    assert calls["forward"] == calls["backward"] == 0
+    assert all(torch.equal(a, e) for a, e in zip(actual, run(make(), x), strict=True))
+    assert type(fuse(model)[0]) is ReluMLP
+
+
+def test_unfuse_leaves_what_was_never_fused():
+    made = ReluMLP(3, 4, 2, recompute=True)
+    model = nn.Sequential(
+        made, ReluMLP.from_sequential(mlp(2, 4, 2)), FusedSequential(*mlp(2, 3, 2))
+    )
+    model.append(mlp(2, 3, 2)).append(MySequential(nn.Linear(2, 2)))
+    kinds = [(type(m), m.__dict__.copy()) for m in model.modules()]
+    assert unfuse(fuse(model)) is model
+    assert [(type(m), m.__dict__) for m in model.modules()] == kinds
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got list"):
+        unfuse([made])
+
+
+def test_nested_tensors_run_natively(backend):
+    rows = [integer_input(2, 3), integer_input(5, 3)]
+    for model in (mlp(3, 4, 2), nn.Sequential(nn.Identity(), *mlp(3, 4, 2))):
+        fuse(support.integers_(model))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # nested tensors are a prototype
+            parts = model(torch.nested.nested_tensor(rows)).unbind()
+        assert all(torch.equal(part, model(x)) for part, x in zip(parts, rows, strict=True))
 
 
 # -- At any depth ---------------------------------------------------------------------------
@@ -312,6 +562,16 @@ class MyReLU(nn.ReLU):
     pass
 
 
+def hooked(module):
+    module.register_forward_hook(lambda m, args, y: None)
+    return module
+
+
+def with_own_forward(module):
+    module.forward = lambda x: nn.Sequential.forward(module, x)
+    return module
+
+
 STAYS = {
     "empty": lambda: nn.Sequential(),
     "one Linear": lambda: nn.Sequential(nn.Linear(3, 3)),
@@ -320,7 +580,14 @@ STAYS = {
     "leaky": lambda: nn.Sequential(nn.Linear(3, 4), nn.LeakyReLU(0.5), nn.Linear(4, 3)),
     "hardtanh": lambda: nn.Sequential(nn.Linear(3, 4), nn.Hardtanh(), nn.Linear(4, 3)),
     "ReLU6": lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU6(), nn.Linear(4, 3)),
-    "dropout": lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Dropout(0.5), nn.Linear(4, 3)),
+    "alpha dropout": lambda: nn.Sequential(
+        nn.Linear(3, 4), nn.ReLU(), nn.AlphaDropout(0.0), nn.Linear(4, 3)
+    ),
+    "hooked dropout": lambda: nn.Sequential(
+        nn.Linear(3, 4), nn.ReLU(), hooked(nn.Dropout(0.0)), nn.Linear(4, 3)
+    ),
+    "a forward of its own": lambda: with_own_forward(mlp(3, 4, 3)),
+    "complex numbers": lambda: mlp(3, 4, 3, dtype=torch.complex64),
     "subclass of Linear": lambda: nn.Sequential(MyLinear(3, 4), nn.ReLU(), nn.Linear(4, 3)),
     "subclass at the end": lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(), MyLinear(4, 3)),
     "subclass of ReLU": lambda: nn.Sequential(nn.Linear(3, 4), MyReLU(), nn.Linear(4, 3)),
@@ -332,7 +599,7 @@ STAYS = {
 def test_stays_as_it_was(backend, what):
     model = STAYS[what]()
     kinds = [type(m) for m in model.modules()]
-    if what == "empty":
+    if what in ("empty", "complex numbers"):
         assert type(fuse(model)) is nn.Sequential
         return
     fused_like(model, integer_input(7, 3), runs=0)
@@ -498,29 +765,32 @@ def test_a_transformer_block_trains_the_same(backend):
     """
     block = fuse(T5Block().double())
     assert type(block.plain) is ReluMLP
-    assert type(block.feed_forward) is nn.Sequential
+    assert type(block.feed_forward) is FusedSequential  # for a Dropout is passed over
     x, target = torch.randn(2, 2, 5, 8, dtype=torch.float64)
-    seen = {}
-    block.plain.register_forward_hook(lambda m, args, y: seen.update(x=args[0], y=y))
-    block.plain.register_full_backward_hook(
-        lambda m, grad_input, grad_output: seen.update(gx=grad_input[0], gy=grad_output[0])
-    )
+    seen = {block.plain: {}, block.feed_forward: {}}
+    for network in seen:
+        network.register_forward_hook(lambda m, args, y: seen[m].update(x=args[0], y=y))
+        network.register_full_backward_hook(
+            lambda m, grad_input, grad_output: seen[m].update(gx=grad_input[0], gy=grad_output[0])
+        )
     optimizer = torch.optim.SGD(block.parameters(), lr=0.1, momentum=0.5)
-    weights, _ = support.layers_of(block.plain)
     losses = []
     for _ in range(10):
         optimizer.zero_grad()
         with support.count_calls() as calls:
             loss = F.mse_loss(block(x), target)
             loss.backward()
-        assert calls["forward"] == calls["backward"] == 1
+        assert calls["forward"] == calls["backward"] == 2
         losses.append(loss.item())
-        rows, y, gx, gy = (seen[name].detach().reshape(-1, 8) for name in ("x", "y", "gx", "gy"))
-        exact = support.Exact(rows, weights, None, None, [F.linear(rows, weights[0]).relu()], y)
-        exact.y.check(y, "y")
-        grads = exact.backward(gy)
-        grads["x"].check(gx, "x.grad")
-        for layer in (0, 1):
-            grads[f"weights[{layer}]"].check(weights[layer].grad, f"weights[{layer}].grad")
+        for network, tensors in seen.items():
+            weights, _ = support.layers_of(network)
+            rows, y, gx, gy = (tensors[n].detach().reshape(-1, 8) for n in ("x", "y", "gx", "gy"))
+            hidden = [F.linear(rows, weights[0]).relu()]
+            exact = support.Exact(rows, weights, None, None, hidden, y)
+            exact.y.check(y, "y")
+            grads = exact.backward(gy)
+            grads["x"].check(gx, "x.grad")
+            for layer in (0, 1):
+                grads[f"weights[{layer}]"].check(weights[layer].grad, f"weights[{layer}].grad")
         optimizer.step()
     assert losses[-1] < losses[0]

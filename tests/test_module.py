@@ -825,7 +825,7 @@ def test_autocast(backend, dtype):
     net, sequential = pair()
     x = integer_input(7, 3)
     with torch.autocast("cpu", dtype):
-        same_as_native(net, sequential, fused=0, x=x)
+        same_as_native(net, sequential, fused=1, x=x)
         assert net(x).dtype == dtype
 
 

@@ -1,0 +1,76 @@
+"""How many operations the operators make, for `torch.utils.flop_counter.FlopCounterMode`.
+
+Counted as PyTorch counts: 2 m n k for the product of an (m, k) and a (k, n), nothing
+for biases and activations. A formula takes the operator's arguments and its result
+(`out_shape`), with a shape in the place of every tensor. The reference needs none:
+what it calls is counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from itertools import compress
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from . import ops as ops  # defines the operators
+from .reference import is_kept
+
+Shape = Sequence[int]
+
+_operators = torch.ops.relu_mlp
+
+
+def _products(x: Shape, weights: Iterable[Shape]) -> int:
+    """One product with the rows of x for each of the weights, or for its gradient."""
+    return 2 * math.prod(x[:-1]) * sum(map(math.prod, weights))
+
+
+@register_flop_formula([_operators.relu_mlp, _operators.forward])
+def forward(x: Shape, weights: Sequence[Shape], *_: object, out_shape: object) -> int:
+    """a_{l-1} W_l^T for every layer."""
+    return _products(x, weights)
+
+
+@register_flop_formula(_operators.backward)
+def backward(
+    grad_output: Shape,
+    saved: Sequence[Shape],
+    output_activation: str,
+    needs: str,
+    out_shape: Sequence[Shape],
+) -> int:
+    """delta_l^T a_{l-1} for every gradient wanted, and delta_l W_l for every W_l saved."""
+    layers = len(needs) // 2
+    kept = is_kept(output_activation, needs)
+    first, first_wanted = sum(kept[:2]), int(needs[0])  # after x and y, and after the gradient of x
+    weights = saved[first : first + sum(kept[2 : 2 + layers])]
+    wanted = out_shape[first_wanted : first_wanted + needs[1 : 1 + layers].count("1")]
+    return _products(grad_output, [*weights, *wanted])
+
+
+@register_flop_formula(_operators.recompute_backward)
+def recompute_backward(
+    grad_output: Shape,
+    x: Shape,
+    weights: Sequence[Shape],
+    biases: Sequence[Shape],
+    output_activation: str,
+    needs: str,
+    out_shape: object,
+) -> int:
+    """The hidden layers, the last one if y is needed, and the backward pass."""
+    again = weights if output_activation != "none" else weights[:-1]
+    propagated = compress(weights, is_kept(output_activation, needs)[2:])
+    wanted = compress(weights, map(int, needs[1:]))
+    return _products(x, [*again, *propagated, *wanted])
+
+
+@register_flop_formula(_operators.loss_and_grads)
+def loss_and_grads(
+    x: Shape, target: Shape, weights: Sequence[Shape], *_: object, out_shape: object
+) -> int:
+    """The forward pass, and the backward pass of all parameters."""
+    return _products(x, [*weights, *weights, *weights[1:]])

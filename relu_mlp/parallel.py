@@ -1,0 +1,249 @@
+"""A `ReluMLP` over several processes: tensor parallelism through DTensor.
+
+Layers are sharded in pairs. The first of a pair is cut by columns of W^T: a process
+holds some of its outputs, with their biases. The second is cut by rows: the process
+holds the inputs that these outputs are. So between the two nothing is exchanged, and
+with S the sum over the processes p, a pair computes
+
+    x -> S_p [ max(x W_1p^T + b_1p, 0) W_2p^T ] + b_2
+    d loss / d x = S_p [ d loss / d x, as far as it comes through the shard p ]
+
+One all-reduce in the forward pass, one in the backward pass; what is in brackets is a
+call of `relu_mlp` for the local shards.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ParallelStyle
+
+from . import checks, reference
+from .functional import relu_mlp
+from .modules import ReluMLP, Run, _are_all_patched, find_run
+from .ops import NO_TENSOR
+
+__all__ = ["ReluMLPParallel", "TensorParallelReluMLP"]
+
+
+class ReluMLPParallel(ParallelStyle):
+    """Shards a whole `ReluMLP` over a mesh, for `parallelize_module`::
+
+        mesh = init_device_mesh("cpu", (4,))
+        parallelize_module(model, mesh, {"mlp": ReluMLPParallel()})
+        parallelize_module(net, mesh, ReluMLPParallel())  # net is the ReluMLP
+
+    Layers 1, 3, ... are sharded over their outputs (weight and bias `Shard(0)`),
+    layers 2, 4, ... over their inputs (weight `Shard(1)`, bias `Replicate()`). If
+    the number of layers is odd, the last one is replicated, and every process
+    computes all of it. A width that the number of processes does not divide is cut
+    as `torch.chunk` cuts it, and a shard may be empty.
+
+    The parameters become DTensors, under their old names, and the module a
+    `TensorParallelReluMLP`, which takes and returns what it did before: the whole
+    input and the whole output, the same ones in every process of the mesh.
+
+    Raises (by `parallelize_module`, before anything is changed):
+        TypeError: if the module is not a `ReluMLP`, but a subclass, say.
+        ValueError: if the mesh is not 1-dimensional, a child has been touched (a hook, a
+            parametrization, parameters that are sharded already), or two layers share
+            a parameter.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        linears = _checked_linears(module, device_mesh)
+        for linear, placements in zip(linears, _layouts(len(linears)), strict=True):
+            for name, placement in zip(("weight", "bias"), placements, strict=True):
+                parameter = linear._parameters[name]
+                if parameter is None:
+                    continue
+                shards = distribute_tensor(
+                    parameter, device_mesh, [placement], src_data_rank=self.src_data_rank
+                )
+                linear._parameters[name] = nn.Parameter(shards, parameter.requires_grad)
+        module.__dict__.pop("_cached", None)
+        module.__class__ = TensorParallelReluMLP
+        return module
+
+
+class TensorParallelReluMLP(ReluMLP):
+    """What `ReluMLPParallel` makes of a `ReluMLP`.
+
+    Shape:
+        (*, in_features) to (*, out_features). The input is a tensor that is the
+        same in every process, and so is the output; or a DTensor of any placement on
+        the mesh of the parameters, and the output is a replicated one.
+
+    Where a child carries a hook or has been replaced, and where the parameters have
+    other placements, the children are called one by one, with DTensors.
+
+    Raises:
+        ValueError: if the input is a DTensor on another mesh.
+        RuntimeError: if shapes do not chain, or dtypes or devices differ.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        mesh = next((p.device_mesh for p in self.parameters() if isinstance(p, DTensor)), None)
+        if mesh is None:  # functional_call lends whole parameters
+            return super().forward(input)
+        if isinstance(input, DTensor) and input.device_mesh != mesh:
+            raise ValueError(
+                f"input must be on the mesh of the parameters, {mesh}, got {input.device_mesh}"
+            )
+        run = find_run(self._modules.values(), _is_distributed)
+        if (
+            run is None
+            or len(run.children) < len(self._modules)
+            or not _is_laid_out(run)
+            or _are_all_patched()
+        ):
+            return self._forward_by_children(input, mesh)
+        if isinstance(input, DTensor):
+            x = input.redistribute(mesh, [Replicate()]).to_local()
+            y = _forward_by_shards(x, run, self.recompute, mesh)
+            return DTensor.from_local(y, mesh, [Replicate()], run_check=False)
+        return _forward_by_shards(input, run, self.recompute, mesh)
+
+    def _forward_by_children(self, input: Tensor, mesh: DeviceMesh) -> Tensor:
+        if isinstance(input, DTensor):
+            return super().forward(input)
+        x = _OnceDifferentiable.apply(input)
+        y = super().forward(DTensor.from_local(x, mesh, [Replicate()], run_check=False))
+        if isinstance(y, DTensor):
+            y = y.redistribute(mesh, [Replicate()]).to_local()
+        return y
+
+
+def _forward_by_shards(x: Tensor, run: Run, recompute: bool, mesh: DeviceMesh) -> Tensor:
+    """The whole output, from the whole input and this process's shards."""
+    if x.dim() and not torch.is_autocast_enabled(x.device.type):
+        checks.check_chain(x, run.weights, run.biases)  # of the whole parameters
+    weights = [_local(weight) for weight in run.weights]
+    biases = [None if b is NO_TENSOR else _local(b) for b in run.biases] or [None] * len(weights)
+    last = len(weights) - 1
+    for layer in range(0, len(weights), 2):
+        if layer == last:
+            x = relu_mlp(x, weights[last:], biases[last:], recompute=recompute)
+        else:
+            pair, bias = weights[layer : layer + 2], biases[layer + 1]
+            term = relu_mlp(
+                _ToShards.apply(x, mesh), pair, [biases[layer], None], recompute=recompute
+            )
+            x = _SumOfShards.apply(term, mesh)
+            if bias is not None:
+                x = x + bias.to(x.dtype)  # which is another one under autocast
+        x = reference.ACTIVATIONS["relu" if layer + 1 < last else run.activation](x)
+    return x
+
+
+# Each is the derivative of the other, so that derivatives of every order are right. (The
+# derivative of PyTorch's own differentiable all-reduce is an all-reduce: that of the
+# sum of the processes' losses. Here all processes have the same loss.)
+
+
+class _ToShards(torch.autograd.Function):
+    """The same tensor in every process -> a copy for each; the gradient is summed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mesh: DeviceMesh) -> Tensor:
+        ctx.mesh = mesh
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _SumOfShards.apply(grad, ctx.mesh), None
+
+
+class _SumOfShards(torch.autograd.Function):
+    """One term in each process -> their sum in all; the gradient is that of every term."""
+
+    @staticmethod
+    def forward(ctx: Any, term: Tensor, mesh: DeviceMesh) -> Tensor:
+        ctx.mesh = mesh
+        total = term.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=mesh.get_group())
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _ToShards.apply(grad, ctx.mesh), None
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """x -> x, whose gradient can't be differentiated.
+
+    `DTensor.from_local` sums it without a graph, so a second derivative would lack
+    terms in silence.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the gradient of the input of a TensorParallelReluMLP can't be differentiated "
+                "where its children run one by one: remove the hook or whatever else is there"
+            )
+        return grad
+
+
+def _layouts(layers: int) -> list[tuple[Placement, Placement]]:
+    """The placements of every layer's weight and bias."""
+    pair: list[tuple[Placement, Placement]] = [(Shard(0), Shard(0)), (Shard(1), Replicate())]
+    alone: list[tuple[Placement, Placement]] = [(Replicate(), Replicate())]
+    return pair * (layers // 2) + alone * (layers % 2)
+
+
+def _is_laid_out(run: Run) -> bool:
+    """Whether the parameters have the placements that `ReluMLPParallel` gives them."""
+    pairs = itertools.zip_longest(run.weights, run.biases, fillvalue=NO_TENSOR)
+    return all(
+        tensor is NO_TENSOR or tensor.placements == (placement,)  # type: ignore[attr-defined]
+        for pair, layout in zip(pairs, _layouts(len(run.weights)), strict=True)
+        for tensor, placement in zip(pair, layout, strict=True)
+    )
+
+
+def _is_distributed(parameter: object) -> bool:
+    return isinstance(parameter, DTensor)
+
+
+def _local(parameter: Tensor) -> Tensor:
+    assert isinstance(parameter, DTensor)
+    return parameter.to_local()
+
+
+def _checked_linears(module: nn.Module, mesh: DeviceMesh) -> list[nn.Module]:
+    """The layers of a module that can be sharded; TypeError or ValueError if it can't be."""
+    if type(module) is not ReluMLP:
+        raise TypeError(f"module must be a ReluMLP, got {type(module).__name__}")
+    if mesh.ndim != 1:
+        raise ValueError(
+            f"device_mesh must have 1 dimension, got {mesh.ndim}: name one, as in mesh['tensor']"
+        )
+    children = list(module._modules.values())
+    run = find_run(children)
+    position = len(run.children) if run else 0
+    if run is None or position < len(children):
+        raise ValueError(
+            "module must have untouched children with parameters that are not sharded, got "
+            f"{type(children[position]).__name__} with hooks or other parameters at {position}"
+            if children
+            else "module must have children, got none"
+        )
+    parameters = list(module.parameters())
+    if len(parameters) < len(run.weights) + sum(bias is not NO_TENSOR for bias in run.biases):
+        raise ValueError(
+            "module must have a parameter of its own for every weight and bias, got one that "
+            "two of its layers share, which the shards could not"
+        )
+    return [child for child in children if isinstance(child, nn.Linear)]

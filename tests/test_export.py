@@ -1,0 +1,204 @@
+"""torch.export: the layer is one operator in the program, in every way of writing it,
+and the program computes, trains, is saved and loaded as the module is."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+import comparison
+import relu_mlp
+import support
+from relu_mlp import FusedSequential, ReluMLP, fuse, ops
+
+# PyTorch's own words about its own code.
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")
+
+OPERATOR = torch.ops.relu_mlp.relu_mlp.default
+LINEAR = torch.ops.aten.linear.default
+ROWS = torch.export.Dim("rows")
+
+
+class Model(nn.Module):
+    """The layer among others, and a layer that `fuse` has made."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(3, 3)
+        self.mlp = ReluMLP(3, [5, 4], 3, output_activation="relu")
+        layers = [nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 5), nn.Dropout(0.5), nn.Linear(5, 2)]
+        self.rest = fuse(nn.Sequential(*layers))
+        assert type(self.rest) is FusedSequential
+
+    def forward(self, input):
+        return self.rest(self.mlp(self.first(input)))
+
+
+class Functional(nn.Module):
+    """The functional form, with a bias that is missing."""
+
+    def __init__(self):
+        super().__init__()
+        weights, biases = comparison.integer_network([3, 6, 4, 2], "some", torch.float32)
+        self.weights = nn.ParameterList(weights)
+        self.biases = nn.ParameterList([biases[0], biases[2]])
+
+    def forward(self, input):
+        biases = [self.biases[0], None, self.biases[1]]
+        return relu_mlp.relu_mlp(input, list(self.weights), biases, output_activation="tanh")
+
+
+#: name: (module, operators in its graph, linear layers outside of them, all linear layers)
+MODULES = {
+    "net": (lambda: ReluMLP(3, [6, 4], 2), 1, 0, 3),
+    "no biases": (lambda: ReluMLP(3, 6, 2, bias=False, output_activation="sigmoid"), 1, 0, 2),
+    "model": (Model, 2, 2, 7),
+    "functional": (Functional, 1, 0, 3),
+}
+STRICT = pytest.mark.parametrize("strict", [False, True], ids=["not strict", "strict"])
+
+
+def made(name):
+    """A module with parameters that are small integers, in evaluation mode."""
+    return support.integers_(MODULES[name][0]()).eval()
+
+
+def integers(*shape):
+    return comparison.integers(*shape).float()
+
+
+def exported(module, strict=False, rows=4):
+    return torch.export.export(
+        module, (integers(rows, 3),), dynamic_shapes=({0: ROWS},), strict=strict
+    )
+
+
+def count(program, target):
+    return sum(node.target is target for node in program.graph.nodes)
+
+
+@pytest.mark.parametrize(
+    ("name", "strict"),
+    [*itertools.product(MODULES, [False]), ("model", True), ("functional", True)],
+)
+def test_one_operator(name, strict, backend, tmp_path):
+    module = made(name)
+    _, fused, outside, linears = MODULES[name]
+    module(integers(2, 3))  # it may have remembered something
+    program = exported(module, strict)
+    assert list(program.state_dict) == list(module.state_dict())
+    torch.export.save(program, tmp_path / "program.pt2")
+    for form in (program, torch.export.load(tmp_path / "program.pt2")):
+        if backend == "extension":
+            assert (count(form, OPERATOR), count(form, LINEAR)) == (fused, outside)
+        elif not strict or torch.__version__ >= "2.13":
+            # Dynamo of 2.11 does not see which backend a thread has chosen.
+            assert (count(form, OPERATOR), count(form, LINEAR)) == (0, linears)
+        runs = form.module()
+        for rows in (5, 1, 0):
+            x = integers(rows, 3)
+            comparison.assert_same(runs(x), module(x))
+
+
+@STRICT
+def test_decompositions_leave_it_whole(strict):
+    module = made("model")
+    program = exported(module, strict).run_decompositions()
+    is_fused = ops.LIBRARY_PATH is not None
+    assert count(program, OPERATOR) == (2 if is_fused else 0)
+    assert count(program, torch.ops.aten.addmm.default) == (2 if is_fused else 7)
+    x = integers(5, 3)
+    comparison.assert_same(program.module()(x), module(x))
+
+
+def test_training(backend):
+    """A program in the form in which it is exported can be trained."""
+    module = made("model")
+    runs = exported(module).module()
+    twin = copy.deepcopy(module)
+    x = integers(5, 3)
+    results = []
+    for net in (twin, runs):
+        leaf = x.clone().requires_grad_()
+        with support.count_calls() as calls:
+            y = net(leaf)
+            y.square().sum().backward()
+        gradients = {name: parameter.grad for name, parameter in net.named_parameters()}
+        results.append({"y": y.detach(), "x": leaf.grad, **gradients})
+    comparison.assert_same(results[1], results[0])
+    if backend == "extension":
+        assert (calls["forward"], calls["backward"]) == (2, 2)
+
+
+@pytest.mark.parametrize("rows", [1, 0])
+def test_example_of_few_rows(rows):
+    """PyTorch may hold a size of 1 or 0 for the only one; it says so, or is right."""
+    module = made("net")
+    try:
+        runs = exported(module, rows=rows).module()
+    except torch._dynamo.exc.UserError as error:
+        assert "specialized" in str(error)
+    else:
+        x = integers(5, 3)
+        comparison.assert_same(runs(x), module(x))
+
+
+def test_leading_dimensions(backend):
+    module = made("net")
+    shapes = ({0: ROWS, 1: torch.export.Dim("columns")},)
+    program = torch.export.export(module, (integers(2, 4, 3),), dynamic_shapes=shapes)
+    assert count(program, OPERATOR) == (backend == "extension")
+    for shape in [(5, 7, 3), (1, 1, 3), (3, 0, 3)]:
+        x = integers(*shape)
+        comparison.assert_same(program.module()(x), module(x))
+
+
+class Plus(nn.Module):
+    def forward(self, input):
+        return input + 1
+
+
+@pytest.mark.parametrize(
+    ("change", "strict"),
+    [("hook", False), ("child", False), ("parametrization", False), ("hook", True)],
+)
+def test_changed_children_run_natively(change, strict):
+    net = made("net")
+    x = integers(5, 3)
+    unchanged = net(x)
+    if change == "hook":
+        net[2].register_forward_hook(lambda module, arguments, output: 2 * output)
+    elif change == "child":
+        net[1] = Plus()
+    else:
+        parametrize.register_parametrization(net[0], "weight", Plus())
+    program = exported(net, strict)
+    assert (count(program, OPERATOR), count(program, LINEAR)) == (0, 3)
+    comparison.assert_same(program.module()(x), net(x))
+    assert not torch.equal(net(x), unchanged)
+
+
+def test_other_dtypes_run_natively():
+    net = ReluMLP(3, [], 2, dtype=torch.complex64)
+    x = integers(5, 3).to(torch.complex64)
+    program = torch.export.export(net, (x,))
+    assert (count(program, OPERATOR), count(program, LINEAR)) == (0, 1)
+    comparison.assert_same(program.module()(x), net(x))
+
+
+def test_a_wrong_shape_is_an_error_at_export():
+    with pytest.raises(RuntimeError):
+        torch.export.export(made("net"), (integers(5, 4),))
+
+
+def test_module_is_as_before(backend):
+    module = made("model")
+    before = {name: type(child) for name, child in module.named_modules()}
+    exported(module)
+    assert {name: type(child) for name, child in module.named_modules()} == before
+    with support.count_calls() as calls:
+        module(integers(5, 3))
+    assert calls["forward"] == 2
