@@ -91,20 +91,23 @@ def forward(
     x_dim, weight_dims, bias_dims = in_dims[:3]
     x = _to_front(x, x_dim)
     weights, biases = _all_to_front(weights, weight_dims), _all_to_front(biases, bias_dims)
-    if all(dim is None for dim in [*weight_dims, *bias_dims]):
+    shape = x.shape[x_dim is not None : -1]
+    are_same = all(dim is None for dim in [*weight_dims, *bias_dims])
+    if not are_same or x.dim() == 1:  # the operator does not see which dimension is of examples
+        checks.check_layers(
+            _one_of(x, x_dim),
+            list(map(_one_of, weights, weight_dims)),
+            list(map(_one_of, biases, bias_dims)),
+        )
+    if are_same:
         y, hidden = implementation_for(x).forward(
             x, weights, biases, output_activation, save_hidden
         )
-        hidden = [a.reshape(batch_size, -1 if a.numel() else 0, a.shape[1]) for a in hidden]
+        rows = math.prod(shape)
+        hidden = [a.reshape(batch_size, rows, a.shape[1]) for a in hidden]
         return (y, hidden), (0, [0] * len(hidden))
 
-    checks.check_layers(
-        _one_of(x, x_dim),
-        list(map(_one_of, weights, weight_dims)),
-        list(map(_one_of, biases, bias_dims)),
-    )
     hidden = []
-    shape = x.shape[x_dim is not None : -1]
     a = _as_matrices(x, x_dim)
     for layer in range(len(weights)):
         a = _linear(a, weights[layer], reference.bias_of(biases, layer))
@@ -195,7 +198,9 @@ def _all_to_front(tensors: Sequence[Tensor], dims: Dims) -> list[Tensor]:
 
 def _one_of(tensor: Tensor, dim: int | None) -> Tensor:
     """One example of what `_to_front` returned, for its shape."""
-    return tensor if dim is None else tensor[0]
+    if dim is None:
+        return tensor
+    return tensor[0] if tensor.shape[0] else tensor.new_empty(tensor.shape[1:])
 
 
 def _as_matrices(tensor: Tensor, dim: int | None) -> Tensor:

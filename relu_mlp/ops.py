@@ -308,6 +308,10 @@ _library.impl("forward", reference.forward, "CompositeExplicitAutograd")
 _library.impl("backward", reference.backward, "CompositeExplicitAutograd")
 _library.impl("recompute_backward", reference.recompute_backward, "CompositeExplicitAutograd")
 _library.impl("loss_and_grads", reference.loss_and_grads, "CompositeExplicitAutograd")
+# torch.autograd.grad(is_grads_batched=True) has a vmap of its own, older than torch.func's. It
+# takes no rules in Python, but knows PyTorch's operators.
+for _name in ("relu_mlp", "forward", "backward", "recompute_backward"):
+    _library.impl(_name, getattr(reference, _name), "Batched")
 if LIBRARY_PATH is None:
     _library.impl("_build_info", lambda: "", "CompositeExplicitAutograd")
     _library.impl("_supported_instruction_sets", lambda: "", "CompositeExplicitAutograd")

@@ -18,6 +18,9 @@ tangents: to transpose the backward pass is to go forwards. With a_l' from there
     for a_l    delta_{l+1} W_{l+1}'                 (x is a_0)
     for y      g * z_L' * d phi'/d y                where phi is sigmoid or tanh
 
+A mask passes on 0 to the a_l or y that it is made of, and not nothing: so does PyTorch's,
+and so what a second derivative depends on is the same.
+
 All is made of differentiable operations, which the third derivative is taken of.
 """
 
@@ -27,6 +30,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .reference import (
@@ -75,16 +79,20 @@ def backward_vjp(
         of_grad_output = ACTIVATION_BACKWARDS[output_activation](change, y)
         if output_activation in CURVATURES:
             of_y = grad_output * change * CURVATURES[output_activation](y)
+        elif output_activation == "relu":
+            of_y = torch.zeros_like(y)
     of_weights = [
         None if delta is None or tangent is None else delta.T @ tangent
         for delta, tangent in zip(deltas, tangents[:-1], strict=True)
     ]
-    of_inputs = [
-        None
-        if delta is None or weight_tangent is None
-        else (delta @ weight_tangent).reshape(inputs[layer].shape)
-        for layer, (delta, weight_tangent) in enumerate(zip(deltas, weight_tangents, strict=True))
-    ]
+    of_inputs: list[Tensor | None] = []
+    for layer, (delta, weight_tangent) in enumerate(zip(deltas, weight_tangents, strict=True)):
+        if delta is not None and weight_tangent is not None:
+            of_inputs.append((delta @ weight_tangent).reshape(inputs[layer].shape))
+        elif layer > lowest and tangents[layer] is not None:
+            of_inputs.append(torch.zeros_like(inputs[layer]))
+        else:
+            of_inputs.append(None)
     of_kept = [of_inputs[0], of_y, *of_weights, *of_inputs[1:]]
     assert len(of_kept) == 1 + 2 * layers
     return [of_grad_output, *itertools.compress(of_kept, is_kept(output_activation, needs))]

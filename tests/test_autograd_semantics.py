@@ -588,3 +588,29 @@ def test_graph_is_released(backend):
         assert node() is None and tensor() is None
     finally:
         gc.enable()
+
+
+@RECOMPUTE
+@pytest.mark.parametrize("activation", support.ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("penalized", list(patterns(5))[1:])
+def test_what_a_second_derivative_reaches(backend, activation, penalized, recompute):
+    """Where the native path gives zeros and not None, so does this: an optimizer sees it.
+
+    The one node of the network may give zeros where natively there is nothing.
+    """
+    reached = []
+    for mlp, settings in ((native_mlp, {}), (relu_mlp, {"recompute": recompute})):
+        torch.manual_seed(0)
+        sizes = [(5, 3), (4, 3), (2, 4), (4,), (2,)]
+        x, w1, w2, b1, b2 = [torch.randn(size, dtype=torch.float64) for size in sizes]
+        inputs = [t.requires_grad_() for t in (x, w1, w2, b1, b2)]
+        y = mlp(x, [w1, w2], [b1, b2], output_activation=activation, **settings)
+        first = torch.autograd.grad(y.sum(), inputs, create_graph=True)
+        chosen = [g for g, is_chosen in zip(first, penalized) if is_chosen and g.requires_grad]
+        if not chosen:
+            return  # natively nothing depends on anything
+        penalty = sum(g.square().sum() for g in chosen)
+        reached.append(torch.autograd.grad(penalty, inputs, allow_unused=True))
+    for name, native, ours in zip(["x", "w1", "w2", "b1", "b2"], *reached, strict=True):
+        assert native is None or ours is not None, name
+        assert (native is not None and native.any()) == (ours is not None and ours.any()), name
