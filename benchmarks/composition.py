@@ -57,7 +57,7 @@ def by_turns(case: str, native: Step, fused: Step, **more: Step) -> list[Figure]
 
 
 def per_sample(shape: Shape) -> list[Figure]:
-    """Every row's gradient of every parameter, and only their norms."""
+    """Every row's gradient of every parameter by vmap(grad) and by hand, and only their norms."""
     native, net, x, target = twins(shape)
 
     def gradients(model: nn.Module) -> Step:
@@ -71,8 +71,17 @@ def per_sample(shape: Shape) -> list[Figure]:
         linear = linearize(x, weights, biases)
         return linear.row_norms(2 * (linear.y - target))
 
-    steps = gradients(native), gradients(net)
-    return by_turns(f"{name_of(shape)} per-sample gradients", *steps, **{"norms only": norms})
+    def rows() -> object:
+        linear = linearize(x, weights, biases)
+        return linear.row_gradients(2 * (linear.y - target))
+
+    return by_turns(
+        f"{name_of(shape)} per-sample gradients",
+        gradients(native),
+        gradients(net),
+        row_gradients=rows,
+        row_norms=norms,
+    )
 
 
 def second(shape: Shape) -> list[Figure]:

@@ -161,10 +161,15 @@ class MLP(torch.autograd.Function):
                 return (None,) * len(ctx.needs_input_grad)
             grad_output = reached[0].new_zeros(y_shape)
         dispatched = type(implementation) is OneLevelDown
+        if not dispatched and not _is_compiling() and all(map(second_order.is_nothing, reached)):
+            # All that masks pass on: the operator can serve it, which takes no grad_hidden.
+            reached, grad_hidden = [], ()
         if dispatched or reached or _is_grad_enabled() or forward_ad._current_level >= 0:
             # Part of a second derivative, or to be differentiated once more.
             if recompute:
                 saved = plan.kept(_forward_again(call, *saved))
+            if not _is_compiling():
+                plan, saved = _only_what_is_asked_for(ctx, plan, saved, output_activation)
             grads = _backward_once_more(
                 implementation, grad_output, saved, output_activation, plan.needs, grad_hidden
             )
@@ -224,6 +229,29 @@ def _primals(tensors: Sequence[Tensor]) -> list[Tensor]:
     enabled, and the level's own are taken off instead.
     """
     return [forward_ad.unpack_dual(tensor).primal for tensor in tensors]
+
+
+def _only_what_is_asked_for(
+    ctx: Any, plan: Plan, saved: Sequence[Tensor], output_activation: str
+) -> tuple[Plan, Sequence[Tensor]]:
+    """The plan for the inputs that this very backward pass leads to, and what it keeps.
+
+    `torch.autograd.grad(y, x)` asks for the gradient of x alone, which needs_input_grad does
+    not tell.
+    """
+    asked = [node is not None and _leads_to(node) for node, _ in ctx.next_functions]
+    if asked == [need == "1" for need in plan.needs[: len(asked)]]:
+        return plan, saved
+    y, weights, (x, *hidden) = reference.unpack(saved, output_activation, plan.needs)
+    less = plan_for(len(weights), (False, *asked), output_activation)
+    return less, less.kept((x, y, *weights, *hidden))
+
+
+def _leads_to(node: Any) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # said of a leaf that is asked for
+        return True
 
 
 def _forward_again(call: Call, x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:

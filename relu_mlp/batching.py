@@ -177,7 +177,7 @@ def backward(
         if layer > lowest or needs[0] == "1":
             delta = delta @ weights[layer]
             if layer > 0:
-                delta = torch.where(inputs[layer] <= 0, 0, delta)
+                delta = reference.select(*torch.broadcast_tensors(delta, inputs[layer]))
     grads = [*reversed(of_weights), *reversed(of_biases)]
     dims = [_dim_of(grad, 2) for grad in grads[: len(of_weights)]]
     dims += [_dim_of(grad, 1) for grad in grads[len(of_weights) :]]

@@ -10,11 +10,10 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensor
-from torch.nn import Parameter
 
 from . import autocast, autograd, checks, reference
 from .checks import DTYPES
-from .ops import NO_TENSOR, below_autograd, carries_tangent, implementation_for
+from .ops import NO_TENSOR, PLAIN, below_autograd, carries_tangent, implementation_for
 
 OutputActivation = Literal["relu", "sigmoid", "tanh"]
 Loss = Literal["sse", "half_sse", "mse"]
@@ -29,9 +28,6 @@ _are_functorch_transforms_active = torch._C._are_functorch_transforms_active
 _get_tracing_state = torch._C._get_tracing_state
 _is_grad_enabled = torch.is_grad_enabled
 _is_compiling = torch.compiler.is_compiling
-
-#: The types of ordinary tensors; a subclass may mean anything.
-PLAIN = frozenset({Tensor, Parameter})
 
 
 def relu_mlp(

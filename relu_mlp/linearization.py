@@ -217,15 +217,8 @@ class Linearization:
         Raises:
             TypeError, RuntimeError: as in `vjp`.
         """
-        self._check_grad_output(grad_output)
-        x, y, weights, hidden = self._pass()
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        needs = "0" + "1" * (2 * len(weights))
-        inputs = [x, *hidden]
-        with _by_hand("row_norms", grad_output):
-            deltas = second_order.descend(
-                reference.as_matrix(grad_output), y, weights, inputs, self._activation, needs
-            )
+        dtype = torch.promote_types(self._x.dtype, torch.float32)
+        with self._deltas("row_norms", grad_output) as (deltas, inputs):
             of_layers = []
             for delta, a, has_bias in zip(deltas, inputs, self._has_bias(), strict=True):
                 size = torch.linalg.vector_norm(a, dim=1, dtype=dtype)
@@ -234,6 +227,41 @@ class Linearization:
                 of_layers.append(size * torch.linalg.vector_norm(delta, dim=1, dtype=dtype))
             norms = torch.linalg.vector_norm(torch.stack(of_layers), dim=0)
         return norms.reshape(self.y.shape[:-1])
+
+    def row_gradients(self, grad_output: Tensor) -> Parameters:
+        """Each row's part of J^T u: what `vjp` sums, by the same formulas as `row_norms`.
+
+        As `torch.func.vmap` of `torch.func.grad` gives it, without their overhead.
+
+        Args:
+            grad_output: u, of the shape and dtype of y.
+
+        Returns:
+            `Parameters(weights, biases)`: each entry (rows, *parameter.shape), where the
+            leading dimensions of x count as rows.
+
+        Raises:
+            TypeError, RuntimeError: as in `vjp`.
+        """
+        with self._deltas("row_gradients", grad_output) as (deltas, inputs):
+            of_weights = [
+                delta[:, :, None] * a[:, None, :] for delta, a in zip(deltas, inputs, strict=True)
+            ]
+            deltas[-1] = deltas[-1].clone()  # which may be grad_output
+        return Parameters(*split_by_kind([*of_weights, *deltas[: len(self._biases)]], self._biases))
+
+    @contextmanager
+    def _deltas(
+        self, function: str, grad_output: Tensor
+    ) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """delta_1, ..., delta_L and x, a_1, ..., a_{L-1}, as matrices."""
+        self._check_grad_output(grad_output)
+        x, y, weights, hidden = self._pass()
+        inputs = [x, *hidden]
+        with _by_hand(function, grad_output):
+            u = reference.as_matrix(grad_output.detach())
+            needs = "0" + "1" * (2 * len(weights))
+            yield second_order.descend(u, y, weights, inputs, self._activation, needs), inputs
 
     def gauss_newton(self, tangent: Parameters) -> Parameters:
         """J^T J v, with v as in `jvp`: the Gauss-Newton product of the loss ½ sum (y - t)².

@@ -20,6 +20,8 @@ import torch
 import torch._decomp
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
+from torch.nn import Parameter
 
 from . import checks, reference
 
@@ -45,6 +47,9 @@ REMEDY = (
     "`pip install --no-build-isolation .` in a checkout of relu_mlp, "
     "or `python setup.py build_ext --inplace` to use the checkout itself."
 )
+
+#: The types of ordinary tensors; a subclass may mean anything.
+PLAIN = frozenset({Tensor, Parameter})
 
 #: Stands in an operator's arguments for a tensor that is missing.
 with torch.inference_mode(False):
@@ -338,12 +343,16 @@ def _tensors_in(arguments: Iterable[Any]) -> Iterator[Tensor]:
 
 def carries_tangent(*arguments: Any) -> bool:
     """Whether a tensor among the arguments carries a forward-mode tangent."""
-    # Level 0 is the only one. `forward_ad` does not always know that it is there: a compiled
-    # graph enters it behind its back.
-    return any(
-        forward_ad.unpack_dual(tensor, level=0).tangent is not None
-        for tensor in _tensors_in(arguments)
-    )
+    tensors = list(_tensors_in(arguments))
+    # Level 0 is the only one. A graph that is being compiled enters it without the knowledge
+    # of `forward_ad`, but its tensors are wrapped or are no plain ones.
+    if forward_ad._current_level < 0 and not _are_traced(tensors):
+        return False
+    return any(forward_ad.unpack_dual(tensor, level=0).tangent is not None for tensor in tensors)
+
+
+def _are_traced(tensors: list[Tensor]) -> bool:
+    return peek_interpreter_stack() is not None or any(type(t) not in PLAIN for t in tensors)
 
 
 def is_differentiated(*arguments: Any) -> bool:

@@ -33,17 +33,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import DTYPES
 from .reference import (
     ACTIVATION_BACKWARDS,
     as_matrix,
     climb,
     is_kept,
     lowest_layer,
+    select,
     unpack,
 )
 
 #: y -> the derivative of phi' by y, where phi' is not piecewise constant.
 CURVATURES = {"sigmoid": lambda y: 1 - 2 * y, "tanh": lambda y: -2 * y}
+
+
+#: What masks pass on: one number in memory, made here because a functorch transform would
+#: make it one of its own level.
+with torch.inference_mode(False):
+    _ZEROS = {dtype: torch.zeros((), dtype=dtype, device="cpu") for dtype in DTYPES}
+
+
+def nothing_like(tensor: Tensor) -> Tensor:
+    """Zeros of the shape of a tensor."""
+    zero = _ZEROS[tensor.dtype] if tensor.is_cpu else tensor.new_zeros(())
+    return zero.expand(tensor.shape)
+
+
+def is_nothing(tensor: Tensor) -> bool:
+    """Whether a plain tensor came from `nothing_like`, if it can be told."""
+    return tensor.is_cpu and tensor.data_ptr() == _ZEROS[tensor.dtype].data_ptr()
 
 
 def backward_vjp(
@@ -80,7 +99,7 @@ def backward_vjp(
         if output_activation in CURVATURES:
             of_y = grad_output * change * CURVATURES[output_activation](y)
         elif output_activation == "relu":
-            of_y = torch.zeros_like(y)
+            of_y = nothing_like(y)
     of_weights = [
         None if delta is None or tangent is None else delta.T @ tangent
         for delta, tangent in zip(deltas, tangents[:-1], strict=True)
@@ -90,7 +109,7 @@ def backward_vjp(
         if delta is not None and weight_tangent is not None:
             of_inputs.append((delta @ weight_tangent).reshape(inputs[layer].shape))
         elif layer > lowest and tangents[layer] is not None:
-            of_inputs.append(torch.zeros_like(inputs[layer]))
+            of_inputs.append(nothing_like(inputs[layer]))
         else:
             of_inputs.append(None)
     of_kept = [of_inputs[0], of_y, *of_weights, *of_inputs[1:]]
@@ -149,7 +168,7 @@ def backward_jvp(
             if weight_tangents[layer] is not None:
                 delta_tangent = delta_tangent + delta @ weight_tangents[layer]
             if layer > 0:
-                delta_tangent = delta_tangent.masked_fill(inputs[layer] <= 0, 0)
+                delta_tangent = select(delta_tangent, inputs[layer])
     of_x = (
         [delta_tangent.reshape(*grad_output.shape[:-1], delta_tangent.shape[1])]
         if needs[0] == "1"
@@ -170,7 +189,7 @@ def descend(
     layers, lowest = len(weights), lowest_layer(needs)
     deltas = [as_matrix(ACTIVATION_BACKWARDS[output_activation](grad_output, y))]
     for layer in reversed(range(lowest + 1, layers)):
-        deltas.append((deltas[-1] @ weights[layer]).masked_fill(inputs[layer] <= 0, 0))
+        deltas.append(select(deltas[-1] @ weights[layer], inputs[layer]))
     return [None] * lowest + deltas[::-1]
 
 

@@ -614,3 +614,33 @@ def test_what_a_second_derivative_reaches(backend, activation, penalized, recomp
     for name, native, ours in zip(["x", "w1", "w2", "b1", "b2"], *reached, strict=True):
         assert native is None or ours is not None, name
         assert (native is not None and native.any()) == (ours is not None and ours.any()), name
+
+
+@RECOMPUTE
+@pytest.mark.parametrize("leaf", [True, False], ids=["leaf", "not a leaf"])
+@pytest.mark.parametrize("asked", NAMES)
+def test_nothing_is_computed_that_nobody_asks_for(backend, asked, leaf, recompute, monkeypatch):
+    """A first derivative for the sake of a second: of one input, though all require one."""
+    from relu_mlp import autograd
+
+    needs = []
+    once_more = autograd._backward_once_more
+
+    def recording(*arguments):
+        needs.append(arguments[4])
+        return once_more(*arguments)
+
+    monkeypatch.setattr(autograd, "_backward_once_more", recording)
+    x, weights, biases = network()
+    named = leaves(x, weights, biases)
+    if not leaf:
+        named = {name: tensor * 1 for name, tensor in named.items()}
+    weights = [named[f"weights[{n}]"] for n in range(LAYERS)]
+    biases = [named[f"biases[{n}]"] for n in range(LAYERS)]
+    y = relu_mlp(named["x"], weights, biases, recompute=recompute)
+    expected = native_mlp(named["x"], weights, biases)
+    grad, native = (
+        torch.autograd.grad(z.sum(), named[asked], create_graph=True)[0] for z in (y, expected)
+    )
+    assert torch.equal(grad, native)
+    assert needs == ["".join("01"[name == asked] for name in NAMES)]

@@ -728,14 +728,31 @@ def test_row_norms_are_those_of_the_rows_gradients(backend, shape, sizes, activa
     norms = net.row_norms(u)
     assert norms.shape == shape and norms.dtype == torch.float64
     of_rows = jacobian(x.reshape(-1, sizes[0]), weights, biases, output_activation=activation)
-    rows = [
-        torch.einsum("no,no...->n...", u.reshape(-1, sizes[-1]), entry).flatten(1)
-        for entry in by_name(of_rows).values()
-    ]
+    u_rows = u.reshape(-1, sizes[-1])
+    rows, magnitudes = (
+        [torch.einsum("no,no...->n...", u, entry).flatten(1) for entry in entries]
+        for u, entries in [
+            (u_rows, by_name(of_rows).values()),
+            (u_rows.abs(), [entry.abs() for entry in by_name(of_rows).values()]),
+        ]
+    )
     expected = torch.cat(rows, 1).norm(dim=1).reshape(shape)
+    gradients = by_name(net.row_gradients(u)).values()
+    # The same terms in another order, through few layers of few units.
+    error = gamma(2 * len(sizes), 5)
+    for actual, row, magnitude in zip(gradients, rows, magnitudes, strict=True):
+        assert_within(actual.flatten(1), row, 2 * error * magnitude)
     # Few roundings of positive terms: squares, sums of at most 40, roots, and the same beside.
     torch.testing.assert_close(norms, expected, rtol=100 * torch.finfo(norms.dtype).eps, atol=0)
     assert (norms > 0).sum() * 2 >= norms.numel()
+
+
+def test_row_gradients_are_nobody_elses(backend):
+    net, u = linearize(integers(5, 3), [integers(2, 3)], [integers(2)]), integers(5, 2)
+    kept = u.clone()
+    for entry in by_name(net.row_gradients(u)).values():
+        entry.fill_(7)
+    assert torch.equal(u, kept)
 
 
 def test_row_norms_of_16_bits_do_not_overflow(backend):
