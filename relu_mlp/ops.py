@@ -343,16 +343,24 @@ def _tensors_in(arguments: Iterable[Any]) -> Iterator[Tensor]:
 
 def carries_tangent(*arguments: Any) -> bool:
     """Whether a tensor among the arguments carries a forward-mode tangent."""
-    tensors = list(_tensors_in(arguments))
     # Level 0 is the only one. A graph that is being compiled enters it without the knowledge
     # of `forward_ad`, but its tensors are wrapped or are no plain ones.
-    if forward_ad._current_level < 0 and not _are_traced(tensors):
+    if forward_ad._current_level < 0 and peek_interpreter_stack() is None and _are_plain(arguments):
         return False
-    return any(forward_ad.unpack_dual(tensor, level=0).tangent is not None for tensor in tensors)
+    return any(
+        forward_ad.unpack_dual(tensor, level=0).tangent is not None
+        for tensor in _tensors_in(arguments)
+    )
 
 
-def _are_traced(tensors: list[Tensor]) -> bool:
-    return peek_interpreter_stack() is not None or any(type(t) not in PLAIN for t in tensors)
+def _are_plain(arguments: Iterable[Any]) -> bool:
+    for argument in arguments:
+        if isinstance(argument, (list, tuple)):
+            if not PLAIN.issuperset(map(type, argument)):
+                return False
+        elif isinstance(argument, Tensor) and type(argument) not in PLAIN:
+            return False
+    return True
 
 
 def is_differentiated(*arguments: Any) -> bool:

@@ -61,8 +61,10 @@ def nothing_like(tensor: Tensor) -> Tensor:
 
 
 def is_nothing(tensor: Tensor) -> bool:
-    """Whether a plain tensor came from `nothing_like`, if it can be told."""
-    return tensor.is_cpu and tensor.data_ptr() == _ZEROS[tensor.dtype].data_ptr()
+    """Whether a tensor came from `nothing_like`, if it can be told."""
+    if not tensor.is_cpu or not torch._C._has_storage(tensor):
+        return False
+    return tensor.data_ptr() == _ZEROS[tensor.dtype].data_ptr()
 
 
 def backward_vjp(

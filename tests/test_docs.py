@@ -173,3 +173,16 @@ def test_links_lead_somewhere(page):
 )
 def test_every_program_is_named_in_the_documentation(program):
     assert any(program in page.read_text(encoding="utf-8") for page in PAGES)
+
+
+def test_compatibility_names_tests_that_exist():
+    text = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if re.match(r"\| [^|]*[^|\s-]", line)]
+    named = re.findall(r"`(\w+\.py)::(\w+)`", text)
+    assert len(rows) > 90 and all(re.search(r"`\w+\.py::\w+`", row) for row in rows)
+    missing = [
+        (file, test)
+        for file, test in named
+        if not re.search(rf"^def {test}\(", (ROOT / "tests" / file).read_text(), re.MULTILINE)
+    ]
+    assert not missing
