@@ -53,9 +53,10 @@ format: $(call needs,dev)  ## let ruff sort the imports and lay out the code
 bench: $(call needs,bench) build/extension  ## measure, about 15 minutes; writes benchmarks/results; ARGS=--quick tries it out in build/bench
 	$(PYTHON) -m relu_mlp bench --force --out $(if $(filter-out --table,$(ARGS)),build/bench,benchmarks/results) $(ARGS)
 
-overhead: $(call needs,torch) build/extension  ## measure what a call costs where there is next to nothing to compute; the Jacobian too
+overhead: $(call needs,torch) build/extension  ## measure what a call costs where there is next to nothing to compute; the Jacobian and what composes too
 	PYTHONPATH=. $(PYTHON) benchmarks/overhead.py $(ARGS)
 	PYTHONPATH=. $(PYTHON) benchmarks/jacobian.py $(ARGS)
+	PYTHONPATH=. $(PYTHON) benchmarks/composition.py $(ARGS)
 
 # -W default: what PyTorch deprecates differs from one to the next.
 abi: build/extension  ## run the tests of the same binary under other PyTorches, OTHERS="python-a python-b"
