@@ -177,8 +177,8 @@ def fused(
     implementation = implementation_for(x)
     is_tracing = _get_tracing_state() is not None
     if _is_compiling() or is_tracing:
-        # A graph without the library, or for the exporter to ONNX that traces, is of layers.
-        if implementation is reference or (is_tracing and torch.onnx.is_in_onnx_export()):
+        # A graph without the library, or for ONNX, is of layers.
+        if implementation is reference or torch.onnx.is_in_onnx_export():
             return native(x, weights, biases, activation)
         return torch.ops.relu_mlp.relu_mlp(x, weights, biases, activation)
     if forward_ad._current_level >= 0 or _are_functorch_transforms_active():

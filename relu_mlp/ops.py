@@ -17,7 +17,6 @@ from types import TracebackType
 from typing import Any, Literal, Protocol
 
 import torch
-import torch._decomp
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
@@ -320,14 +319,6 @@ for _name in ("relu_mlp", "forward", "backward", "recompute_backward"):
 if LIBRARY_PATH is None:
     _library.impl("_build_info", lambda: "", "CompositeExplicitAutograd")
     _library.impl("_supported_instruction_sets", lambda: "", "CompositeExplicitAutograd")
-
-
-# -- What the operator is made of, for those who have only PyTorch's own -------
-
-
-# torch.onnx takes an operator apart that it does not know, if it is in this table.
-# torch.export and Inductor leave it whole.
-torch._decomp.register_decomposition(torch.ops.relu_mlp.relu_mlp.default)(reference.relu_mlp)
 
 
 # -- Guards: a raw operator has no derivative and must not seem to have one ----

@@ -111,6 +111,14 @@ def test_inference_is_the_operator_for_people(backend, graphs):
     assert_operators(backend, graphs.kept, ["relu_mlp"])
 
 
+def test_inductor_where_ci_is_set(backend, monkeypatch):
+    """Inductor checks more in a continuous integration: that nothing could be decomposed."""
+    monkeypatch.setenv("CI", "true")
+    net, x = integers_(relu_mlp.ReluMLP(3, [4, 5], 2)), integers(6, 3, dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(net, fullgraph=True)(x), net(x))
+
+
 def test_frozen_parameters_are_not_differentiated(graphs):
     """The backward operator in the graph is asked for what is needed and no more."""
     net = integers_(relu_mlp.ReluMLP(3, [4, 5], 2))

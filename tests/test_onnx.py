@@ -15,7 +15,7 @@ from torch import nn
 import comparison
 import relu_mlp
 import support
-from relu_mlp import ReluMLP, fuse
+from relu_mlp import ReluMLP, fuse, reference
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -51,6 +51,9 @@ def from_module(net, x):
 def from_program(strict):
     def write(net, x):
         program = torch.export.export(net, (x,), dynamic_shapes=({0: ROWS},), strict=strict)
+        program = program.run_decompositions(
+            {torch.ops.relu_mlp.relu_mlp.default: reference.relu_mlp}
+        )
         return torch.onnx.export(program, dynamo=True, verbose=False)
 
     return write
