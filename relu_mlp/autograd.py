@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -109,7 +109,22 @@ def one_level_down(x: Tensor) -> OneLevelDown:
 Call = tuple[Implementation | OneLevelDown, str, bool, int]
 
 
-class MLP(torch.autograd.Function):
+class SingleLevelFunction(torch.autograd.function._SingleLevelFunction):
+    """A `torch.autograd.Function` that asks nothing of functorch.
+
+    `torch.autograd.Function` sends a call on to functorch, which comes back with one of
+    these for each level. Here the dispatcher has come with a level already, or there is
+    none; and to look for one takes as long as a small network.
+    """
+
+    apply: ClassVar[Callable[..., tuple[Tensor, ...]]]  # in C++
+
+    @staticmethod
+    def _compiled_autograd_key(ctx: Any) -> tuple[int]:
+        return (ctx._autograd_function_id,)
+
+
+class MLP(SingleLevelFunction):
     """One autograd node for the whole network.
 
     It returns y and the hidden activations. The latter are outputs for the
@@ -216,9 +231,7 @@ class MLP(torch.autograd.Function):
             return (y_tangent.reshape(y_shape), *hidden_tangents)
 
 
-#: `MLP.apply` without the Python part of `torch.autograd.Function.apply`, which
-#: serves functorch alone and takes as long as a small network.
-apply = super(torch.autograd.Function, MLP).apply
+apply = MLP.apply
 
 
 def _primals(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -295,7 +308,7 @@ def _backward_once_more(
         return torch.ops.relu_mlp.backward.default(grad_output, saved, output_activation, needs)
 
 
-class Gradient(torch.autograd.Function):
+class Gradient(SingleLevelFunction):
     """The backward pass as a function of its own, with its derivatives by hand."""
 
     @staticmethod
@@ -333,7 +346,7 @@ class Gradient(torch.autograd.Function):
 #: The arguments of `Gradient` that are not tensors.
 GradientCall = tuple[OneLevelDown, str, str]
 
-_apply_gradient = super(torch.autograd.Function, Gradient).apply
+_apply_gradient = Gradient.apply
 
 
 # -- The derivatives of the operators ------------------------------------------
