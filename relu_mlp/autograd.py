@@ -176,7 +176,11 @@ class MLP(SingleLevelFunction):
                 return (None,) * len(ctx.needs_input_grad)
             grad_output = reached[0].new_zeros(y_shape)
         dispatched = type(implementation) is OneLevelDown
-        if not dispatched and not _is_compiling() and all(map(second_order.is_nothing, reached)):
+        if (
+            reached
+            and not (dispatched or _is_compiling())
+            and all(map(second_order.is_nothing, reached))
+        ):
             # All that masks pass on: the operator can serve it, which takes no grad_hidden.
             reached, grad_hidden = [], ()
         if dispatched or reached or _is_grad_enabled() or forward_ad._current_level >= 0:
