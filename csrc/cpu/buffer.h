@@ -1,9 +1,11 @@
-// Uninitialised memory, aligned for vectors.
+// Uninitialised memory for the time of a call, aligned for vectors.
 #pragma once
 
 #include <cstdint>
 #include <memory>
 #include <new>
+#include <utility>
+#include <vector>
 
 namespace relu_mlp::cpu {
 
@@ -14,25 +16,109 @@ inline int64_t round_up(int64_t a, int64_t b) {
   return ceil_div(a, b) * b;
 }
 
+constexpr int64_t alignment = 64;
+
+struct AlignedDelete {
+  void operator()(void* memory) const {
+    ::operator delete(memory, std::align_val_t(alignment));
+  }
+};
+using AlignedMemory = std::unique_ptr<void, AlignedDelete>;
+
+inline AlignedMemory aligned_memory(int64_t bytes) {
+  return AlignedMemory(
+      ::operator new(bytes, std::align_val_t(alignment)));
+}
+
+// What a thread keeps from call to call. Small networks ask for the same few
+// buffers again and again, and the system takes longer to find aligned memory
+// than they take to compute.
+class Scratch {
+ public:
+  static Scratch& of_this_thread() {
+    static thread_local Scratch scratch;
+    return scratch;
+  }
+  // Memory to give back, or null if there is not enough left.
+  void* take(int64_t bytes) {
+    const int64_t begin = pieces_.empty() ? 0 : pieces_.back().end;
+    const int64_t end = begin + round_up(bytes, alignment);
+    if (end > capacity) {
+      return nullptr;
+    }
+    if (!memory_) {
+      memory_ = aligned_memory(capacity);
+    }
+    pieces_.push_back({start() + begin, end, false});
+    return pieces_.back().data;
+  }
+  // In any order, of which the usual is last come, first go.
+  void give_back(const void* data) {
+    auto piece = pieces_.rbegin();
+    while (piece->data != data) {
+      ++piece;
+    }
+    piece->is_free = true;
+    while (!pieces_.empty() && pieces_.back().is_free) {
+      pieces_.pop_back();
+    }
+  }
+
+ private:
+  static constexpr int64_t capacity = 1 << 20; // what is not used costs nothing
+
+  struct Piece {
+    char* data;
+    int64_t end; // of the piece, as bytes from the start of the memory
+    bool is_free;
+  };
+
+  char* start() const {
+    return static_cast<char*>(memory_.get());
+  }
+
+  AlignedMemory memory_;
+  std::vector<Piece> pieces_; // one after the other, the last one in use
+};
+
+// Belongs to the thread that made it.
 template <typename C>
 class Buffer {
  public:
   Buffer() = default;
-  explicit Buffer(int64_t count)
-      : data_(count ? static_cast<C*>(::operator new(
-                          count * sizeof(C), std::align_val_t(64)))
-                    : nullptr) {}
+  explicit Buffer(int64_t count) {
+    if (count == 0) {
+      return;
+    }
+    const int64_t bytes = count * static_cast<int64_t>(sizeof(C));
+    data_ = static_cast<C*>(Scratch::of_this_thread().take(bytes));
+    is_scratch_ = data_ != nullptr;
+    if (!is_scratch_) {
+      data_ = static_cast<C*>(aligned_memory(bytes).release());
+    }
+  }
+  Buffer(Buffer&& other) noexcept {
+    *this = std::move(other);
+  }
+  Buffer& operator=(Buffer&& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(is_scratch_, other.is_scratch_);
+    return *this;
+  }
+  ~Buffer() {
+    if (is_scratch_) {
+      Scratch::of_this_thread().give_back(data_);
+    } else if (data_) {
+      AlignedDelete()(data_);
+    }
+  }
   C* get() const {
-    return data_.get();
+    return data_;
   }
 
  private:
-  struct Delete {
-    void operator()(C* data) const {
-      ::operator delete(data, std::align_val_t(64));
-    }
-  };
-  std::unique_ptr<C, Delete> data_;
+  C* data_ = nullptr;
+  bool is_scratch_ = false;
 };
 
 } // namespace relu_mlp::cpu

@@ -55,6 +55,7 @@ Operands<T> operands(
   result.copies.reserve(1 + 2 * weights.size());
   result.network = {
       result.rows(x), {}, output_activation, activate<T>};
+  result.network.layers.reserve(weights.size());
   for (std::size_t l = 0; l < weights.size(); ++l) {
     const bool has_bias = !biases.empty() && biases[l].numel() > 0;
     result.network.layers.push_back(
@@ -135,6 +136,8 @@ ForwardResult forward(
     const int64_t rows = x.size(0);
     ForwardResult result;
     std::vector<T*> hidden;
+    result.hidden.reserve(weights.size());
+    hidden.reserve(weights.size());
     for (std::size_t l = 0; save_hidden && l + 1 < weights.size(); ++l) {
       result.hidden.push_back(empty<2>({rows, weights[l].size(0)}, x));
       hidden.push_back(result.hidden.back().template data<T>());

@@ -31,14 +31,18 @@ struct Network {
   }
   std::vector<int64_t> widths() const {
     std::vector<int64_t> all;
+    all.reserve(layers.size() + 1);
     for (std::size_t l = 0; l <= layers.size(); ++l) {
       all.push_back(width(l));
     }
     return all;
   }
   int64_t max_width() const {
-    const std::vector<int64_t> all = widths();
-    return *std::max_element(all.begin(), all.end());
+    int64_t widest = 0;
+    for (std::size_t l = 0; l <= layers.size(); ++l) {
+      widest = std::max(widest, width(l));
+    }
+    return widest;
   }
 };
 
