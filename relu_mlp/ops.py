@@ -58,6 +58,8 @@ with torch.inference_mode(False):
 #: operators, which lets it past the guards registered below.
 below_autograd = torch._C._AutoDispatchBelowAutograd
 
+_is_grad_enabled = torch.is_grad_enabled
+
 
 # -- Loading ----------------------------------------------------------------
 
@@ -302,6 +304,35 @@ def _(
     checks.check_like_output("target", target, x, output_shape)
     checks.check_name("loss", loss, reference.LOSSES)
     return x.new_empty(()), [p.new_empty(p.shape) for p in [*weights, *biases]]
+
+
+# -- Straight to the kernel ----------------------------------------------------
+
+
+def _lead_straight_down(operator: torch._ops.OpOverload[..., Any]) -> None:
+    """Lets calls from Python pass by the Autograd kernel where it would find nothing to do.
+
+    A compiled graph calls its operators in that state. The Autograd kernel is written in
+    Python, and the way through it takes as long as a small network.
+    """
+    call = operator._op
+
+    def below_autograd_if_idle(*arguments: Any, **named: Any) -> Any:
+        if (
+            not _is_grad_enabled()
+            and forward_ad._current_level < 0
+            and arguments
+            and type(arguments[0]) in PLAIN  # not so where a graph is recorded
+        ):
+            with below_autograd():
+                return call(*arguments, **named)
+        return call(*arguments, **named)
+
+    operator._op = below_autograd_if_idle
+
+
+for _name in ("relu_mlp", "forward", "backward"):
+    _lead_straight_down(getattr(torch.ops.relu_mlp, _name).default)
 
 
 # -- Devices that the library has no kernels for: the reference ----------------

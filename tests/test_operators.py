@@ -720,3 +720,105 @@ def test_lists_of_wrong_length(layers, biases, words, requires_grad):
 
     with pytest.raises(RuntimeError, match=words):
         R.relu_mlp(*tensors(1, 5, 3), tensors(layers, 3, 3), tensors(biases, 3))
+
+
+# -- The straight way down, where the Autograd kernel has nothing to do --------
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What the Autograd kernels have asked about, a list that grows."""
+    calls = []
+    asks = ops.is_differentiated
+    monkeypatch.setattr(
+        ops, "is_differentiated", lambda *arguments: calls.append(1) or asks(*arguments)
+    )
+    return calls
+
+
+OPERATORS = ["relu_mlp", "forward", "backward"]
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_without_gradients_the_autograd_kernel_is_passed_by(operator, asked):
+    arguments = raw_arguments(operator, *make_arguments([3, 4, 2], [5], "all", "none"))
+    function = getattr(R, operator).default
+    with_kernel = function(*arguments)
+    assert asked
+    asked.clear()
+    with torch.no_grad():
+        passed_by = function(*arguments)
+    assert not asked
+    torch.testing.assert_close(passed_by, with_kernel, rtol=0, atol=0)
+
+
+def test_a_compiled_graph_passes_the_autograd_kernel_by(asked):
+    net = relu_mlp.ReluMLP(3, 4, 2)
+    compiled = torch.compile(net, fullgraph=True)
+    x = torch.randn(5, 3)
+    compiled(x).sum().backward()
+    asked.clear()
+    compiled(x).sum().backward()
+    assert not asked
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_without_gradients_a_tangent_is_not_lost(operator):
+    arguments = raw_arguments(operator, *make_arguments([3, 4, 2], [5], "all", "tanh"))
+    first, *rest = arguments
+    function = getattr(R, operator).default
+    tangent = torch.randn_like(first)
+    expected = torch.func.jvp(lambda t: function(t, *rest), (first,), (tangent,))[1]
+    with forward_ad.dual_level(), torch.no_grad():
+        results = function(forward_ad.make_dual(first, tangent), *rest)
+        got = torch.utils._pytree.tree_map(lambda t: forward_ad.unpack_dual(t).tangent, results)
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize(
+    "transform", ["jvp", "vmap", "vmap of jvp", "jvp of vmap", "functionalize"]
+)
+def test_without_gradients_the_transforms_are_as_with_them(operator, transform):
+    first, *rest = raw_arguments(operator, *make_arguments([3, 4, 2], [5], "all", "tanh"))
+    examples, tangents = torch.randn(2, 7, *first.shape, dtype=first.dtype)
+
+    def function(t):
+        return getattr(R, operator).default(t, *rest)
+
+    def derivative(t, tangent):
+        return torch.func.jvp(function, (t,), (tangent,))[1]
+
+    def transformed():
+        if transform == "jvp":
+            return derivative(examples[0], tangents[0])
+        if transform == "vmap":
+            return torch.vmap(function)(examples)
+        if transform == "vmap of jvp":
+            return torch.vmap(derivative)(examples, tangents)
+        if transform == "jvp of vmap":
+            return torch.func.jvp(torch.vmap(function), (examples,), (tangents,))[1]
+        return torch.func.functionalize(function)(examples[0])
+
+    expected = transformed()
+    with torch.no_grad():
+        torch.testing.assert_close(transformed(), expected)
+
+
+def test_without_gradients_arguments_may_be_named():
+    x, weights, biases, activation = make_arguments([3, 4, 2], [5], "all", "none")
+    named = {"x": x, "weights": weights, "biases": biases, "output_activation": activation}
+    with torch.no_grad():
+        assert torch.equal(R.relu_mlp.default(**named), R.relu_mlp(x, weights, biases, activation))
+
+
+def test_without_gradients_a_dispatch_mode_sees_the_operator():
+    class Names(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    names, arguments = [], make_arguments([3, 4, 2], [5], "all", "none")
+    with torch.no_grad(), Names():
+        R.relu_mlp.default(*arguments)
+    assert names == ["relu_mlp.relu_mlp.default"]
