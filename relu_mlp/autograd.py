@@ -20,6 +20,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 from torch._functorch.utils import enable_single_level_autograd_function
 
 from . import batching, ops, reference, second_order
@@ -175,10 +176,10 @@ class MLP(SingleLevelFunction):
             if not reached:
                 return (None,) * len(ctx.needs_input_grad)
             grad_output = reached[0].new_zeros(y_shape)
-        dispatched = type(implementation) is OneLevelDown
+        dispatched, is_compiling = type(implementation) is OneLevelDown, _is_compiling()
         if (
             reached
-            and not (dispatched or _is_compiling())
+            and not (dispatched or is_compiling)
             and all(map(second_order.is_nothing, reached))
         ):
             # All that masks pass on: the operator can serve it, which takes no grad_hidden.
@@ -187,23 +188,25 @@ class MLP(SingleLevelFunction):
             # Part of a second derivative, or to be differentiated once more.
             if recompute:
                 saved = plan.kept(_forward_again(call, *saved))
-            if not _is_compiling():
+            # In a level of torch.func nothing needs a gradient but what leads to what is asked for;
+            # and of that the engine tells by raising, which takes a while.
+            if not is_compiling and peek_interpreter_stack() is None:
                 plan, saved = _only_what_is_asked_for(ctx, plan, saved, output_activation)
             grads = _backward_once_more(
                 implementation, grad_output, saved, output_activation, plan.needs, grad_hidden
             )
-        elif recompute:
-            x, weights, biases = saved[0], saved[1 : 1 + layers], saved[1 + layers :]
+        elif recompute or is_compiling:
+            name, operands = "backward", [saved]
+            if recompute:
+                name = "recompute_backward"
+                operands = [saved[0], saved[1 : 1 + layers], saved[1 + layers :]]
             grads = _backward_once(
-                implementation,
-                "recompute_backward",
-                *(grad_output, x, weights, biases, output_activation, plan.needs),
+                implementation, name, grad_output, *operands, output_activation, plan.needs
             )
         else:
-            grads = _backward_once(
-                implementation, "backward", grad_output, saved, output_activation, plan.needs
-            )
-        if _is_compiling():  # Dynamo knows nothing of an itemgetter
+            with below_autograd():
+                grads = implementation.backward(grad_output, saved, output_activation, plan.needs)
+        if is_compiling:  # Dynamo knows nothing of an itemgetter
             items = [None, *grads]
             return tuple([items[position] for position in plan.positions])
         return plan.returned((None, *grads))

@@ -175,8 +175,7 @@ def fused(
 ) -> Tensor:
     """One call of the operators, for tensors that `is_served` and `is_plain` let pass."""
     implementation = implementation_for(x)
-    is_tracing = _get_tracing_state() is not None
-    if _is_compiling() or is_tracing:
+    if _is_compiling() or _get_tracing_state() is not None:
         # A graph without the library, or for ONNX, is of layers.
         if implementation is reference or torch.onnx.is_in_onnx_export():
             return native(x, weights, biases, activation)

@@ -127,13 +127,14 @@ class _Cached(NamedTuple):
     #: (the _parameters of a Linear, its weight, its bias)
     linears: list[tuple[dict[str, Any], Tensor, Tensor | None]]
 
-    def holds(self, children: Iterable[nn.Module]) -> bool:
-        run, states, linears = self
-        if run.children != tuple(children):
+    def holds(self, children: dict[str, nn.Module | None]) -> bool:
+        _, states, linears = self
+        if len(states) != len(children):
             return False
-        for child, kind, state in states:
+        for (child, kind, state), now in zip(states, children.values(), strict=False):
             if (  # _is_patched, without the price of a call
-                type(child) is not kind
+                now is not child
+                or type(child) is not kind
                 or state["_forward_hooks"]
                 or state["_forward_pre_hooks"]
                 or state["_backward_hooks"]
@@ -266,7 +267,7 @@ class ReluMLP(Scriptable):
         else:
             if is_served(input):
                 cached = self.__dict__.get("_cached")
-                if cached is not None and cached.holds(self._modules.values()):
+                if cached is not None and cached.holds(self._modules):
                     run = cached.run
                 else:
                     run = self._find_whole_run()
