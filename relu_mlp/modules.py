@@ -21,7 +21,7 @@ from torch.nn.modules.module import (
 
 from . import checks, functional
 from .functional import OutputActivation, fused, is_plain, is_served
-from .ops import NO_TENSOR
+from .ops import NO_TENSOR, _thread, backend, extension, implementation_for
 from .scripting import Scriptable
 
 #: The modules that may follow the last Linear, and the activation each stands for.
@@ -36,6 +36,8 @@ _relu_forward = ReLU.forward
 _sigmoid_forward = Sigmoid.forward
 _tanh_forward = Tanh.forward
 _strided = torch.strided
+_is_compiling = torch.compiler.is_compiling
+_operator = torch.ops.relu_mlp.relu_mlp.default
 
 
 class Run(NamedTuple):
@@ -87,7 +89,8 @@ def find_run(
     after_linear = False
     for child in children:
         kind = type(child)
-        if _is_patched(child.__dict__):
+        # That there is no `forward` in a dict torch.compile does not remember, but what it reads.
+        if _is_patched(child.__dict__) or child.forward is None:
             break
         if after_linear:
             if kind not in OUTPUT_ACTIVATIONS:
@@ -265,6 +268,10 @@ class ReluMLP(Scriptable):
         if is_scripting():
             return self._scripted_forward(input)
         else:
+            if _is_compiling():
+                result = self._traced_forward(input)
+                if result is not None:
+                    return result
             if is_served(input):
                 cached = self.__dict__.get("_cached")
                 if cached is not None and cached.holds(self._modules):
@@ -278,6 +285,50 @@ class ReluMLP(Scriptable):
                 if run is not None:
                     checks.check_chain(input, run.weights, run.biases)
             return super().forward(input)
+
+    def _traced_forward(self, input: Tensor) -> Tensor | None:
+        """What `torch.compile` reads first; None where `forward` has to look closer.
+
+        Whatever is read here is compared again in every call of the compiled function, and to
+        compare what `forward` reads takes as long as a small network. So the children are read
+        as their own forward would read them, and the rest is asked once, when a graph is made.
+        """
+        activation = self._activation_in_a_graph(_thread.backend)
+        weights: list[Tensor] = []
+        biases: list[Tensor] = []
+        for child in self:
+            if child.forward is None:  # never; but read, so that another one will be noticed
+                return None
+            if type(child) is Linear:
+                weights.append(child.weight)
+                if child.bias is not None:
+                    biases.append(child.bias)
+            elif type(child) not in (ReLU, Sigmoid, Tanh):
+                return None
+        if (
+            activation is None
+            or type(input) is not torch.Tensor
+            or input.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+            or len(biases) not in (0, len(weights))
+        ):
+            return None
+        for tensor in (input, *weights, *biases):
+            if type(tensor) not in (torch.Tensor, Parameter) or tensor.layout is not torch.strided:
+                return None
+        return _operator(input, weights, biases, activation)
+
+    @torch.compiler.assume_constant_result
+    def _activation_in_a_graph(self, name: str) -> str | None:
+        """The output activation, if under that backend the operator serves all children."""
+        run = None if _are_all_patched() else self._find_whole_run()
+        if run is None or torch.onnx.is_in_onnx_export():
+            return None
+        try:
+            with backend(name):  # type: ignore[arg-type]
+                is_served = implementation_for(run.weights[0]) is extension
+        except RuntimeError:  # `forward` will say why
+            return None
+        return run.activation if is_served else None
 
     def _find_runs(self) -> list[tuple[int, Run]]:
         run = None if _are_all_patched() else self._find_whole_run()

@@ -117,7 +117,6 @@ class Extension:
 
 
 extension = Extension()
-_NAMES = ("extension", "reference")
 
 BACKENDS = ("auto", "extension", "reference")
 
@@ -212,7 +211,10 @@ def implementation_for(x: Tensor) -> Implementation:
 @contextmanager
 def using(implementation: Implementation) -> Iterator[None]:
     """`backend` with the name of an implementation, for a call through the dispatcher."""
-    outer, _thread.backend = _thread.backend, _NAMES[implementation is reference]
+    outer, _thread.backend = (
+        _thread.backend,
+        "reference" if implementation is reference else "extension",
+    )
     try:
         yield
     finally:

@@ -252,3 +252,77 @@ def test_a_second_derivative_is_refused_by_pytorch_or_right(backend):
     (by_x,) = torch.autograd.grad(compiled(x).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
         by_x.square().sum().backward()
+
+
+def replace_the_output_activation(net):
+    net[3] = nn.Tanh()
+
+
+def replace_a_hidden_activation(net):
+    net[1] = nn.Tanh()
+
+
+def replace_a_layer(net):
+    net[2] = nn.Linear(4, 2)
+    integers_(net)
+    net[2].bias.data += 1
+
+
+def call_something_else(net):
+    net[1].forward = lambda x: -x
+
+
+def parametrize(net):
+    class Double(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    nn.utils.parametrize.register_parametrization(net[0], "weight", Double())
+
+
+CHANGES = {
+    "output activation": replace_the_output_activation,
+    "hidden activation": replace_a_hidden_activation,
+    "layer": replace_a_layer,
+    "forward": call_something_else,
+    "parametrization": parametrize,
+    "no bias": lambda net: net[0].register_parameter("bias", None),
+    "dtype": lambda net: net.double(),
+    "frozen": lambda net: net.requires_grad_(False),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_after_compiling_is_seen(backend, change):
+    """What the compiled layer does not compare in every call, these changes do not need."""
+    net = relu_mlp.ReluMLP(3, 4, 2, output_activation="relu")
+    integers_(net)
+    x = integers(6, 3, dtype=torch.float32)
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    before = compiled(x)
+    torch.testing.assert_close(before, nn.Sequential.forward(net, x), rtol=0, atol=0)
+    CHANGES[change](net)
+    x = x.to(net[0].weight.dtype)
+    after, expected = compiled(x), nn.Sequential.forward(net, x)
+    torch.testing.assert_close(after, expected, rtol=0, atol=0)
+    assert after.requires_grad == expected.requires_grad
+    if change not in ("dtype", "frozen"):
+        assert not torch.equal(after, before)
+
+
+def test_the_compiled_layer_compares_little(monkeypatch):
+    """Every comparison is made in every call, and three times as many took a tenth of it."""
+    counts = {}
+
+    def count(name, model):
+        def hook(guards):
+            counts[name] = len(guards)
+            return [True] * len(guards)
+
+        torch.compiler.reset()
+        torch.compile(model, backend="eager", options={"guard_filter_fn": hook})(torch.ones(5, 3))
+
+    net, native = twins(3, [4], 2)
+    count("fused", net)
+    count("native", native)
+    assert 0 < counts["fused"] <= 1.5 * counts["native"], counts
