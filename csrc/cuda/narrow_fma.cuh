@@ -1,0 +1,364 @@
+// The narrow regime for float32, on plain FMAs.
+//
+// A block of 256 threads takes a tile of 64 or 32 rows through all layers in
+// shared memory. In each product a thread computes 4 x 4 elements; its place is
+// (thread / 16, thread % 16). Weights are staged once per block, as they lie:
+// both directions read them in 16-byte parts without bank conflicts.
+//
+// The limit is arithmetic: a layer of 64 x 64 takes 4096 FMAs a row forwards
+// and 8192 or, recomputing, 12288 backwards, of which a multiprocessor does 128
+// a cycle. 2^20 rows of 64 -> 64 -> 64 -> 64 take 435 us forwards on an H200 at
+// 1.755 GHz; memory traffic would take 112 us. Each group of 64 FMAs of a
+// thread comes with 8 reads of 16 bytes, so shared memory is at three
+// quarters of its rate. These are predictions; nothing of it has been measured.
+#pragma once
+
+#include "narrow_sum.cuh"
+
+namespace relu_mlp::cuda {
+
+// A matrix in shared memory.
+struct Tile {
+  float* data;
+  int columns, stride;
+
+  RELU_MLP_DEVICE float& at(int row, int column) const {
+    return data[row * stride + column];
+  }
+  RELU_MLP_DEVICE Float4 four(int row, int column) const {
+    return *reinterpret_cast<const Float4*>(&at(row, column));
+  }
+};
+
+RELU_MLP_DEVICE Tile tile(unsigned char* shared, int offset, int columns) {
+  return {
+      reinterpret_cast<float*>(shared + offset), columns, fma_stride(columns)};
+}
+
+// `count` rows from `row` on, by all threads of the block. Rows beyond the last
+// are zeros, and so are columns up to a multiple of 4.
+RELU_MLP_DEVICE void load_tile(
+    const Matrix<const float>& m,
+    int64_t row,
+    int count,
+    const Tile& to) {
+  const int columns = round_up(to.columns, 4);
+  for (int n = thread_index(); n < count * columns; n += block_size()) {
+    const int i = n / columns, j = n % columns;
+    to.at(i, j) =
+        row + i < m.rows && j < to.columns ? element(m, row + i, j) : 0.0f;
+  }
+}
+
+// Weights, with rows up to a multiple of 4, and the bias.
+RELU_MLP_DEVICE void stage_layer(
+    const Narrow<float>& network,
+    int l,
+    unsigned char* shared,
+    const NarrowLayout& layout,
+    bool with_bias) {
+  const int in = network.widths[l], out = network.widths[l + 1];
+  load_tile(
+      {network.weights[l], out, in, in, 1}, 0, round_up(out, 4),
+      tile(shared, layout.weights[l], in));
+  float* const bias = reinterpret_cast<float*>(shared + layout.biases[l]);
+  for (int n = thread_index(); with_bias && n < round_up(out, 4);
+       n += block_size()) {
+    bias[n] = network.biases[l] && n < out ? network.biases[l][n] : 0.0f;
+  }
+}
+
+// Calls f(row, column, z) for the elements of z = a W^T + b that are the
+// thread's, with z = 0 in the columns up to a multiple of 4.
+template <typename F>
+RELU_MLP_DEVICE void for_each_pre_activation(
+    const Tile& a,
+    int rows,
+    const Tile& weight,
+    int out,
+    const float* bias,
+    const F& f) {
+  const int ty = thread_index() / 16, tx = thread_index() % 16;
+  RELU_MLP_NO_UNROLL
+  for (int n = tx; n < round_up(out, 4); n += 64) {
+    float c[4][4] = {};
+    RELU_MLP_NO_UNROLL
+    for (int k = 0; k < a.columns; k += 4) {
+      Float4 left[4], right[4];
+      RELU_MLP_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        // Beyond the end the last row again, for a result that nobody takes.
+        const int row = ty + 16 * i, column = n + 16 * i;
+        left[i] = a.four(row < rows ? row : rows - 1, k);
+        right[i] = weight.four(column < out ? column : out - 1, k);
+      }
+      RELU_MLP_UNROLL
+      for (int e = 0; e < 16; ++e) {
+        RELU_MLP_UNROLL
+        for (int u = 0; u < 4; ++u) {
+          c[e / 4][e % 4] =
+              fmaf(left[e / 4].v[u], right[e % 4].v[u], c[e / 4][e % 4]);
+        }
+      }
+    }
+    RELU_MLP_UNROLL
+    for (int e = 0; e < 16; ++e) {
+      const int row = ty + 16 * (e / 4), column = n + 16 * (e % 4);
+      if (row < rows && column < round_up(out, 4)) {
+        f(row, column, column < out ? c[e / 4][e % 4] + bias[column] : 0.0f);
+      }
+    }
+  }
+}
+
+// The forward pass of a network of any widths.
+RELU_MLP_KERNEL void RELU_MLP_BOUNDS(narrow_threads, residents_32_bit)
+    fma_forward(RELU_MLP_PARAMETER ForwardParameters<float> p) {
+  unsigned char* const shared = shared_memory();
+  const Narrow<float>& network = p.network;
+  const int layers = network.layers, tile_rows = p.tile_rows;
+  const int64_t rows = p.pass.x.rows;
+  for (int l = 0; l < layers; ++l) {
+    stage_layer(network, l, shared, p.layout, true);
+  }
+  RELU_MLP_NO_UNROLL
+  for (int64_t first = int64_t(block_index()) * tile_rows; first < rows;
+       first += int64_t(grid_size()) * tile_rows) {
+    load_tile(
+        p.pass.x, first, tile_rows,
+        tile(shared, p.layout.deltas[0], network.widths[0]));
+    RELU_MLP_NO_UNROLL
+    for (int l = 0; l < layers; ++l) {
+      sync(); // the tile of a_l is there; that of a_{l-1} may be overwritten
+      const int in = network.widths[l], out = network.widths[l + 1];
+      const bool is_last = l == layers - 1;
+      const Tile to = tile(shared, p.layout.deltas[(l + 1) % 2], out);
+      float* const memory = is_last ? p.pass.y : p.pass.hidden[l];
+      for_each_pre_activation(
+          tile(shared, p.layout.deltas[l % 2], in), tile_rows,
+          tile(shared, p.layout.weights[l], in), out,
+          reinterpret_cast<const float*>(shared + p.layout.biases[l]),
+          [&](int row, int column, float z) {
+            float a[1] = {z};
+            activate(is_last ? network.output_activation : Activation::relu, a);
+            if (!is_last) {
+              to.at(row, column) = a[0];
+            }
+            if (memory && first + row < rows && column < out) {
+              memory[(first + row) * out + column] = a[0];
+            }
+          });
+    }
+    sync();
+  }
+}
+
+// One thread's view of its block's work; `first` is the first row of the tile.
+struct FmaBackward {
+  const BackwardParameters<float>& p;
+  unsigned char* shared;
+  int64_t first;
+
+  RELU_MLP_DEVICE int width(int l) const {
+    return p.network.widths[l];
+  }
+  RELU_MLP_DEVICE Tile input(int l) const {
+    return tile(shared, p.layout.inputs[l], width(l));
+  }
+  RELU_MLP_DEVICE Tile weight(int l) const {
+    return tile(shared, p.layout.weights[l], width(l));
+  }
+  RELU_MLP_DEVICE Tile delta(int l) const {
+    return tile(shared, p.layout.deltas[l % 2], width(l + 1));
+  }
+  RELU_MLP_DEVICE const float* bias(int l) const {
+    return reinterpret_cast<const float*>(shared + p.layout.biases[l]);
+  }
+
+  // The operands a_0 ... a_{L-1} into their tiles, as far as they are needed.
+  RELU_MLP_DEVICE void put_inputs() const {
+    if (p.recompute || (p.pass.grad_weights[0] && p.lowest == 0)) {
+      load_tile(p.pass.x, first, p.tile_rows, input(0));
+    }
+    RELU_MLP_NO_UNROLL
+    for (int l = 1; l < p.network.layers; ++l) {
+      const Tile to = input(l);
+      if (p.recompute) {
+        sync();
+        for_each_pre_activation(
+            input(l - 1), p.tile_rows, weight(l - 1), width(l), bias(l - 1),
+            [&](int row, int column, float z) {
+              to.at(row, column) = first + row < p.rows ? relu(z) : 0.0f;
+            });
+      } else if (l >= p.lowest && p.pass.hidden[l - 1]) {
+        load_tile(
+            {p.pass.hidden[l - 1], p.rows, width(l), width(l), 1}, first,
+            p.tile_rows, to);
+      }
+    }
+  }
+
+  // One element of the last layer's delta, from the gradient at y, or from the
+  // target, whose error is added to `squares`.
+  RELU_MLP_DEVICE void put_last_delta(
+      int row,
+      int column,
+      const float (&y)[1],
+      double& squares) const {
+    const int l = p.network.layers - 1, columns = width(l + 1);
+    const int64_t i = first + row;
+    float grad[1] = {};
+    if (i < p.rows && column < columns) {
+      if (p.pass.squares) {
+        const float error = y[0] - p.pass.target[i * columns + column];
+        squares += static_cast<double>(error) * static_cast<double>(error);
+        grad[0] = static_cast<float>(2 * p.pass.loss_scale) * error;
+      } else {
+        grad[0] = element(p.pass.grad_output, i, column);
+      }
+      times_derivative(p.network.output_activation, grad, y);
+    }
+    delta(l).at(row, column) = grad[0];
+  }
+  RELU_MLP_DEVICE void put_last_delta(double& squares) const {
+    const int l = p.network.layers - 1, columns = width(l + 1);
+    if (p.recompute_y) {
+      sync();
+      for_each_pre_activation(
+          input(l), p.tile_rows, weight(l), columns, bias(l),
+          [&](int row, int column, float z) {
+            float y[1] = {z};
+            activate(p.network.output_activation, y);
+            put_last_delta(row, column, y, squares);
+          });
+      return;
+    }
+    const int padded = round_up(columns, 4);
+    for (int n = thread_index(); n < p.tile_rows * padded; n += block_size()) {
+      const int row = n / padded, column = n % padded;
+      const bool is_inside = first + row < p.rows && column < columns;
+      const float y[1] = {
+          p.pass.y && is_inside ? p.pass.y[(first + row) * columns + column]
+                                : 0.0f};
+      put_last_delta(row, column, y, squares);
+    }
+  }
+
+  // Adds delta^T a and the column sums of delta over the tile to the sums of
+  // layer l.
+  RELU_MLP_DEVICE void add_gradients(int l) const {
+    const Tile left = delta(l), right = input(l);
+    const int out = left.columns, in = right.columns;
+    const int across = round_up(in, 4);
+    float* const sums = reinterpret_cast<float*>(shared + p.layout.sums[l]);
+    if (p.pass.grad_weights[l]) {
+      const int ty = thread_index() / 16, tx = thread_index() % 16;
+      for (int o = 4 * ty; o < out; o += 64) {
+        for (int i = 4 * tx; i < in; i += 64) {
+          float c[4][4] = {};
+          RELU_MLP_NO_UNROLL
+          for (int row = 0; row < p.tile_rows; ++row) {
+            const Float4 d = left.four(row, o), a = right.four(row, i);
+            RELU_MLP_UNROLL
+            for (int e = 0; e < 16; ++e) {
+              c[e / 4][e % 4] = fmaf(d.v[e / 4], a.v[e % 4], c[e / 4][e % 4]);
+            }
+          }
+          RELU_MLP_UNROLL
+          for (int u = 0; u < 4; ++u) {
+            add(sums + (o + u) * across + i, c[u]);
+          }
+        }
+      }
+    }
+    if (p.pass.grad_biases[l] && thread_index() < out) {
+      float sum = 0.0f;
+      for (int row = 0; row < p.tile_rows; ++row) {
+        sum += left.at(row, thread_index());
+      }
+      sums[round_up(out, 4) * across + thread_index()] += sum;
+    }
+  }
+
+  // delta_{l-1} from delta_l, into its tile; below the first layer the
+  // gradient of x, into memory.
+  RELU_MLP_DEVICE void carry(int l) const {
+    const Tile from = delta(l), w = weight(l), a = input(l);
+    const Tile to = tile(shared, p.layout.deltas[(l + 1) % 2], a.columns);
+    const int ty = thread_index() / 16, tx = thread_index() % 16;
+    const int in = a.columns;
+    RELU_MLP_NO_UNROLL
+    for (int n = 4 * tx; n < in; n += 64) {
+      float c[4][4] = {};
+      RELU_MLP_NO_UNROLL
+      for (int k = 0; k < from.columns; k += 4) {
+        Float4 left[4], right[4];
+        RELU_MLP_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const int row = ty + 16 * i;
+          left[i] = from.four(row < p.tile_rows ? row : 0, k);
+          right[i] = w.four(k + i, n);
+        }
+        RELU_MLP_UNROLL
+        for (int e = 0; e < 16; ++e) {
+          RELU_MLP_UNROLL
+          for (int u = 0; u < 4; ++u) {
+            c[e / 4][e % 4] =
+                fmaf(left[e / 4].v[u], right[u].v[e % 4], c[e / 4][e % 4]);
+          }
+        }
+      }
+      RELU_MLP_UNROLL
+      for (int e = 0; e < 16; ++e) {
+        const int row = ty + 16 * (e / 4), column = n + e % 4;
+        if (row >= p.tile_rows) {
+          continue;
+        }
+        if (l > 0) {
+          // Zero in the padding too: it is zero in a.
+          to.at(row, column) =
+              a.at(row, column) <= 0.0f || first + row >= p.rows
+              ? 0.0f
+              : c[e / 4][e % 4];
+        } else if (first + row < p.rows && column < in) {
+          p.pass.grad_x[(first + row) * in + column] = c[e / 4][e % 4];
+        }
+      }
+    }
+  }
+
+  RELU_MLP_DEVICE void run_tile(double& squares) const {
+    put_inputs();
+    put_last_delta(squares);
+    RELU_MLP_NO_UNROLL
+    for (int l = p.network.layers - 1; l >= p.lowest; --l) {
+      sync(); // the tiles of delta_l, and of a_{l-1}, are there
+      add_gradients(l);
+      if (is_carried_through(p, l)) {
+        carry(l);
+      }
+    }
+    sync(); // the tiles may be written again
+  }
+};
+
+RELU_MLP_KERNEL void RELU_MLP_BOUNDS(narrow_threads, residents_32_bit)
+    fma_backward(RELU_MLP_PARAMETER BackwardParameters<float> p) {
+  FmaBackward work{p, shared_memory(), 0};
+  for (int l = p.recompute ? 0 : p.lowest; l < p.network.layers; ++l) {
+    if (p.recompute || is_carried_through(p, l)) {
+      stage_layer(p.network, l, work.shared, p.layout, p.recompute);
+    }
+  }
+  clear_sums(p, work.shared);
+  sync();
+  double squares = 0;
+  RELU_MLP_NO_UNROLL
+  for (work.first = int64_t(block_index()) * p.tile_rows; work.first < p.rows;
+       work.first += int64_t(grid_size()) * p.tile_rows) {
+    work.run_tile(squares);
+  }
+  write_sums(p, work.shared, squares);
+}
+
+} // namespace relu_mlp::cuda

@@ -1,0 +1,350 @@
+// The backward pass of the narrow regime for bfloat16 and float16.
+//
+// A block takes a tile of rows, 16 for each warp, at a time. A warp puts what
+// the layers were applied to into shared memory, read from memory or computed
+// again from x, and carries delta down through its rows. For each layer all
+// warps meet, and share among them the product delta^T a over the whole
+// tile, which is added to float32 sums in shared memory. At its end a block
+// writes its sums to the workspace, and narrow_sum.cuh adds up the blocks'.
+//
+// From x, grad_output and the weights alone the pass reads
+// 2 (widths[0] + widths[L]) bytes a row, and writes 2 widths[0] if the gradient
+// of x is wanted: 256 and 128 for 64 -> 64 -> 64 -> 64, 84 us for 2^20 rows at
+// 4.8 TB/s. But what limits it is shared memory, at 128 bytes a cycle. For a
+// layer of 64 x 64 and 16 rows a warp reads 8 KB of weights going forwards and
+// 8 KB going back, writes and reads 4 KB of activations and deltas, and the
+// products for the sums read 12 KB and add up 4 KB: about 36 KB, 18 cycles a
+// row. Three layers on 132 multiprocessors at 1.755 GHz come to 245 us for
+// 2^20 rows. These are predictions; nothing of it has been measured.
+#pragma once
+
+#include "narrow_mma.cuh"
+#include "narrow_sum.cuh"
+
+namespace relu_mlp::cuda {
+
+// One thread's view of its block's work. `row` counts the rows of the batch
+// from the first one of the warp in the present tile.
+template <typename T, int Groups, int Tiles>
+struct MmaBackward {
+  static constexpr bool is_bf16 = is_bfloat16<T>;
+  using WarpRows = Rows<Groups, Tiles>;
+
+  const BackwardParameters<T>& p;
+  unsigned char* shared;
+  int g, t;
+  int first; // the warp's first row within the tile
+  int64_t row;
+
+  RELU_MLP_DEVICE int width(int l) const {
+    return p.network.widths[l];
+  }
+  RELU_MLP_DEVICE const float* bias(int l) const {
+    return reinterpret_cast<const float*>(shared + p.layout.biases[l]);
+  }
+  RELU_MLP_DEVICE int64_t row_of(int m, int half) const {
+    return row + 16 * m + 8 * half + g;
+  }
+  // The lane's chunk in a tile in shared memory.
+  RELU_MLP_DEVICE unsigned char* place(
+      int tile,
+      int groups,
+      int m,
+      int half,
+      int q) const {
+    return shared + tile +
+        chunk_offset(first + 16 * m + 8 * half + g, 4 * q + t, groups);
+  }
+
+  // Puts the lane's part of a matrix into its tile. Rows beyond the last are
+  // zeros there, so that they add nothing to a sum whatever the weights are.
+  RELU_MLP_DEVICE void put(
+      int tile,
+      int groups,
+      int m,
+      int half,
+      int q,
+      const Vector16& chunk) const {
+    store16(
+        place(tile, groups, m, half, q),
+        row_of(m, half) < p.rows ? chunk : Vector16{});
+  }
+  RELU_MLP_DEVICE void put(int tile, int columns, const WarpRows& rows) const {
+    const int groups = groups_of(columns);
+    for_each_chunk<Groups, Tiles>(groups, [&](int m, int half, int q) {
+      put(tile, groups, m, half, q, rows.get(m, half, q));
+    });
+  }
+  // What the lane itself has put there.
+  RELU_MLP_DEVICE WarpRows get(int tile, int columns) const {
+    const int groups = groups_of(columns);
+    WarpRows rows;
+    for_each_chunk<Groups, Tiles>(groups, [&](int m, int half, int q) {
+      rows.set(m, half, q, load16(place(tile, groups, m, half, q)));
+    });
+    return rows;
+  }
+
+  RELU_MLP_DEVICE void stage_weights() const {
+    RELU_MLP_NO_UNROLL
+    for (int l = 0; l < p.network.layers; ++l) {
+      const T* const weight = p.network.weights[l];
+      const int in = width(l), out = width(l + 1);
+      if (p.recompute) {
+        stage(contiguous_view(weight, out, in), shared + p.layout.weights[l]);
+        stage_bias(
+            p.network.biases[l], out,
+            reinterpret_cast<float*>(shared + p.layout.biases[l]));
+      }
+      if (is_carried_through(p, l) && l >= p.lowest) {
+        stage(
+            view(Matrix<const T>{weight, in, out, 1, in}, out),
+            shared + p.layout.transposed[l]);
+      }
+    }
+  }
+
+  // The operands a_0 ... a_{L-1} into their tiles, as far as they are needed.
+  // Returns a_{L-1} if all were computed from x.
+  RELU_MLP_DEVICE WarpRows put_inputs() const {
+    const int layers = p.network.layers;
+    WarpRows a{};
+    if (p.recompute || (p.pass.grad_weights[0] && p.lowest == 0)) {
+      a = load_rows<Groups, Tiles>(view(p.pass.x, width(0)), row);
+      put(p.layout.inputs[0], width(0), a);
+    }
+    RELU_MLP_NO_UNROLL
+    for (int l = 1; l < layers; ++l) {
+      if (p.recompute) {
+        a = hidden_layer<is_bf16>(
+            a, width(l - 1), width(l), shared + p.layout.weights[l - 1],
+            bias(l - 1));
+      } else if (l >= p.lowest && p.pass.hidden[l - 1]) {
+        a = load_rows<Groups, Tiles>(
+            contiguous_view(p.pass.hidden[l - 1], p.rows, width(l)),
+            row);
+      } else {
+        continue;
+      }
+      put(p.layout.inputs[l], width(l), a);
+    }
+    return a;
+  }
+
+  // 8 elements of y, rounded to T, or zeros where it is not needed.
+  RELU_MLP_DEVICE void get_y(
+      const WarpRows& a,
+      int q,
+      float (&y)[Tiles][2][8]) const {
+    const int l = p.network.layers - 1, columns = width(l + 1);
+    const int column = group_width * q + chunk_width * t;
+    if (p.recompute_y) {
+      pre_activations<is_bf16>(
+          a, width(l), columns, shared + p.layout.weights[l], bias(l), q, y);
+    }
+    const View16 given = contiguous_view(
+        p.pass.y, p.recompute_y || !p.pass.y ? 0 : p.rows, columns);
+    RELU_MLP_UNROLL
+    for (int m = 0; m < Tiles; ++m) {
+      RELU_MLP_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        Vector16 chunk;
+        if (p.recompute_y) {
+          activate(p.network.output_activation, y[m][half]);
+          chunk = pack_chunk<is_bf16>(y[m][half]);
+        } else {
+          chunk = load_chunk(given, row_of(m, half), column);
+        }
+        unpack_chunk<is_bf16>(chunk, y[m][half]);
+      }
+    }
+  }
+
+  // delta of the last layer for one chunk, from the gradient at y, or from the
+  // target, whose error is added to `squares`.
+  RELU_MLP_DEVICE Vector16 last_delta(
+      const View16& source,
+      int64_t row,
+      int column,
+      const float (&y)[8],
+      double& squares) const {
+    float delta[8];
+    unpack_chunk<is_bf16>(load_chunk(source, row, column), delta);
+    const float scale = static_cast<float>(2 * p.pass.loss_scale);
+    if (p.pass.squares) {
+      RELU_MLP_UNROLL
+      for (int i = 0; i < chunk_width; ++i) {
+        const bool is_inside = row < source.rows && column + i < source.columns;
+        const float error = is_inside ? y[i] - delta[i] : 0.0f;
+        squares += static_cast<double>(error) * static_cast<double>(error);
+        delta[i] = scale * error;
+      }
+    }
+    times_derivative(p.network.output_activation, delta, y);
+    return pack_chunk<is_bf16>(delta);
+  }
+
+  RELU_MLP_DEVICE WarpRows
+  put_last_delta(const WarpRows& a, double& squares) const {
+    const int l = p.network.layers - 1, columns = width(l + 1);
+    const int groups = groups_of(columns), tile = p.layout.deltas[l % 2];
+    const View16 source = p.pass.squares
+        ? contiguous_view(p.pass.target, p.rows, columns)
+        : view(p.pass.grad_output, columns);
+    RELU_MLP_NO_UNROLL
+    for (int q = 0; q < groups; ++q) {
+      float y[Tiles][2][8];
+      get_y(a, q, y);
+      RELU_MLP_UNROLL
+      for (int m = 0; m < Tiles; ++m) {
+        RELU_MLP_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          put(tile, groups, m, half, q,
+              last_delta(
+                  source, row_of(m, half), group_width * q + chunk_width * t,
+                  y[m][half], squares));
+        }
+      }
+    }
+    return get(tile, columns);
+  }
+
+  // Adds delta^T a and the column sums of delta over the block's tile to the
+  // sums of layer l. A warp takes 16 rows and 32 columns of the gradient at a
+  // time. The column sums are a product with ones.
+  RELU_MLP_DEVICE void add_gradients(int l) const {
+    const int lane = lane_index(), warps = block_size() / warp_size;
+    const int tile_rows = 16 * Tiles * warps;
+    const int groups_in = groups_of(width(l));
+    const int groups_out = groups_of(width(l + 1));
+    const bool has_weight = p.pass.grad_weights[l];
+    const bool has_bias = p.pass.grad_biases[l];
+    // Where the lane's row of load_transposed's four matrices starts. They
+    // are, of delta, the upper and lower 8 rows at the left, then at the right
+    // half of the operand; of a, the upper and lower 8 rows of two tiles.
+    const int left_row = lane % 8 + 8 * (lane / 16);
+    const int right_row = lane % 8 + 8 * (lane / 8 % 2);
+    const unsigned char* const delta = shared + p.layout.deltas[l % 2];
+    const unsigned char* const a = shared + p.layout.inputs[l];
+    const uint32_t ones = pack<is_bf16>(1.0f, 1.0f);
+    const int units = (width(l + 1) + 15) / 16 * groups_in;
+    RELU_MLP_NO_UNROLL
+    for (int unit = warp_index(); unit < units; unit += warps) {
+      const int down = unit / groups_in, q = unit % groups_in;
+      float weight_sums[4][4] = {}, bias_sums[4] = {};
+      // Swapped chunks are the same ones 16 rows on.
+      const unsigned char* const first =
+          delta + chunk_offset(left_row, 2 * down + lane / 8 % 2, groups_out);
+      const unsigned char* const firsts[2] = {
+          a + chunk_offset(right_row, 4 * q + lane / 16, groups_in),
+          a + chunk_offset(right_row, 4 * q + 2 + lane / 16, groups_in)};
+      RELU_MLP_UNROLL_TWICE
+      for (int k = 0; k < tile_rows; k += 16) {
+        uint32_t left[4], right[4];
+        load_transposed(left, first + row_offset(k, groups_out));
+        if (has_weight) {
+          RELU_MLP_UNROLL
+          for (int pair = 0; pair < 2; ++pair) {
+            load_transposed(right, firsts[pair] + row_offset(k, groups_in));
+            mma<is_bf16>(weight_sums[2 * pair], left, right[0], right[1]);
+            mma<is_bf16>(weight_sums[2 * pair + 1], left, right[2], right[3]);
+          }
+        }
+        if (has_bias && q == 0) {
+          mma<is_bf16>(bias_sums, left, ones, ones);
+        }
+      }
+      const int across = sum_tiles_across(width(l));
+      float* const sums =
+          reinterpret_cast<float*>(shared + p.layout.sums[l]) +
+          down * across * tile_floats + 4 * lane;
+      if (has_weight) {
+        RELU_MLP_UNROLL
+        for (int j = 0; j < 4; ++j) {
+          add(sums + (4 * q + j) * tile_floats, weight_sums[j]);
+        }
+      }
+      if (has_bias && q == 0) {
+        add(sums + (across - 1) * tile_floats, bias_sums);
+      }
+    }
+  }
+
+  // delta_{l-1} from delta_l, into its tile; below the first layer the
+  // gradient of x, into memory.
+  RELU_MLP_DEVICE WarpRows carry(int l, const WarpRows& delta) const {
+    const int columns = width(l), groups = groups_of(columns);
+    const int tile = p.layout.deltas[(l + 1) % 2];
+    RELU_MLP_NO_UNROLL
+    for (int q = 0; q < groups; ++q) {
+      float values[Tiles][2][8];
+      product<is_bf16>(
+          delta, groups_of(width(l + 1)), shared + p.layout.transposed[l], q,
+          values);
+      RELU_MLP_UNROLL
+      for (int m = 0; m < Tiles; ++m) {
+        RELU_MLP_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          if (l == 0) {
+            store_chunk(
+                p.pass.grad_x, p.rows, columns, row_of(m, half),
+                group_width * q + chunk_width * t,
+                pack_chunk<is_bf16>(values[m][half]));
+            continue;
+          }
+          const Vector16 a =
+              load16(place(p.layout.inputs[l], groups, m, half, q));
+          Vector16 chunk = pack_chunk<is_bf16>(values[m][half]);
+          RELU_MLP_UNROLL
+          for (int i = 0; i < 4; ++i) {
+            chunk.word[i] = select_positive<is_bf16>(chunk.word[i], a.word[i]);
+          }
+          put(tile, groups, m, half, q, chunk);
+        }
+      }
+    }
+    return l == 0 ? delta : get(tile, columns);
+  }
+
+  // All layers for the block's present tile. Deltas lie in two tiles by turns,
+  // so that one barrier for each layer is enough.
+  RELU_MLP_DEVICE void run_tile(double& squares) const {
+    const WarpRows a = put_inputs();
+    WarpRows delta = put_last_delta(a, squares);
+    RELU_MLP_NO_UNROLL
+    for (int l = p.network.layers - 1; l >= p.lowest; --l) {
+      sync(); // the tiles of delta_l, and of a_{l-1}, are there
+      if (p.pass.grad_weights[l] || p.pass.grad_biases[l]) {
+        add_gradients(l);
+      }
+      if (is_carried_through(p, l)) {
+        delta = carry(l, delta);
+      }
+    }
+    sync(); // the tiles may be written again
+  }
+};
+
+template <typename T, int Groups, int Tiles>
+RELU_MLP_KERNEL void RELU_MLP_BOUNDS(
+    narrow_threads,
+    residents_16_bit(true, group_width * Groups))
+    mma_backward(RELU_MLP_PARAMETER BackwardParameters<T> p) {
+  const int warps = block_size() / warp_size, lane = lane_index();
+  MmaBackward<T, Groups, Tiles> work{
+      p, shared_memory(), lane / 4, lane % 4, 16 * Tiles * warp_index(), 0};
+  work.stage_weights();
+  clear_sums(p, work.shared);
+  sync();
+  const int tile_rows = 16 * Tiles * warps;
+  double squares = 0;
+  RELU_MLP_NO_UNROLL
+  for (int64_t tile = block_index(); tile * tile_rows < p.rows;
+       tile += grid_size()) {
+    work.row = tile * tile_rows + work.first;
+    work.run_tile(squares);
+  }
+  write_sums(p, work.shared, squares);
+}
+
+} // namespace relu_mlp::cuda

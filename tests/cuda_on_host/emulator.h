@@ -1,0 +1,267 @@
+// The CUDA machine on the host: the other form of csrc/cuda/machine.h.
+//
+// A block's threads are fibers of one processor thread. A fiber runs until it
+// comes to a barrier or to something that a warp does together; the fibers
+// take turns in an order that is shuffled anew each time, so that a barrier
+// that is missing shows as a wrong result under some seed. Blocks run one
+// after the other, in a shuffled order too. Device memory is host memory.
+// Shared memory starts as NaNs and has guards around it. It is checked that no
+// thread leaves while others wait, that a warp's threads meet in the same
+// operation, that 16-byte accesses are aligned and that the launch is within
+// the device's limits.
+//
+// Not emulated: blocks that run at the same time, what two threads do to the
+// same memory between two barriers other than one after the other, the order
+// and the rounding of a tensor core's sums, and anything about time. The
+// functions here stand beside those of machine.h, which the host never runs.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <stdexcept>
+#include <string>
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#define RELU_MLP_DEVICE inline
+#define RELU_MLP_KERNEL
+#define RELU_MLP_BOUNDS(...)
+#define RELU_MLP_PARAMETER const
+#define RELU_MLP_UNROLL
+#define RELU_MLP_NO_UNROLL
+#define RELU_MLP_UNROLL_TWICE
+
+namespace relu_mlp::cuda {
+namespace emulator {
+
+// What a test may set before it launches.
+struct Settings {
+  uint64_t seed = 0; // of the orders of threads and blocks
+  Device device{132, 232448, 233472};
+};
+Settings& settings();
+
+// How many kernels have been launched.
+int64_t& launches();
+
+// Where the running thread is.
+struct Place {
+  int thread, block, block_y;
+  int threads, grid;
+  unsigned char* shared;
+};
+const Place& here();
+
+// Runs body() as every thread of every block.
+void run(const Launch& shape, const std::function<void()>& body);
+
+// A barrier of the block.
+void wait_for_block();
+
+// The running thread's part of an operation that its warp does together: when
+// all 32 have come, `operation` gets their arguments in the order of the lanes.
+using Operation = void (*)(void* const* arguments);
+void with_warp(Operation operation, void* argument);
+
+// Ends the launch with an error.
+[[noreturn]] void fail(const std::string& message);
+
+} // namespace emulator
+
+inline Stream current_stream() {
+  return nullptr;
+}
+inline Device device_properties() {
+  return emulator::settings().device;
+}
+inline void set_zero(void* memory, std::size_t bytes, Stream) {
+  std::memset(memory, 0, bytes);
+}
+
+template <typename P>
+void launch(
+    void (*kernel)(P),
+    const Launch& shape,
+    Stream,
+    const P& parameters) {
+  emulator::run(shape, [&] { kernel(parameters); });
+}
+
+inline int thread_index() {
+  return emulator::here().thread;
+}
+inline int block_size() {
+  return emulator::here().threads;
+}
+inline int block_index() {
+  return emulator::here().block;
+}
+inline int block_index_y() {
+  return emulator::here().block_y;
+}
+inline int grid_size() {
+  return emulator::here().grid;
+}
+inline int lane_index() {
+  return thread_index() % warp_size;
+}
+inline int warp_index() {
+  return thread_index() / warp_size;
+}
+
+inline void sync() {
+  emulator::wait_for_block();
+}
+inline void sync_warp() {
+  emulator::with_warp([](void* const*) {}, nullptr);
+}
+
+namespace emulator {
+
+template <typename V>
+struct Shuffle {
+  V given;
+  int source;
+  V received;
+};
+
+template <typename V>
+V shuffle_from(V value, int source) {
+  Shuffle<V> mine{value, source, value};
+  with_warp(
+      [](void* const* arguments) {
+        for (int lane = 0; lane < warp_size; ++lane) {
+          auto* to = static_cast<Shuffle<V>*>(arguments[lane]);
+          to->received =
+              static_cast<Shuffle<V>*>(arguments[to->source])->given;
+        }
+      },
+      &mine);
+  return mine.received;
+}
+
+} // namespace emulator
+
+template <typename V>
+V shuffle(V value, int lane) {
+  return emulator::shuffle_from(value, lane % warp_size);
+}
+template <typename V>
+V shuffle_xor(V value, int mask) {
+  return emulator::shuffle_from(value, lane_index() ^ mask);
+}
+inline uint32_t ballot(bool yes) {
+  struct Vote {
+    bool yes;
+    uint32_t all;
+  } mine{yes, 0};
+  emulator::with_warp(
+      [](void* const* arguments) {
+        uint32_t all = 0;
+        for (int lane = 0; lane < warp_size; ++lane) {
+          all |= uint32_t(static_cast<Vote*>(arguments[lane])->yes) << lane;
+        }
+        for (int lane = 0; lane < warp_size; ++lane) {
+          static_cast<Vote*>(arguments[lane])->all = all;
+        }
+      },
+      &mine);
+  return mine.all;
+}
+
+inline unsigned char* shared_memory() {
+  return emulator::here().shared;
+}
+
+namespace emulator {
+
+inline void check_alignment(const void* address) {
+  if (reinterpret_cast<uintptr_t>(address) % 16 != 0) {
+    fail("a 16-byte access that is not aligned");
+  }
+}
+
+} // namespace emulator
+
+inline Vector16 load16(const void* address) {
+  emulator::check_alignment(address);
+  Vector16 v;
+  std::memcpy(&v, address, 16);
+  return v;
+}
+inline void store16(void* address, const Vector16& v) {
+  emulator::check_alignment(address);
+  std::memcpy(address, &v, 16);
+}
+
+namespace emulator {
+
+struct LoadTransposed {
+  const void* row;
+  uint32_t words[4];
+};
+void load_transposed(void* const* arguments);
+
+// The operands of one lane, by address; see mma() in machine.h.
+struct Mma {
+  float* c;
+  const uint32_t* a;
+  uint32_t b[2];
+};
+template <bool IsBFloat16>
+void mma(void* const* arguments);
+
+} // namespace emulator
+
+inline void load_transposed(uint32_t (&words)[4], const void* row) {
+  emulator::check_alignment(row);
+  emulator::LoadTransposed mine{row, {}};
+  emulator::with_warp(emulator::load_transposed, &mine);
+  std::memcpy(words, mine.words, sizeof(words));
+}
+
+template <bool IsBFloat16>
+void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  emulator::Mma mine{c, a, {b0, b1}};
+  emulator::with_warp(emulator::mma<IsBFloat16>, &mine);
+}
+
+template <bool IsBFloat16>
+using Narrow16 = std::conditional_t<
+    IsBFloat16,
+    torch::headeronly::BFloat16,
+    torch::headeronly::Half>;
+
+template <bool IsBFloat16>
+uint32_t pack(float low, float high) {
+  const Narrow16<IsBFloat16> a(low), b(high);
+  return uint32_t(a.x) | uint32_t(b.x) << 16;
+}
+template <bool IsBFloat16>
+float unpack_low(uint32_t word) {
+  using T = Narrow16<IsBFloat16>;
+  return T(static_cast<unsigned short>(word & 0xffff), T::from_bits());
+}
+template <bool IsBFloat16>
+float unpack_high(uint32_t word) {
+  using T = Narrow16<IsBFloat16>;
+  return T(static_cast<unsigned short>(word >> 16), T::from_bits());
+}
+
+template <bool IsBFloat16>
+uint32_t relu(uint32_t z) {
+  const auto relu = [](float z) { return z <= 0.0f ? 0.0f : z; };
+  return pack<IsBFloat16>(
+      relu(unpack_low<IsBFloat16>(z)), relu(unpack_high<IsBFloat16>(z)));
+}
+template <bool IsBFloat16>
+uint32_t select_positive(uint32_t change, uint32_t a) {
+  return (unpack_low<IsBFloat16>(a) <= 0.0f ? 0 : change & 0x0000ffffu) |
+      (unpack_high<IsBFloat16>(a) <= 0.0f ? 0 : change & 0xffff0000u);
+}
+
+} // namespace relu_mlp::cuda
