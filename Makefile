@@ -13,7 +13,7 @@ OTHERS ?=
 CROSS ?= aarch64-linux-gnu-g++
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench overhead abi cross build dist clean FORCE
+.PHONY: help demo test lint format bench overhead abi cross cuda-check build dist clean FORCE
 .NOTPARALLEL:
 # ninja would look there for a jobserver that nobody passes on to it.
 unexport MAKEFLAGS
@@ -29,7 +29,7 @@ needs = .venv/$(1)
 endif
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## */  make \1 \t/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## */  make \1 \t/p' Makefile | expand -t 20
 	@echo 'Variables: TORCH="$(TORCH)", PYTHON3=$(PYTHON3) makes .venv, ARGS="..." is passed on;'
 	@echo 'PYTHON=/path/to/python uses that environment as it is and installs nothing.'
 
@@ -72,6 +72,10 @@ cross: $(call needs,torch)  ## compile the plain kernels for AArch64 with CROSS,
 	for file in baseline isa strategy avx2 avx512 amx; do \
 	    $(CROSS) -std=c++20 -O3 -Wall -Werror -I$$include -c csrc/cpu/$$file.cpp -o build/$$file.aarch64.o; \
 	done
+
+# MAX_JOBS compilers at once, 2 if it is not set. Nothing runs on a GPU.
+cuda-check: $(call needs,torch)  ## compile the CUDA kernels with nvcc for sm_80, sm_90 and PTX, link and load them; no GPU needed
+	$(PYTHON) tools/cuda_check.py
 
 build: $(call needs,torch)  ## build the extension in place, even if it seems up to date
 	$(PYTHON) setup.py --quiet build_ext --inplace

@@ -4,10 +4,20 @@ RELU_MLP_EXTENSION=1 makes the C++ extension a must, 0 leaves it out. Unset,
 it is built where a C++ compiler is found; without one the package is
 installed in pure Python and says so at its first use. A compiler that is
 there and fails stops the build in every case but 0.
+
+The kernels for CUDA are part of it where PyTorch has CUDA and an nvcc of the
+same major version is found. FORCE_CUDA=1 makes them a must, 0 leaves them out.
+TORCH_CUDA_ARCH_LIST names the architectures; unset, they are those of the GPUs
+that are there, and without one those of DEFAULT_ARCHITECTURES. MAX_JOBS limits the
+compilers that run at once.
 """
 
+from __future__ import annotations
+
 import os
+import re
 import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -21,6 +31,94 @@ Install PyTorch first, then build against it:
 (With build isolation pip hides the installed PyTorch from the build.)"""
 
 
+DEFAULT_ARCHITECTURES = "8.0;9.0+PTX"
+
+#: What every C++ compiler is told, nvcc too.
+FLAGS = [
+    "-O3",
+    "-std=c++20",
+    # The oldest PyTorch whose stable ABI the library asks for: one binary
+    # serves it and every later one.
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
+]
+
+
+def say(line: str) -> None:
+    print(f"relu_mlp: {line}", file=sys.stderr)
+
+
+def why_not_cuda() -> str | None:
+    """The reason not to compile for CUDA, if there is one."""
+    import torch
+    from torch.utils import cpp_extension
+
+    if torch.version.cuda is None:
+        return "this PyTorch has no CUDA"
+    if cpp_extension.CUDA_HOME is None:
+        return "no nvcc was found; CUDA_HOME names the toolkit"
+    nvcc = Path(cpp_extension.CUDA_HOME, "bin", "nvcc")
+    try:
+        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"nvcc does not run: {error}"
+    release = re.search(r"release (\d+)\.\d+", said.stdout)
+    if release is None or release[1] != torch.version.cuda.split(".")[0]:
+        found = release[0] if release else "an unknown release"
+        return f"{nvcc} is {found}, and PyTorch is built for CUDA {torch.version.cuda}"
+    return None
+
+
+def builds_cuda() -> bool:
+    """Whether to compile for CUDA; says so, and stops if it is a must and impossible."""
+    forced = os.environ.get("FORCE_CUDA", "auto")
+    if forced not in ("auto", "0", "1"):
+        sys.exit(f"relu_mlp: FORCE_CUDA must be 0 or 1, got {forced!r}")
+    reason = "FORCE_CUDA=0" if forced == "0" else why_not_cuda()
+    if reason is not None and forced == "1":
+        sys.exit(f"relu_mlp: FORCE_CUDA=1, but CUDA kernels cannot be built: {reason}")
+    if reason is not None:
+        say(f"CUDA: no ({reason})")
+    return reason is None
+
+
+def cuda_architectures() -> list[str]:
+    """As nvcc calls them: sm_80, ..., and compute_90 for PTX."""
+    import torch
+    from torch.utils import cpp_extension
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES)
+    flags = " ".join(cpp_extension._get_cuda_arch_flags())
+    return re.findall(r",code=(\w+)", flags)
+
+
+def cuda_extension(sources: list[str], flags: list[str], **arguments):
+    from torch.utils.cpp_extension import CUDA_HOME, CUDAExtension
+    from torch.version import cuda
+
+    names = cuda_architectures()
+    say(f"CUDA: {cuda}, toolkit {CUDA_HOME}, for {' '.join(names)}")
+    defines = ["-DRELU_MLP_WITH_CUDA", f"-DRELU_MLP_CUDA_ARCHITECTURES={'+'.join(names)}"]
+    extension = CUDAExtension(
+        "relu_mlp._C",
+        sources + [str(path) for path in sorted(Path("csrc/cuda").glob("*.c*")) if is_source(path)],
+        extra_compile_args={"cxx": flags + defines, "nvcc": FLAGS},
+        # libtorch.so brings libtorch_cuda.so where there is one. Its symbols are
+        # weak here, and the CUDA runtime is linked in: so the library loads with a
+        # PyTorch without CUDA, too.
+        extra_link_args=["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-lrt", "-ldl"],
+        **arguments,
+    )
+    absent = {"torch_cuda", "c10_cuda", "cudart"}
+    extension.libraries = [name for name in extension.libraries if name not in absent]
+    extension.libraries.append("cudart_static")
+    return extension
+
+
+def is_source(path: Path) -> bool:
+    return path.suffix in (".cpp", ".cu") and path.name != "plan.cpp"
+
+
 def extension_arguments() -> dict:
     """The arguments of setup() that build relu_mlp/_C.abi3.so."""
     wanted = os.environ.get("RELU_MLP_EXTENSION", "auto")
@@ -32,9 +130,10 @@ def extension_arguments() -> dict:
         return {}
     compiler = os.environ.get("CXX", "c++").split()[0]
     if wanted == "auto" and not any(map(shutil.which, (compiler, "g++", "clang++"))):
-        print("relu_mlp: no C++ compiler found; building without the extension", file=sys.stderr)
+        say("no C++ compiler found; building without the extension")
         return {}
     try:
+        import torch
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError:
         sys.exit(NO_TORCH)
@@ -43,24 +142,21 @@ def extension_arguments() -> dict:
     # is not activated.
     os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
 
-    extension = CppExtension(
-        "relu_mlp._C",
-        # Paths relative to this file, as setuptools wants them in an sdist.
-        sorted(str(path) for path in Path("csrc").rglob("*.cpp")),
-        depends=sorted(str(path) for path in Path("csrc").rglob("*.h")),
-        extra_compile_args={
-            "cxx": [
-                "-O3",
-                "-g0",  # Python's own flags may ask for debug information
-                "-std=c++20",
-                "-fvisibility=hidden",
-                # The oldest PyTorch whose stable ABI the library asks for: one
-                # binary serves it and every later one.
-                "-DTORCH_TARGET_VERSION=0x020b000000000000",
-            ]
-        },
-        py_limited_api=True,
-    )
+    # Paths relative to this file, as setuptools wants them in an sdist. Plans for
+    # CUDA are in every build.
+    sources = [*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").glob("*.cpp"), "csrc/cuda/plan.cpp"]
+    arguments = {
+        "sources": sorted(map(str, sources)),
+        "depends": sorted(str(path) for path in Path("csrc").rglob("*.*h")),
+        "py_limited_api": True,
+    }
+    # Python's own flags may ask for debug information.
+    flags = [*FLAGS, "-g0", "-fvisibility=hidden"]
+    say(f"PyTorch {torch.__version__}, compiler {compiler}, MAX_JOBS {os.environ.get('MAX_JOBS')}")
+    if builds_cuda():
+        extension = cuda_extension(flags=flags, **arguments)
+    else:
+        extension = CppExtension("relu_mlp._C", extra_compile_args={"cxx": flags}, **arguments)
     return {
         "ext_modules": [extension],
         "cmdclass": {"build_ext": BuildExtension},

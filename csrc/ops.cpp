@@ -1,372 +1,21 @@
-// The operators: their schemas, the checks of their arguments, and the way
-// from PyTorch's tensors to the kernels and back. relu_mlp/reference.py makes
-// the same checks, in the same words, where this library is not used.
+// The operators: their schemas, and what serves them on each device.
 
-#include <algorithm>
-
+#include "boxed.h"
 #include "cpu/isa.h"
 #include "cpu/mlp.h"
 #include "cpu/strategy.h"
-#include "stack.h"
-#include "tensor.h"
+#include "cuda/plan.h"
+#ifdef RELU_MLP_WITH_CUDA
+#include <cuda_runtime_api.h>
+
+#include "cuda/mlp.h"
+#endif
 
 namespace relu_mlp {
 namespace {
 
-// A shape as Python prints it.
-std::string shape(const std::vector<int64_t>& sizes) {
-  std::ostringstream text;
-  text << '(';
-  for (std::size_t d = 0; d < sizes.size(); ++d) {
-    text << (d ? ", " : "") << sizes[d];
-  }
-  text << (sizes.size() == 1 ? ",)" : ")");
-  return text.str();
-}
-
-std::string shape(const Tensor& tensor) {
-  return shape({tensor.sizes(), tensor.sizes() + tensor.dim()});
-}
-
-// A dtype's name in Python.
-std::string dtype_name(const Tensor& tensor) {
-  const std::pair<int32_t, const char*> names[] = {
-      {aoti_torch_dtype_float64(), "float64"},
-      {aoti_torch_dtype_float32(), "float32"},
-      {aoti_torch_dtype_bfloat16(), "bfloat16"},
-      {aoti_torch_dtype_float16(), "float16"},
-      {aoti_torch_dtype_int64(), "int64"},
-      {aoti_torch_dtype_int32(), "int32"},
-      {aoti_torch_dtype_int16(), "int16"},
-      {aoti_torch_dtype_int8(), "int8"},
-      {aoti_torch_dtype_uint8(), "uint8"},
-      {aoti_torch_dtype_uint16(), "uint16"},
-      {aoti_torch_dtype_uint32(), "uint32"},
-      {aoti_torch_dtype_uint64(), "uint64"},
-      {aoti_torch_dtype_bool(), "bool"},
-      {aoti_torch_dtype_complex32(), "complex32"},
-      {aoti_torch_dtype_complex64(), "complex64"},
-      {aoti_torch_dtype_complex128(), "complex128"},
-      {aoti_torch_dtype_float8_e5m2(), "float8_e5m2"},
-      {aoti_torch_dtype_float8_e4m3fn(), "float8_e4m3fn"},
-      {aoti_torch_dtype_float8_e5m2fnuz(), "float8_e5m2fnuz"},
-      {aoti_torch_dtype_float8_e4m3fnuz(), "float8_e4m3fnuz"}};
-  for (const auto& [number, name] : names) {
-    if (number == tensor.dtype()) {
-      return name;
-    }
-  }
-  return "another dtype";
-}
-
-template <typename... Name>
-void check_like_x(const Tensor& tensor, const Tensor& x, const Name&... name) {
-  if (tensor.dtype() != x.dtype()) {
-    fail(name..., " must be ", dtype_name(x), " like x, got ",
-         dtype_name(tensor));
-  }
-}
-
-void check_layers(
-    const Tensor& x,
-    const std::vector<Tensor>& weights,
-    const std::vector<Tensor>& biases) {
-  if (x.dim() < 1) {
-    fail("x must have at least one dimension, got shape ()");
-  }
-  const int32_t dtype = x.dtype();
-  if (dtype != aoti_torch_dtype_float32() &&
-      dtype != aoti_torch_dtype_float64() &&
-      dtype != aoti_torch_dtype_bfloat16() &&
-      dtype != aoti_torch_dtype_float16()) {
-    fail("x must be float64, float32, bfloat16 or float16, got ",
-         dtype_name(x));
-  }
-  if (weights.empty()) {
-    fail("weights must have at least one entry, got none");
-  }
-  if (!biases.empty() && biases.size() != weights.size()) {
-    fail("biases must have one entry for each of the ", weights.size(),
-         " weights, got ", biases.size());
-  }
-  int64_t features = x.size(x.dim() - 1);
-  for (std::size_t l = 0; l < weights.size(); ++l) {
-    const Tensor& weight = weights[l];
-    if (weight.dim() != 2 || weight.size(1) != features) {
-      fail("weights[", l, "] must have shape (out_features, ", features,
-           ") to follow ", l ? "weights[" + std::to_string(l - 1) + "]" : "x",
-           ", got ", shape(weight));
-    }
-    check_like_x(weight, x, "weights[", l, "]");
-    features = weight.size(0);
-    if (!biases.empty() && biases[l].numel() > 0) {
-      const Tensor& bias = biases[l];
-      if (bias.dim() != 1 || bias.size(0) != features) {
-        fail("biases[", l, "] must have shape (", features, ",), got ",
-             shape(bias));
-      }
-      check_like_x(bias, x, "biases[", l, "]");
-    }
-  }
-}
-
-Activation parse_activation(const std::string& name) {
-  if (name == "none") return Activation::none;
-  if (name == "relu") return Activation::relu;
-  if (name == "sigmoid") return Activation::sigmoid;
-  if (name == "tanh") return Activation::tanh;
-  fail("output_activation must be 'none', 'relu', 'sigmoid' or 'tanh', got '",
-       name, "'");
-}
-
-Loss parse_loss(const std::string& name) {
-  if (name == "sse") return Loss::sse;
-  if (name == "half_sse") return Loss::half_sse;
-  if (name == "mse") return Loss::mse;
-  fail("loss must be 'sse', 'half_sse' or 'mse', got '", name, "'");
-}
-
-cpu::ForwardResult checked_forward(
-    const Tensor& x,
-    const std::vector<Tensor>& weights,
-    const std::vector<Tensor>& biases,
-    const std::string& output_activation,
-    bool save_hidden) {
-  check_layers(x, weights, biases);
-  Tensor holder;
-  cpu::ForwardResult result = cpu::forward(
-      as_matrix(x, holder), weights, biases,
-      parse_activation(output_activation), save_hidden);
-  result.y = with_leading_sizes(std::move(result.y), x);
-  return result;
-}
-
-void forward(StableIValue* stack, uint64_t, uint64_t) {
-  const auto x = take<Tensor>(stack[0]);
-  const auto weights = take<std::vector<Tensor>>(stack[1]);
-  const auto biases = take<std::vector<Tensor>>(stack[2]);
-  const auto output_activation = take<std::string>(stack[3]);
-  const bool save_hidden = take<bool>(stack[4]);
-  cpu::ForwardResult result =
-      checked_forward(x, weights, biases, output_activation, save_hidden);
-  stack[0] = give(std::move(result.y));
-  stack[1] = give(std::move(result.hidden));
-}
-
-// The operator `relu_mlp`; its derivative is registered in Python.
-void differentiable(StableIValue* stack, uint64_t, uint64_t) {
-  const auto x = take<Tensor>(stack[0]);
-  const auto weights = take<std::vector<Tensor>>(stack[1]);
-  const auto biases = take<std::vector<Tensor>>(stack[2]);
-  const auto output_activation = take<std::string>(stack[3]);
-  stack[0] = give(
-      checked_forward(x, weights, biases, output_activation, false).y);
-}
-
-void check_output_like(
-    const char* name,
-    const Tensor& tensor,
-    const Tensor& x,
-    const std::vector<Tensor>& weights) {
-  std::vector<int64_t> expected(x.sizes(), x.sizes() + x.dim());
-  expected.back() = weights.back().size(0);
-  if (!std::equal(expected.begin(), expected.end(), tensor.sizes(),
-                  tensor.sizes() + tensor.dim())) {
-    fail(name, " must have the output's shape ", shape(expected), ", got ",
-         shape(tensor));
-  }
-  check_like_x(tensor, x, name);
-}
-
-void check_operand(
-    const Tensor& tensor,
-    const Tensor& grad_output,
-    int64_t rows,
-    int64_t cols,
-    const char* name,
-    std::size_t l) {
-  if (tensor.dim() != 2 || tensor.size(0) != rows || tensor.size(1) != cols ||
-      tensor.dtype() != grad_output.dtype()) {
-    fail("relu_mlp::backward: ", name, " of layer ", l, " must be ",
-         dtype_name(grad_output), " of shape (", rows, ", ", cols, "), got ",
-         dtype_name(tensor), " of shape ", shape(tensor));
-  }
-}
-
-// The tensors of `saved` at the places where the backward pass looks for them.
-// Only autograd.py calls the operator, with what its Plan kept; the checks keep
-// a mistake there from reading memory that is not ours. The holders keep what
-// had to be made a matrix.
-cpu::Saved unpack(
-    const std::vector<Tensor>& saved,
-    const Tensor& grad_output,
-    Activation output_activation,
-    const Needs& needs,
-    Tensor& x_holder,
-    Tensor& y_holder) {
-  const std::size_t layers = needs.layers(), lowest = needs.lowest_layer();
-  std::size_t next = 0;
-  const auto next_if = [&](bool is_saved) -> const Tensor* {
-    if (!is_saved) {
-      return nullptr;
-    }
-    if (next == saved.size()) {
-      fail("relu_mlp::backward: needs ", needs.flags, " asks for more than the ",
-           saved.size(), " tensors in saved");
-    }
-    return &saved[next++];
-  };
-  const auto next_matrix_if = [&](bool is_saved, Tensor& holder) {
-    const Tensor* tensor = next_if(is_saved);
-    if (tensor && tensor->dim() == 0) {
-      fail("relu_mlp::backward: saved must have no tensor of shape ()");
-    }
-    return tensor ? &as_matrix(*tensor, holder) : nullptr;
-  };
-
-  cpu::Saved result;
-  result.inputs.reserve(layers);
-  result.weights.reserve(layers);
-  result.inputs.push_back(next_matrix_if(needs.weight(0), x_holder));
-  result.y = next_matrix_if(
-      lowest < layers && output_activation != Activation::none, y_holder);
-  for (std::size_t l = 0; l < layers; ++l) {
-    result.weights.push_back(next_if(needs.propagation_through(l)));
-  }
-  for (std::size_t l = 1; l < layers; ++l) {
-    result.inputs.push_back(next_if(l > lowest || needs.weight(l)));
-  }
-  if (next != saved.size()) {
-    fail("relu_mlp::backward: needs ", needs.flags, " asks for ", next,
-         " tensors in saved, got ", saved.size());
-  }
-
-  const int64_t rows = grad_output.size(0);
-  int64_t features = grad_output.size(1);
-  if (result.y) {
-    check_operand(
-        *result.y, grad_output, rows, features, "the output", layers - 1);
-  }
-  for (std::size_t l = layers; l-- > lowest;) {
-    const Tensor *weight = result.weights[l], *input = result.inputs[l];
-    const Tensor* has_width = weight ? weight : input;
-    if (!has_width) {
-      continue;
-    }
-    if (has_width->dim() != 2) {
-      fail("relu_mlp::backward: saved must have matrices, got shape ",
-           shape(*has_width));
-    }
-    const int64_t width = has_width->size(1);
-    if (weight) {
-      check_operand(*weight, grad_output, features, width, "the weight", l);
-    }
-    if (input) {
-      check_operand(*input, grad_output, rows, width, "the input", l);
-    }
-    features = width;
-  }
-  return result;
-}
-
-// What both backward operators check of needs and grad_output.
-void check_backward(
-    const char* name,
-    const std::string& flags,
-    const Tensor& grad_output) {
-  if (flags.size() < 3 || flags.size() % 2 == 0 ||
-      flags.find_first_not_of("01") != std::string::npos) {
-    fail("relu_mlp::", name, ": needs must be 1 + 2 L characters '0' or '1', "
-         "got '", flags, "'");
-  }
-  if (grad_output.dim() < 1) {
-    fail("relu_mlp::", name, ": grad_output must have at least one dimension, "
-         "got shape ()");
-  }
-}
-
-// The gradients that were asked for, that of x in the shape of x.
-StableIValue give_needed(
-    cpu::Gradients gradients,
-    const Needs& needs,
-    const Tensor& grad_output) {
-  if (needs.x()) {
-    gradients[0] = with_leading_sizes(std::move(gradients[0]), grad_output);
-  }
-  std::erase_if(gradients, [](const Tensor& grad) { return !grad.get(); });
-  return give(std::move(gradients));
-}
-
-void backward(StableIValue* stack, uint64_t, uint64_t) {
-  const auto grad_output = take<Tensor>(stack[0]);
-  const auto saved = take<std::vector<Tensor>>(stack[1]);
-  const auto output_activation = take<std::string>(stack[2]);
-  const auto flags = take<std::string>(stack[3]);
-  check_backward("backward", flags, grad_output);
-  const Needs needs{flags};
-  if (needs.lowest_layer() == needs.layers()) {
-    stack[0] = give(std::vector<Tensor>{});
-    return;
-  }
-  const Activation activation = parse_activation(output_activation);
-  Tensor grad_holder, x_holder, y_holder;
-  const Tensor& grad_matrix = as_matrix(grad_output, grad_holder);
-  const cpu::Saved operands =
-      unpack(saved, grad_matrix, activation, needs, x_holder, y_holder);
-  stack[0] = give_needed(
-      cpu::backward(grad_matrix, operands, activation, needs), needs,
-      grad_output);
-}
-
-void recompute_backward(StableIValue* stack, uint64_t, uint64_t) {
-  const auto grad_output = take<Tensor>(stack[0]);
-  const auto x = take<Tensor>(stack[1]);
-  const auto weights = take<std::vector<Tensor>>(stack[2]);
-  const auto biases = take<std::vector<Tensor>>(stack[3]);
-  const auto output_activation = take<std::string>(stack[4]);
-  const auto flags = take<std::string>(stack[5]);
-  check_layers(x, weights, biases);
-  check_backward("recompute_backward", flags, grad_output);
-  const Needs needs{flags};
-  if (needs.layers() != weights.size()) {
-    fail("relu_mlp::recompute_backward: needs must have ",
-         1 + 2 * weights.size(), " characters, got '", flags, "'");
-  }
-  check_output_like("grad_output", grad_output, x, weights);
-  Tensor grad_holder, x_holder;
-  stack[0] = give_needed(
-      cpu::recompute_backward(
-          as_matrix(grad_output, grad_holder), as_matrix(x, x_holder), weights,
-          biases, parse_activation(output_activation), needs),
-      needs, grad_output);
-}
-
-void loss_and_grads(StableIValue* stack, uint64_t, uint64_t) {
-  const auto x = take<Tensor>(stack[0]);
-  const auto target = take<Tensor>(stack[1]);
-  const auto weights = take<std::vector<Tensor>>(stack[2]);
-  const auto biases = take<std::vector<Tensor>>(stack[3]);
-  const auto loss = take<std::string>(stack[4]);
-  const auto output_activation = take<std::string>(stack[5]);
-  check_layers(x, weights, biases);
-  check_output_like("target", target, x, weights);
-
-  Tensor x_holder, target_holder;
-  cpu::LossAndGradients result = cpu::loss_and_grads(
-      as_matrix(x, x_holder), as_matrix(target, target_holder), weights,
-      biases, parse_loss(loss), parse_activation(output_activation));
-
-  std::vector<Tensor>& gradients = result.gradients;
-  gradients.erase(gradients.begin()); // that of x
-  gradients.resize(weights.size() + biases.size());
-  for (Tensor& gradient : gradients) {
-    if (!gradient.get()) {
-      gradient = empty<1>({0}, x);
-    }
-  }
-  stack[0] = give(std::move(result.loss));
-  stack[1] = give(std::move(gradients));
-}
+#define RELU_MLP_TEXT(names) RELU_MLP_TEXT_OF(names)
+#define RELU_MLP_TEXT_OF(names) #names
 
 // What the compiler was told, for relu_mlp.build_info(): lines of "key: value".
 std::string build_info() {
@@ -385,6 +34,11 @@ std::string build_info() {
     text << ' ' << name;
   }
   text << "\ninstruction_set: " << cpu::chosen_instruction_set().name << '\n';
+#ifdef RELU_MLP_WITH_CUDA
+  text << "cuda: " << CUDART_VERSION / 1000 << '.'
+       << CUDART_VERSION % 1000 / 10 << "\ncuda_architectures: "
+       << RELU_MLP_TEXT(RELU_MLP_CUDA_ARCHITECTURES) << '\n';
+#endif
   return text.str();
 }
 
@@ -416,38 +70,85 @@ std::string strategy(
   return text.str();
 }
 
+// The same for a GPU that has these properties: how many multiprocessors, and
+// bytes of shared memory per block and per multiprocessor.
+std::string cuda_plan(
+    int64_t rows,
+    std::vector<int64_t> widths,
+    int64_t element_size,
+    bool is_backward,
+    bool recompute,
+    std::vector<int64_t> device) {
+  if (widths.size() < 2 || device.size() != 3) {
+    fail("widths must have two entries or more, and device three");
+  }
+  const cuda::Question question{
+      rows, widths, int(element_size), is_backward, recompute,
+      {int(device[0]), int(device[1]), int(device[2])}};
+  std::ostringstream text;
+  switch (cuda::choose_regime(question)) {
+    case cuda::Regime::narrow: {
+      const cuda::NarrowPlan plan =
+          cuda::narrow_plan(cuda::as_narrow(question));
+      text << "regime: narrow\ngrid: " << plan.grid << "\nthreads: "
+           << plan.threads << "\ntile_rows: " << plan.tile_rows
+           << "\nshared_bytes: " << plan.layout.bytes << "\nworkspace: "
+           << (is_backward ? cuda::narrow_workspace_bytes(plan) : 0) << '\n';
+      break;
+    }
+    case cuda::Regime::wide:
+      text << "regime: wide\n";
+      break;
+    case cuda::Regime::library:
+      text << "regime: library\n";
+  }
+  return text.str();
+}
+
+// The same for one product, and for a walk down the columns of a matrix.
+bool is_for_cublaslt(
+    int64_t rows,
+    int64_t in,
+    int64_t out,
+    int64_t input_ld,
+    int64_t output_ld,
+    int64_t element_size,
+    bool aligned) {
+  return cuda::is_for_cublaslt(
+      {rows, in, out, input_ld, output_ld, int(element_size), aligned});
+}
+
+std::vector<int64_t> cuda_columns(
+    int64_t rows,
+    int64_t cols,
+    int64_t element_size,
+    std::vector<int64_t> device) {
+  const cuda::Columns plan = cuda::plan_columns(
+      rows, cols, cuda::vector_length(cols, int(element_size)),
+      {int(device.at(0)), 0, 0});
+  return {plan.vector, plan.tiles, plan.chunks, plan.chunk_rows};
+}
+
 } // namespace
 } // namespace relu_mlp
 
 // relu_mlp/ops.py has the same schemas, for the case that this library is not
 // there.
 STABLE_TORCH_LIBRARY(relu_mlp, m) {
-  m.def(
-      "relu_mlp(Tensor x, Tensor[] weights, Tensor[] biases, "
-      "str output_activation=\"none\") -> Tensor");
-  m.def(
-      "forward(Tensor x, Tensor[] weights, Tensor[] biases, "
-      "str output_activation, bool save_hidden) -> (Tensor, Tensor[])");
-  // saved: of x, y, the weights and the hidden activations, in this order, what
-  // the wanted gradients depend on. needs: '0' or '1' for x, every weight and
-  // every bias. The result has the wanted gradients in that order, no others.
-  m.def(
-      "backward(Tensor grad_output, Tensor[] saved, str output_activation, "
-      "str needs) -> Tensor[]");
-  // The same from x and the parameters, for those who kept nothing else.
-  m.def(
-      "recompute_backward(Tensor grad_output, Tensor x, Tensor[] weights, "
-      "Tensor[] biases, str output_activation, str needs) -> Tensor[]");
-  // The gradients are those of the weights, then one for every entry of
-  // biases: without elements, where the entry has none.
-  m.def(
-      "loss_and_grads(Tensor x, Tensor target, Tensor[] weights, "
-      "Tensor[] biases, str loss, str output_activation) "
-      "-> (Tensor, Tensor[])");
+  relu_mlp::define_passes(m);
   m.def("_build_info() -> str");
   m.def("_supported_instruction_sets() -> str");
   m.def("_choose_instruction_set(str name) -> ()");
   m.def("_strategy(int rows, int[] widths, bool is_narrow) -> str");
+  m.def(
+      "_cuda_plan(int rows, int[] widths, int element_size, bool is_backward, "
+      "bool recompute, int[] device) -> str");
+  m.def(
+      "_is_for_cublaslt(int rows, int in_features, int out_features, "
+      "int input_ld, int output_ld, int element_size, bool aligned) -> bool");
+  m.def(
+      "_cuda_columns(int rows, int cols, int element_size, int[] device) "
+      "-> int[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(relu_mlp, CompositeExplicitAutograd, m) {
@@ -458,12 +159,17 @@ STABLE_TORCH_LIBRARY_IMPL(relu_mlp, CompositeExplicitAutograd, m) {
   m.impl(
       "_choose_instruction_set", TORCH_BOX(&relu_mlp::choose_instruction_set));
   m.impl("_strategy", TORCH_BOX(&relu_mlp::strategy));
+  m.impl("_cuda_plan", TORCH_BOX(&relu_mlp::cuda_plan));
+  m.impl("_is_for_cublaslt", TORCH_BOX(&relu_mlp::is_for_cublaslt));
+  m.impl("_cuda_columns", TORCH_BOX(&relu_mlp::cuda_columns));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(relu_mlp, CPU, m) {
-  m.impl("relu_mlp", &relu_mlp::differentiable);
-  m.impl("forward", &relu_mlp::forward);
-  m.impl("backward", &relu_mlp::backward);
-  m.impl("recompute_backward", &relu_mlp::recompute_backward);
-  m.impl("loss_and_grads", &relu_mlp::loss_and_grads);
+  relu_mlp::register_passes<relu_mlp::cpu::passes>(m);
 }
+
+#ifdef RELU_MLP_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(relu_mlp, CUDA, m) {
+  relu_mlp::register_passes<relu_mlp::cuda::passes>(m);
+}
+#endif

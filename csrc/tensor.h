@@ -98,6 +98,16 @@ class Tensor {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle_, &dtype));
     return dtype;
   }
+  int32_t device_type() const {
+    int32_t type;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle_, &type));
+    return type;
+  }
+  int32_t device_index() const {
+    int32_t index;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle_, &index));
+    return index;
+  }
 
  private:
   AtenTensorHandle handle_ = nullptr;
@@ -119,14 +129,10 @@ Sizes contiguous_strides(const Sizes& sizes) {
 template <std::size_t N>
 Tensor empty(const std::array<int64_t, N>& sizes, const Tensor& like) {
   const std::array<int64_t, N> strides = contiguous_strides(sizes);
-  int32_t device_type, device_index;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      N, sizes.data(), strides.data(), like.dtype(), device_type, device_index,
-      &handle));
+      N, sizes.data(), strides.data(), like.dtype(), like.device_type(),
+      like.device_index(), &handle));
   return Tensor(handle);
 }
 

@@ -10,6 +10,9 @@ import torch
 from . import ops
 from ._version import __version__
 
+#: To be taken out when tools/on_gpu.sh has passed, and its results are in benchmarks/results.
+NOT_RUN = "compiled and checked on the host, but this project has not yet run them on a GPU"
+
 
 @dataclass(frozen=True)
 class BuildInfo:
@@ -28,6 +31,7 @@ class BuildInfo:
     instruction_sets: tuple[str, ...]  #: that the package's own kernels were compiled for
     instruction_set: str | None  #: the one of them that this machine uses
     supported_instruction_sets: tuple[str, ...]  #: those of them that this machine has
+    cuda: str  #: which CUDA the kernels for GPUs were compiled against, if they were
     cuda_architectures: tuple[str, ...]  #: that CUDA kernels were compiled for
 
     def advice(self) -> list[str]:
@@ -52,6 +56,8 @@ class BuildInfo:
                 "There is a GPU, but there are no kernels for CUDA in this build: CUDA tensors "
                 "are served in Python, by PyTorch's own products. That has not been measured."
             )
+        if self.cuda_architectures:
+            lines.append(f"The kernels for GPUs are {NOT_RUN}. docs/cuda.md says what was checked.")
         return lines
 
     def __str__(self) -> str:
@@ -76,7 +82,7 @@ def build_info() -> BuildInfo:
         python=platform.python_version(),
         backend=name,
         runs_on_cpu="extension" if has_library and name != "reference" else without_kernels,
-        runs_on_cuda=without_kernels,
+        runs_on_cuda="extension" if ops.HAS_CUDA and name != "reference" else without_kernels,
         library=str(ops.LIBRARY_PATH) if has_library else None,
         problem=None if has_library else f"{ops.LIBRARY_PROBLEM}. {ops.REMEDY}",
         compiler=built.get("compiler"),
@@ -84,5 +90,6 @@ def build_info() -> BuildInfo:
         instruction_sets=tuple(built.get("instruction_sets", "").split()),
         instruction_set=built.get("instruction_set"),
         supported_instruction_sets=tuple(supported.split()),
-        cuda_architectures=tuple(built.get("cuda_architectures", "").split()),
+        cuda=f"{built['cuda']}: {NOT_RUN}" if "cuda" in built else "not compiled",
+        cuda_architectures=tuple(filter(None, built.get("cuda_architectures", "").split("+"))),
     )

@@ -39,6 +39,11 @@ SCHEMAS = (
     "_supported_instruction_sets() -> str",
     "_choose_instruction_set(str name) -> ()",
     "_strategy(int rows, int[] widths, bool is_narrow) -> str",
+    "_cuda_plan(int rows, int[] widths, int element_size, bool is_backward, "
+    "bool recompute, int[] device) -> str",
+    "_is_for_cublaslt(int rows, int in_features, int out_features, "
+    "int input_ld, int output_ld, int element_size, bool aligned) -> bool",
+    "_cuda_columns(int rows, int cols, int element_size, int[] device) -> int[]",
 )
 
 REMEDY = (
@@ -78,6 +83,11 @@ def _load_library() -> tuple[Path | None, str | None]:
 
 
 LIBRARY_PATH, LIBRARY_PROBLEM = _load_library()
+
+#: Whether the library has kernels for CUDA.
+HAS_CUDA = LIBRARY_PATH is not None and torch._C._dispatch_has_kernel_for_dispatch_key(
+    "relu_mlp::forward", "CUDA"
+)
 
 _library = torch.library.Library("relu_mlp", "FRAGMENT")
 if LIBRARY_PATH is None:
@@ -196,7 +206,7 @@ def implementation_for(x: Tensor) -> Implementation:
     """What serves a call on the device of `x`, under the backend in force."""
     name = _thread.backend
     if name == "auto" or name == "extension":
-        if LIBRARY_PATH is not None and x.is_cpu:
+        if LIBRARY_PATH is not None and (x.is_cpu or (HAS_CUDA and x.is_cuda)):
             return extension
         if name == "extension":
             reason = LIBRARY_PROBLEM or f"it has no kernels for the device {x.device}"

@@ -123,8 +123,6 @@ void run_backward(const Network<T>& network, const BackwardPass<T>& pass) {
   }
 }
 
-} // namespace
-
 ForwardResult forward(
     const Tensor& x,
     const std::vector<Tensor>& weights,
@@ -239,5 +237,9 @@ LossAndGradients loss_and_grads(
     return result;
   });
 }
+
+} // namespace
+
+const Passes passes{forward, backward, recompute_backward, loss_and_grads, false};
 
 } // namespace relu_mlp::cpu

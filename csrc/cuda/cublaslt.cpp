@@ -1,0 +1,285 @@
+#include "cublaslt.h"
+
+#include <dlfcn.h>
+
+#include <map>
+#include <mutex>
+
+#include "memory.h"
+
+namespace relu_mlp::cuda::cublaslt {
+namespace {
+
+struct Functions {
+#define RELU_MLP_DECLARE(name, arguments) Status(*name) arguments;
+  RELU_MLP_CUBLASLT_FUNCTIONS(RELU_MLP_DECLARE)
+#undef RELU_MLP_DECLARE
+  const char* (*GetStatusName)(Status);
+};
+
+// PyTorch's own copy, which is in the process already, or else what the
+// dynamic linker finds. Null if there is none.
+void* open_library() {
+#ifdef RELU_MLP_CUBLASLT // the tests' stand-in
+  return dlopen(RELU_MLP_CUBLASLT, RTLD_NOW | RTLD_LOCAL);
+#else
+  constexpr const char* names[] = {"libcublasLt.so.13", "libcublasLt.so.12"};
+  for (const int loaded : {RTLD_NOLOAD, 0}) {
+    for (const char* name : names) {
+      if (void* library = dlopen(name, RTLD_NOW | RTLD_LOCAL | loaded)) {
+        return library;
+      }
+    }
+  }
+  return nullptr;
+#endif
+}
+
+std::optional<Functions> find_functions() {
+  void* const library = open_library();
+  if (!library) {
+    return {};
+  }
+  Functions found;
+  bool has_all = true;
+  const auto find = [&]<typename F>(F*& function, const char* name) {
+    function = reinterpret_cast<F*>(dlsym(library, name));
+    has_all = has_all && function;
+  };
+#define RELU_MLP_FIND(name, arguments) find(found.name, "cublasLt" #name);
+  RELU_MLP_CUBLASLT_FUNCTIONS(RELU_MLP_FIND)
+#undef RELU_MLP_FIND
+  find(found.GetStatusName, "cublasLtGetStatusName");
+  return has_all ? std::optional(found) : std::nullopt;
+}
+
+const std::optional<Functions>& library() {
+  static const std::optional<Functions> functions = find_functions();
+  return functions;
+}
+
+const Functions& functions() {
+  return *library();
+}
+
+void check(Status status, const char* call) {
+  if (status != success) {
+    fail("relu_mlp: cublasLt", call, ": ", functions().GetStatusName(status));
+  }
+}
+
+// Calls a function and checks its status, naming it.
+#define RELU_MLP_CALL(name, ...) check(functions().name(__VA_ARGS__), #name)
+
+// One of the library's objects, with the function that ends it.
+class Object {
+ public:
+  Object() = default;
+  Object(Object&& other) noexcept
+      : end_(other.end_), object_(std::exchange(other.object_, nullptr)) {}
+  ~Object() {
+    if (object_) {
+      end_(object_);
+    }
+  }
+  // Where a function that creates one writes it.
+  void** create(Status (*end)(void*)) {
+    end_ = end;
+    return &object_;
+  }
+  void* get() const {
+    return object_;
+  }
+
+ private:
+  Status (*end_)(void*) = nullptr;
+  void* object_ = nullptr;
+};
+
+Object layout(int type, int64_t rows, int64_t cols, int64_t ld) {
+  Object result;
+  RELU_MLP_CALL(
+      MatrixLayoutCreate, result.create(functions().MatrixLayoutDestroy), type,
+      rows, cols, ld);
+  return result;
+}
+
+Object description(const Problem& p, const void* bias) {
+  Object result;
+  RELU_MLP_CALL(
+      MatmulDescCreate, result.create(functions().MatmulDescDestroy),
+      compute_float32, float32);
+  const auto set = [&](int attribute, const auto& value) {
+    RELU_MLP_CALL(
+        MatmulDescSetAttribute, result.get(), attribute, &value, sizeof(value));
+  };
+  set(transpose_a, p.transposes_a ? transposed : not_transposed);
+  set(transpose_b, p.transposes_b ? transposed : not_transposed);
+  set(epilogue, p.epilogue);
+  if (bias) {
+    set(bias_pointer, bias);
+    set(bias_type, int32_t(p.type));
+  }
+  return result;
+}
+
+// What is kept of a problem: the layouts and, if there is one, the algorithm.
+struct Chosen {
+  Object a, b, d;
+  bool has_algorithm;
+  Algorithm algorithm;
+  std::size_t workspace;
+};
+
+Chosen choose(Handle handle, const Problem& p, const void* bias) {
+  Chosen chosen{
+      p.transposes_a ? layout(p.type, p.k, p.m, p.lda)
+                     : layout(p.type, p.m, p.k, p.lda),
+      p.transposes_b ? layout(p.type, p.n, p.k, p.ldb)
+                     : layout(p.type, p.k, p.n, p.ldb),
+      layout(p.type, p.m, p.n, p.ldd), false, {}, 0};
+  Object preference;
+  RELU_MLP_CALL(
+      MatmulPreferenceCreate,
+      preference.create(functions().MatmulPreferenceDestroy));
+  const auto set = [&](int attribute, const auto& value) {
+    RELU_MLP_CALL(
+        MatmulPreferenceSetAttribute, preference.get(), attribute, &value,
+        sizeof(value));
+  };
+  // Workspace as PyTorch allows it on Hopper. Where k is split, the parts are
+  // added up in float32, not in 16 bits, and in their order, not in place.
+  set(most_workspace, std::size_t(32) << 20);
+  set(reduction_schemes, reduction_in_compute_type);
+  for (const int of : {alignment_a, alignment_b, alignment_c, alignment_d}) {
+    set(of, p.alignment);
+  }
+
+  const Object about = description(p, bias);
+  HeuristicResult found;
+  int count = 0;
+  const Status status = functions().MatmulAlgoGetHeuristic(
+      handle, about.get(), chosen.a.get(), chosen.b.get(), chosen.d.get(),
+      chosen.d.get(), preference.get(), 1, &found, &count);
+  if (status != not_supported) {
+    check(status, "MatmulAlgoGetHeuristic");
+    chosen.has_algorithm = count > 0 && found.state == success;
+    chosen.algorithm = found.algorithm;
+    chosen.workspace = found.workspace;
+  }
+  return chosen;
+}
+
+// What is kept of a device. It is never destroyed: when a process ends, the
+// library may be gone before.
+struct OfDevice {
+  Handle handle;
+  std::map<Problem, Chosen> chosen; // entries stay where they are
+  std::map<int, bool> relu_passes_nan;
+};
+
+std::mutex mutex; // of all of it
+
+OfDevice& of_device() {
+  static auto& devices = *new std::map<int, OfDevice>;
+  const int device = current_device();
+  const auto [entry, is_new] = devices.try_emplace(device);
+  if (is_new) {
+    Handle handle;
+    const Status status = functions().Create(&handle);
+    if (status != success) {
+      devices.erase(entry);
+      check(status, "Create");
+    }
+    entry->second.handle = handle;
+  }
+  return entry->second;
+}
+
+std::pair<Handle, const Chosen*> find(const Problem& p, const void* bias) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  OfDevice& known = of_device();
+  auto entry = known.chosen.find(p);
+  if (entry == known.chosen.end()) {
+    entry =
+        known.chosen.emplace(p, choose(known.handle, p, bias)).first;
+  }
+  return {known.handle, &entry->second};
+}
+
+// The largest power of 2, up to the 256 that the library assumes if not told,
+// that divides the addresses of all operands.
+uint32_t common_alignment(const Operands& operands) {
+  uintptr_t all = 256;
+  for (const void* pointer : {operands.a, operands.b,
+                              static_cast<const void*>(operands.d),
+                              operands.bias}) {
+    all |= reinterpret_cast<uintptr_t>(pointer);
+  }
+  return uint32_t(all & -all);
+}
+
+} // namespace
+
+bool is_available() {
+  return library().has_value();
+}
+
+bool multiply(
+    Problem p,
+    const Operands& operands,
+    const Tensor& like,
+    Stream stream) {
+  p.alignment = common_alignment(operands);
+  const auto [handle, chosen] = find(p, operands.bias);
+  if (!chosen->has_algorithm) {
+    return false;
+  }
+  Tensor workspace; // goes back to the allocator, which knows the stream
+  if (chosen->workspace > 0) {
+    // at least so many bytes, whatever the dtype
+    workspace = empty<1>({int64_t(chosen->workspace)}, like);
+  }
+  const float one = 1, zero = 0;
+  RELU_MLP_CALL(
+      Matmul, handle, description(p, operands.bias).get(), &one, operands.a,
+      chosen->a.get(), operands.b, chosen->b.get(), &zero, operands.d,
+      chosen->d.get(), operands.d, chosen->d.get(), &chosen->algorithm,
+      workspace.get() ? workspace.data<void>() : nullptr, chosen->workspace,
+      stream);
+  return true;
+}
+
+bool relu_passes_nan(int type, const Tensor& like, Stream stream) {
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto& known = of_device().relu_passes_nan;
+    if (const auto entry = known.find(type); entry != known.end()) {
+      return entry->second;
+    }
+  }
+  if (is_capturing(stream)) {
+    return false;
+  }
+  // NaN times NaN: in both formats, all bits set are one.
+  constexpr int64_t side = 64, bytes = side * side * 2;
+  const Tensor operand = empty<2>({side, side}, like);
+  const Tensor result = empty<2>({side, side}, like);
+  set_bytes(operand.data<void>(), 0xff, bytes, stream);
+  const bool has_algorithm = multiply(
+      {type, false, false, side, side, side, side, side, side, Epilogue::relu},
+      {operand.data<void>(), operand.data<void>(), result.data<void>(),
+       nullptr},
+      like, stream);
+  uint16_t first = 0;
+  if (has_algorithm) {
+    copy_to_host(&first, result.data<void>(), sizeof(first), stream);
+  }
+  const uint16_t infinity = type == bfloat16 ? 0x7f80 : 0x7c00;
+  const bool passes = (first & 0x7fff) > infinity;
+  const std::lock_guard<std::mutex> lock(mutex);
+  of_device().relu_passes_nan[type] = passes;
+  return passes;
+}
+
+} // namespace relu_mlp::cuda::cublaslt

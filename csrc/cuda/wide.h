@@ -1,0 +1,69 @@
+// What surrounds the products of wide layers, as plain data. Each function
+// enqueues its kernels on a stream of the current device and returns.
+//
+// T is float, double, BFloat16 or Half. Matrices that are not Matrix are
+// contiguous and start at an address divisible by 16.
+#pragma once
+
+#include "../mlp.h"
+#include "plan.h"
+
+namespace relu_mlp::cuda {
+
+// z = max(z, 0) for `count` elements.
+template <typename T>
+void apply_relu(T* z, int64_t count, Stream stream);
+
+// Where the sum over the rows of delta goes: `total` has `cols` elements, or is
+// null where nobody asks for it. `workspace` has columns_workspace(...) bytes.
+template <typename T>
+struct ColumnSums {
+  T* total;
+  void* workspace;
+};
+
+// The most bytes that a function below takes from its workspace.
+int64_t columns_workspace(int64_t rows, int64_t cols, const Device& device);
+
+// delta = delta where a > 0 or is NaN, else 0, in place; and its sums.
+// delta and a: (rows, cols).
+template <typename T>
+void mask_delta(
+    T* delta,
+    const T* a,
+    int64_t rows,
+    int64_t cols,
+    const ColumnSums<T>& sums,
+    Stream stream);
+
+// delta_L = grad_output * phi'(z_L), (rows, cols), and its sums. `delta` may be
+// null: the sums alone are wanted. `y` is null where phi is the identity.
+template <typename T>
+void output_delta(
+    Activation phi,
+    T* delta,
+    const Matrix<const T>& grad_output,
+    const T* y,
+    const ColumnSums<T>& sums,
+    Stream stream);
+
+// delta_L = 2 scale (y - target) phi'(z_L) and its sums, all (rows, cols), and
+// *loss = scale * sum of (y - target)^2.
+template <typename T>
+void loss_delta(
+    Activation phi,
+    T* delta,
+    const T* y,
+    const T* target,
+    int64_t rows,
+    int64_t cols,
+    double scale,
+    T* loss,
+    const ColumnSums<T>& sums,
+    Stream stream);
+
+// *loss = scale * *squares, for a regime that has summed the squares itself.
+template <typename T>
+void write_loss(T* loss, const double* squares, double scale, Stream stream);
+
+} // namespace relu_mlp::cuda
