@@ -21,5 +21,5 @@ if command -v compute-sanitizer > /dev/null; then
             2>&1 | tee "$out/$tool.log"
     done
 fi
-PYTHONPATH=. "$python" benchmarks/cuda.py --out "$out"
+PYTHONPATH=. "$python" benchmarks/on_gpu.py --out "$out"
 "$python" -m pytest -q 2>&1 | tee "$out/suite.log"

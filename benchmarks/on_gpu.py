@@ -1,6 +1,6 @@
 """Training steps and inference on a GPU, beside eager PyTorch and torch.compile.
 
-    PYTHONPATH=. python benchmarks/cuda.py --out build/on_gpu
+    PYTHONPATH=. python benchmarks/on_gpu.py --out build/on_gpu
 
 Candidates take turns in one process on the same tensors, in an order that rotates; times are
 medians by CUDA events. Writes cuda.csv with the GPU, the driver, the versions and the date. A
