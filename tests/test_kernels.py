@@ -607,6 +607,36 @@ def test_memory_does_not_grow_with_the_rows(widths, dtype):
     assert max(s["chunks"] for s in many) <= 32
 
 
+def asks_for_huge_pages(tensor):
+    """Whether madvise(MADV_HUGEPAGE) was called for the middle of the tensor's memory."""
+    middle = tensor.data_ptr() + tensor.nbytes // 2
+    within = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, _, rest = line.partition(" ")
+        if re.fullmatch("[0-9a-f]+-[0-9a-f]+", name):
+            begin, end = (int(part, 16) for part in name.split("-"))
+            within = begin <= middle < end
+        elif within and name == "VmFlags:":
+            return "hg" in rest.split()
+    raise AssertionError("the memory is not in the list")
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(),
+    reason="the system has no huge pages to ask for",
+)
+@every_dtype
+def test_large_results_get_huge_pages(dtype):
+    """Those of 64 MB come fresh from the system every time, so no earlier test asked for them."""
+    width = 2**8 // dtype.itemsize
+    x = torch.zeros(2**18, width, dtype=dtype)
+    weights = [torch.zeros(width, width, dtype=dtype)] * 2
+    assert not asks_for_huge_pages(x)
+    y, [hidden] = R.forward(x, weights, [], "none", True)
+    [grad] = R.backward(y, [*weights, hidden], "none", "10000")
+    assert all(asks_for_huge_pages(result) for result in [y, hidden, grad])
+
+
 # -- Which instruction set ---------------------------------------------------------------
 
 GRADCHECK = """

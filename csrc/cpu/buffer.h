@@ -7,6 +7,8 @@
 #include <utility>
 #include <vector>
 
+#include "huge_pages.h"
+
 namespace relu_mlp::cpu {
 
 inline int64_t ceil_div(int64_t a, int64_t b) {
@@ -26,8 +28,9 @@ struct AlignedDelete {
 using AlignedMemory = std::unique_ptr<void, AlignedDelete>;
 
 inline AlignedMemory aligned_memory(int64_t bytes) {
-  return AlignedMemory(
-      ::operator new(bytes, std::align_val_t(alignment)));
+  AlignedMemory memory(::operator new(bytes, std::align_val_t(alignment)));
+  prefer_huge_pages(memory.get(), bytes);
+  return memory;
 }
 
 // What a thread keeps from call to call. Small networks ask for the same few

@@ -1,11 +1,21 @@
 #include "mlp.h"
 
 #include "dense.h"
+#include "huge_pages.h"
 #include "library_layers.h"
 #include "own_layers.h"
 
 namespace relu_mlp::cpu {
 namespace {
+
+// A new tensor of Ts like `like`, contiguous, not filled.
+template <typename T, std::size_t N>
+Tensor new_tensor(const std::array<int64_t, N>& sizes, const Tensor& like) {
+  Tensor tensor = empty<N>(sizes, like);
+  prefer_huge_pages(
+      tensor.data<T>(), tensor.numel() * static_cast<int64_t>(sizeof(T)));
+  return tensor;
+}
 
 // Calls an in-place operator of PyTorch on contiguous memory, so that the
 // transcendental functions have its accuracy and its speed.
@@ -77,13 +87,13 @@ Gradients new_gradients(
   pass.grad_weights.resize(layers);
   pass.grad_biases.resize(layers);
   if (needs.x()) {
-    gradients[0] = empty<2>({network.x.rows, network.width(0)}, like);
+    gradients[0] = new_tensor<T, 2>({network.x.rows, network.width(0)}, like);
     pass.grad_x = gradients[0].template data<T>();
   }
   for (std::size_t l = 0; l < layers; ++l) {
     const int64_t out = network.width(l + 1), in = network.width(l);
     if (needs.weight(l)) {
-      Tensor& grad = gradients[1 + l] = empty<2>({out, in}, like);
+      Tensor& grad = gradients[1 + l] = new_tensor<T, 2>({out, in}, like);
       pass.grad_weights[l] = grad.template data<T>();
     }
     if (needs.bias(l)) {
@@ -137,10 +147,10 @@ ForwardResult forward(
     result.hidden.reserve(weights.size());
     hidden.reserve(weights.size());
     for (std::size_t l = 0; save_hidden && l + 1 < weights.size(); ++l) {
-      result.hidden.push_back(empty<2>({rows, weights[l].size(0)}, x));
+      result.hidden.push_back(new_tensor<T, 2>({rows, weights[l].size(0)}, x));
       hidden.push_back(result.hidden.back().template data<T>());
     }
-    result.y = empty<2>({rows, weights.back().size(0)}, x);
+    result.y = new_tensor<T, 2>({rows, weights.back().size(0)}, x);
     run_forward(given.network, hidden, result.y.template data<T>());
     return result;
   });
