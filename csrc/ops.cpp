@@ -62,10 +62,13 @@ void choose_instruction_set(std::string name) {
 std::string strategy(
     int64_t rows,
     std::vector<int64_t> widths,
-    bool is_narrow) {
-  const cpu::Strategy s = cpu::choose_strategy(rows, widths, is_narrow);
+    bool is_narrow,
+    bool has_amx) {
+  const cpu::Strategy s =
+      cpu::choose_strategy(rows, widths, is_narrow, has_amx);
+  const char* const products[] = {"own", "amx", "library"};
   std::ostringstream text;
-  text << "products: " << (s.library ? "library" : "own") << "\nblock: "
+  text << "products: " << products[int(s.products)] << "\nblock: "
        << s.block << "\nchunk: " << s.chunk << "\nchunks: " << s.chunks << '\n';
   return text.str();
 }
@@ -139,7 +142,8 @@ STABLE_TORCH_LIBRARY(relu_mlp, m) {
   m.def("_build_info() -> str");
   m.def("_supported_instruction_sets() -> str");
   m.def("_choose_instruction_set(str name) -> ()");
-  m.def("_strategy(int rows, int[] widths, bool is_narrow) -> str");
+  m.def(
+      "_strategy(int rows, int[] widths, bool is_narrow, bool has_amx) -> str");
   m.def(
       "_cuda_plan(int rows, int[] widths, int element_size, bool is_backward, "
       "bool recompute, int[] device) -> str");

@@ -46,8 +46,8 @@ NARROW = [torch.bfloat16, torch.float16]
 every_narrow_dtype = pytest.mark.parametrize("dtype", NARROW, ids=str)
 
 
-def strategy(rows, widths, dtype=torch.float32):
-    lines = R._strategy(rows, widths, dtype in NARROW).splitlines()
+def strategy(rows, widths, dtype=torch.float32, has_amx=False):
+    lines = R._strategy(rows, widths, dtype in NARROW, has_amx).splitlines()
     answer = dict(line.split(": ") for line in lines)
     return {key: value if key == "products" else int(value) for key, value in answer.items()}
 
@@ -576,11 +576,11 @@ def test_strategy_covers_the_rows():
     for _ in range(2000):
         rows = r.choice([r.choice(ROWS), r.randrange(100_000)])
         widths = [r.choice([0, 1, 3, 17, 64, 300, 1000, 5000]) for _ in range(r.randint(2, 5))]
-        for dtype in (torch.float32, torch.bfloat16):
-            s = strategy(rows, widths, dtype)
+        for given in [(torch.float32,), (torch.bfloat16,), (torch.bfloat16, True)]:
+            s = strategy(rows, widths, *given)
             assert 1 <= s["block"] <= s["chunk"], (rows, widths, s)
             assert (s["chunks"] - 1) * s["chunk"] < max(1, rows) <= s["chunks"] * s["chunk"]
-            assert s == strategy(rows, widths, dtype)
+            assert s == strategy(rows, widths, *given)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -588,6 +588,14 @@ def test_strategy_for_narrow_and_for_wide_networks(dtype):
     for rows in (1, 64, 65536):
         assert strategy(rows, [64, 64, 64], dtype)["products"] == "own"
     assert strategy(2048, [768, 3072, 768], dtype)["products"] == "library"
+
+
+def test_strategy_where_amx_multiplies():
+    """From 6 rows on, up to the size from which the library's products are used."""
+    for rows, products in [(0, "own"), (5, "own"), (6, "amx"), (64, "amx"), (65536, "amx")]:
+        assert strategy(rows, [64, 64, 64], torch.bfloat16, has_amx=True)["products"] == products
+    wide = strategy(2048, [768, 3072, 768], torch.bfloat16, has_amx=True)
+    assert wide == strategy(2048, [768, 3072, 768], torch.bfloat16)
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,8 @@ namespace relu_mlp::cpu {
 
 // What it does better than avx512_set; isa.cpp puts them together.
 extern const AmxKernels amx_kernels = {
-    amx::columns, amx::k_step, amx::product_of_pairs, amx::pack_pairs,
-    amx::narrow_bfloat16};
+    amx::pack_tiles, amx::product_of_tiles, amx::grad_weight_of_tiles,
+    amx::narrow_bfloat16, amx::column_sums_bfloat16};
 
 } // namespace relu_mlp::cpu
 

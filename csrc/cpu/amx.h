@@ -1,136 +1,145 @@
-// The matrix product for operands in bfloat16 with the tiles of AMX, which sums in
-// float. The interface is that of gemm.h, with floats that bfloat16 can represent,
-// or that are rounded to it as the native path would round them: delta.
+// The products of layers in bfloat16 with the tiles of AMX, which multiply
+// bfloat16 and sum in float. Operands and results are bfloat16 in memory, and
+// go from there into the tiles and back without a copy in float.
 //
-// A panel holds pairs of rows: slot (s, j) has the elements (2 s, j) and
-// (2 s + 1, j). It is filled up with zeros to a multiple of 32 rows, the height
-// of a tile. Strips of 16 rows of a are converted to bfloat16 just before their
-// use, several at once, so that none waits for what was just written.
+// A tile is 16 rows of 64 bytes. One product of tiles takes 16 rows of a with 32
+// elements of k each, and 16 columns of b as rows of pairs: (2 s, j) and
+// (2 s + 1, j) lie side by side in slot (s, j). A matrix that is used as b is
+// packed into such tiles, 256 slots each; one column of tiles lies after the
+// other. Missing elements are 0. a is read where it lies, but for the last columns
+// if they do not fill a tile.
 //
-// What limits it: AMX does 16 times the multiply-adds of the float kernel, so the
-// time goes into converting a and into what comes before and after. Subnormal
+// What limits it: AMX does 16 times the multiply-adds of AVX-512, so the time goes
+// into what happens to the sums after a product, and into packing. Subnormal
 // numbers count as 0, as they do in PyTorch's products on the same processor.
 #pragma once
 
-#include "gemm.h"
+#include "kernels.h"
 #include "pack.h"
 
 namespace relu_mlp::cpu::RELU_MLP_ISA {
 namespace {
 
-constexpr int64_t k_step = 32; // elements of k in a tile
-constexpr int64_t columns = 64; // of a panel
+constexpr int64_t tile_rows = 16, tile_k = 32, tile_slots = 256;
 
-constexpr int64_t round_up_to(int64_t count, int64_t step) {
-  return (count + step - 1) / step * step;
+// How many steps of `step` it takes to cover `count`.
+constexpr int64_t steps(int64_t count, int64_t step) {
+  return (count + step - 1) / step;
+}
+constexpr int64_t least(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+constexpr __mmask16 first_of_16(int64_t count) {
+  return __mmask16((1u << least(count, 16)) - 1);
+}
+constexpr __mmask32 first_of_32(int64_t count) {
+  return __mmask32((uint64_t(1) << least(count, 32)) - 1);
 }
 
-// (lower[0], upper[0], lower[1], upper[1], ...) in bfloat16.
-RELU_MLP_INLINE __m512i pairs(Vec<float> lower, Vec<float> upper) {
-  const __m512i order = _mm512_set_epi16(
-      31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
-      6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  return _mm512_permutexvar_epi16(
-      order, (__m512i)_mm512_cvtne2ps_pbh((__m512)upper, (__m512)lower));
+// -- Packing ------------------------------------------------------------------
+
+// 16 slots from either half of two rows of 32 elements.
+RELU_MLP_INLINE void interleave(
+    __m512i (&slots)[2],
+    __m512i even,
+    __m512i odd) {
+  const __m512i lower = _mm512_set_epi16(
+      47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38,
+      6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i upper = _mm512_add_epi16(lower, _mm512_set1_epi16(16));
+  slots[0] = _mm512_permutex2var_epi16(even, lower, odd);
+  slots[1] = _mm512_permutex2var_epi16(even, upper, odd);
 }
 
-// Rows of contiguous floats as rows of pairs; rows beyond `rows` count as 0.
-inline void pack_rows(
-    float* to,
-    int64_t to_row,
-    const float* from,
-    int64_t from_row,
-    int64_t rows,
-    int64_t cols) {
-  const Vec<float> zero = {};
-  for (int64_t s = 0; 2 * s < round_up_to(rows, k_step); ++s) {
-    const float* const lower = from + 2 * s * from_row;
-    const float* const upper = lower + from_row;
-    for (int64_t j = 0; j < cols; j += 16) {
-      const auto part = [&](const float* row, bool exists) {
-        return !exists             ? zero
-            : j + 16 <= cols ? load(row + j)
-                             : load_some(row + j, cols - j);
-      };
-      _mm512_storeu_si512(
-          to + s * to_row + j,
-          pairs(part(lower, 2 * s < rows), part(upper, 2 * s + 1 < rows)));
-    }
-  }
+RELU_MLP_INLINE void transpose_slots(
+    uint32_t* to,
+    const void* from,
+    int64_t from_bytes) {
+  transpose_square<true>(
+      reinterpret_cast<float*>(to), 16, static_cast<const float*>(from),
+      from_bytes / 4, 16, 16);
 }
 
-inline void pack_pairs(float* to, int64_t to_row, Matrix<const float> b) {
-  if (b.col_stride == 1) {
-    pack_rows(to, to_row, b.data, b.row_stride, b.rows, b.cols);
-    return;
-  }
-  // Other strides go through float, 32 rows at a time.
-  alignas(64) float strip[k_step * columns];
-  for (int64_t s = 0; s < b.rows; s += k_step) {
-    Matrix<const float> part = b;
-    part.data += s * b.row_stride;
-    part.rows = b.rows - s < k_step ? b.rows - s : k_step;
-    pack(strip, columns, part);
-    pack_rows(to + s / 2 * to_row, to_row, strip, columns, part.rows, b.cols);
-  }
-}
-
-// to (16, k rounded up to k_step) = rows [row, row + rows) of a in bfloat16, with
-// zeros around them.
-inline void convert_strip(
-    uint16_t* to,
-    int64_t to_row,
-    const Product<float>& p,
-    int64_t row,
-    int64_t rows,
-    int64_t first_k,
-    int64_t count_k) {
-  const auto put = [&](int64_t i, int64_t k, Vec<float> v) {
-    _mm256_storeu_si256(
-        reinterpret_cast<__m256i*>(to + i * to_row + k),
-        (__m256i)_mm512_cvtneps_pbh((__m512)v));
-  };
-  for (int64_t k = 0; k < round_up_to(count_k, k_step); k += 16) {
-    const int64_t left = count_k - k;
-    const float* const from =
-        p.a + row * p.a_row + (first_k + k) * p.a_col;
-    if (p.a_col == 1) {
-      for (int64_t i = 0; i < 16; ++i) {
-        const float* const a = from + i * p.a_row;
-        put(i, k,
-            i >= rows || left <= 0 ? Vec<float>{}
-                : left >= 16       ? load(a)
-                                   : load_some(a, left));
+// b (k, n), whose rows are contiguous. `transposes` turns every tile about its
+// diagonal: then they are tiles of a = b^T.
+template <bool transposes>
+void pack_rows(uint32_t* to, Matrix<const uint16_t> b) {
+  const int64_t tiles_k = steps(b.rows, tile_k), tiles_n = steps(b.cols, 16);
+  for (int64_t k = 0; k < tiles_k; ++k) {
+    for (int64_t n = 0; n < tiles_n; n += 2) {
+      const __mmask32 columns = first_of_32(b.cols - 16 * n);
+      uint32_t* const first = to + (n * tiles_k + k) * tile_slots;
+      uint32_t* const second = first + tiles_k * tile_slots;
+      alignas(64) uint32_t squares[2][tile_slots];
+      uint32_t* const lower = transposes ? squares[0] : first;
+      uint32_t* const upper = transposes ? squares[1] : second;
+      for (int64_t s = 0; s < 16; ++s) {
+        const int64_t row = k * tile_k + 2 * s;
+        const auto load_row = [&](int64_t i) {
+          return i < b.rows ? _mm512_maskz_loadu_epi16(
+                                  columns, b.row(i) + 16 * n)
+                            : _mm512_setzero_si512();
+        };
+        __m512i slots[2];
+        interleave(slots, load_row(row), load_row(row + 1));
+        _mm512_storeu_si512(lower + 16 * s, slots[0]);
+        if (transposes || n + 1 < tiles_n) {
+          _mm512_storeu_si512(upper + 16 * s, slots[1]);
+        }
       }
-      continue;
-    }
-    alignas(64) float square[16 * 16];
-    if (p.a_row == 1 && rows == 16 && left >= 16) {
-      transpose_square<true>(square, 16, from, p.a_col, 16, 16);
-    } else if (p.a_row == 1 && left > 0) {
-      transpose_square<false>(square, 16, from, p.a_col, rows, left);
-    } else {
-      for (int64_t i = 0; i < rows; ++i) {
-        for (int64_t s = 0; s < 16; ++s) {
-          square[i * 16 + s] =
-              s < left ? from[i * p.a_row + s * p.a_col] : 0;
+      if (transposes) {
+        transpose_slots(first, lower, 64);
+        if (n + 1 < tiles_n) {
+          transpose_slots(second, upper, 64);
         }
       }
     }
-    for (int64_t i = 0; i < 16; ++i) {
-      put(i, k, i < rows ? load(square + i * 16) : Vec<float>{});
+  }
+}
+
+// b (k, n), whose columns are contiguous: a slot is two neighbours.
+inline void pack_columns(uint32_t* to, Matrix<const uint16_t> b) {
+  const int64_t tiles_k = steps(b.rows, tile_k), tiles_n = steps(b.cols, 16);
+  for (int64_t n = 0; n < tiles_n; ++n) {
+    for (int64_t k = 0; k < tiles_k; ++k) {
+      const uint16_t* const from = &b.at(k * tile_k, 16 * n);
+      const int64_t rows = b.rows - k * tile_k, cols = b.cols - 16 * n;
+      uint32_t* const tile = to + (n * tiles_k + k) * tile_slots;
+      alignas(64) uint16_t square[16 * tile_k];
+      for (int64_t j = 0; j < 16; ++j) {
+        _mm512_store_si512(
+            square + j * tile_k,
+            j < cols ? _mm512_maskz_loadu_epi16(
+                           first_of_32(rows), from + j * b.col_stride)
+                     : _mm512_setzero_si512());
+      }
+      transpose_slots(tile, square, 64);
     }
   }
 }
 
-// The configuration of the tile registers, given back at the end.
+inline void pack_tiles(uint32_t* to, Matrix<const uint16_t> b) {
+  if (b.col_stride == 1) {
+    pack_rows<false>(to, b);
+  } else {
+    pack_columns(to, b);
+  }
+}
+
+// -- Products -----------------------------------------------------------------
+
+// The tile registers: 0 to 3 hold the sums, 4 and 5 `rows` rows of a, and 6 and 7
+// those of b.
 struct Tiles {
-  Tiles() {
+  explicit Tiles(int64_t rows) {
     struct alignas(64) {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t bytes_of_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+      uint8_t rows[16] = {};
     } configuration;
+    for (int t = 0; t < 8; ++t) {
+      configuration.rows[t] = uint8_t(t < 6 ? rows : 16);
+    }
     _tile_loadconfig(&configuration);
   }
   ~Tiles() {
@@ -138,118 +147,295 @@ struct Tiles {
   }
 };
 
-// sums (16, columns) = a (16, count_k) b, or += that.
-inline void multiply_strip(
-    float* sums,
-    const uint16_t* a,
-    int64_t a_row,
-    const float* b,
-    int64_t b_row,
-    int64_t count_k,
-    int64_t vectors,
-    bool add) {
-  constexpr int64_t to_row = columns * sizeof(float);
-  if (add) {
-    _tile_loadd(0, sums, to_row);
-    _tile_loadd(1, sums + 16, to_row);
-    _tile_loadd(2, sums + 32, to_row);
-    _tile_loadd(3, sums + 48, to_row);
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  }
-  for (int64_t k = 0; k < count_k; k += k_step) {
-    const float* const from = b + k / 2 * b_row;
-    _tile_loadd(4, a + k, a_row * sizeof(uint16_t));
-    _tile_loadd(5, from, b_row * sizeof(float));
-    _tile_dpbf16ps(0, 4, 5);
-    if (vectors > 1) {
-      _tile_loadd(6, from + 16, b_row * sizeof(float));
-      _tile_dpbf16ps(1, 4, 6);
-    }
-    if (vectors > 2) {
-      _tile_loadd(7, from + 32, b_row * sizeof(float));
-      _tile_dpbf16ps(2, 4, 7);
-    }
-    if (vectors > 3) {
-      _tile_loadd(5, from + 48, b_row * sizeof(float));
-      _tile_dpbf16ps(3, 4, 5);
-    }
-  }
-  _tile_stored(0, sums, to_row);
-  _tile_stored(1, sums + 16, to_row);
-  _tile_stored(2, sums + 32, to_row);
-  _tile_stored(3, sums + 48, to_row);
+// Strips of 16 rows of a, as tiles.
+struct Strips {
+  const uint16_t* data; // tile (strip, k) at data + strip * step + k * k_step
+  int64_t step, k_step, row_bytes;
+  int64_t whole_k; // tiles that lie there
+  const uint16_t* last; // one more for each strip, 512 elements each; or null
+};
+
+// Four tiles of sums do not wait for each other: 2 x 2, or where b has but one
+// column of tiles left, 4 x 1.
+constexpr int64_t sum_count = 4 * 256;
+constexpr int64_t wide(int64_t tiles_n) {
+  return tiles_n > 1 ? 2 : 1;
+}
+constexpr int64_t tall(int64_t tiles_n) {
+  return tiles_n > 1 ? 2 : 4;
 }
 
+// sums (32, 32) = start + 1 or 2 strips of a times 2 columns of tiles of b, where
+// all rows start with the same 32 numbers.
+inline void multiply_square(
+    float* sums,
+    const float* start,
+    const Strips& a,
+    int64_t strips,
+    const uint32_t* b,
+    int64_t b_step) {
+  _tile_loadd(0, start, 0);
+  _tile_loadd(1, start + 16, 0);
+  _tile_loadd(2, start, 0);
+  _tile_loadd(3, start + 16, 0);
+  const auto step = [&](const uint16_t* of_a, int64_t strip, int64_t row_bytes) {
+    _tile_loadd(4, of_a, row_bytes);
+    _tile_loadd(6, b, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, b + b_step, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    if (strips > 1) {
+      _tile_loadd(5, of_a + strip, row_bytes);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    b += tile_slots;
+  };
+  for (int64_t k = 0; k < a.whole_k; ++k) {
+    step(a.data + k * a.k_step, a.step, a.row_bytes);
+  }
+  if (a.last) {
+    step(a.last, 512, 64);
+  }
+  _tile_stored(0, sums, 128);
+  _tile_stored(1, sums + 16, 128);
+  if (strips > 1) {
+    _tile_stored(2, sums + 512, 128);
+    _tile_stored(3, sums + 528, 128);
+  }
+}
 
+// sums (64, 16) = start + 1 to 4 strips of a times one column of tiles of b.
+inline void multiply_tall(
+    float* sums,
+    const float* start,
+    const Strips& a,
+    int64_t strips,
+    const uint32_t* b) {
+  _tile_loadd(0, start, 0);
+  _tile_loadd(1, start, 0);
+  _tile_loadd(2, start, 0);
+  _tile_loadd(3, start, 0);
+  const auto step = [&](const uint16_t* of_a, int64_t strip, int64_t row_bytes) {
+    _tile_loadd(6, b, 64);
+    _tile_loadd(4, of_a, row_bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    if (strips > 1) {
+      _tile_loadd(5, of_a + strip, row_bytes);
+      _tile_dpbf16ps(1, 5, 6);
+    }
+    if (strips > 2) {
+      _tile_loadd(4, of_a + 2 * strip, row_bytes);
+      _tile_dpbf16ps(2, 4, 6);
+    }
+    if (strips > 3) {
+      _tile_loadd(5, of_a + 3 * strip, row_bytes);
+      _tile_dpbf16ps(3, 5, 6);
+    }
+    b += tile_slots;
+  };
+  for (int64_t k = 0; k < a.whole_k; ++k) {
+    step(a.data + k * a.k_step, a.step, a.row_bytes);
+  }
+  if (a.last) {
+    step(a.last, 512, 64);
+  }
+  _tile_stored(0, sums, 64);
+  if (strips > 1) {
+    _tile_stored(1, sums + 256, 64);
+  }
+  if (strips > 2) {
+    _tile_stored(2, sums + 512, 64);
+  }
+  if (strips > 3) {
+    _tile_stored(3, sums + 768, 64);
+  }
+}
+
+// Writes sums (rows, 16 vectors) to out from (row, col) on, by the epilogue, which
+// has its bias behind it.
 template <int vectors>
-void finish_strip(
-    const Product<float>& p,
+void finish_tiles(
+    const TileProduct& p,
     int64_t row,
     int64_t rows,
+    int64_t col,
     const float* sums) {
+  const __m512 zero = _mm512_setzero_ps();
+  const __mmask32 columns = first_of_32(least(p.n - col, 16 * vectors));
   for (int64_t i = 0; i < rows; ++i) {
-    Vec<float> v[1][vectors];
+    __m512 v[2] = {zero, zero};
     RELU_MLP_UNROLL
     for (int j = 0; j < vectors; ++j) {
-      v[0][j] = load(sums + i * columns + j * 16);
+      v[j] = _mm512_loadu_ps(sums + 16 * (i * vectors + j));
+      if (p.epilogue == Epilogue::bias_relu) { // NaN passes
+        v[j] = _mm512_maskz_mov_ps(
+            _mm512_cmp_ps_mask(v[j], zero, _CMP_NLE_UQ), v[j]);
+      }
     }
-    finish<1, vectors>(p, row + i, v);
+    __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(v[1], v[0]);
+    if (p.epilogue == Epilogue::mask) {
+      const __m512i of_mask = _mm512_maskz_loadu_epi16(
+          columns, p.mask + (row + i) * p.mask_row + col);
+      // Positive, or a NaN whose sign is set.
+      const __mmask32 is_on =
+          _mm512_cmpgt_epi16_mask(of_mask, _mm512_setzero_si512()) |
+          _mm512_cmpgt_epu16_mask(of_mask, _mm512_set1_epi16(int16_t(0xff80)));
+      rounded = _mm512_maskz_mov_epi16(is_on, rounded);
+    }
+    _mm512_mask_storeu_epi16(
+        p.out + (row + i) * p.out_row + col, columns, rounded);
   }
 }
 
-inline void product_of_pairs(const Product<float>& p) {
-  // As many elements of a as stay in the first-level cache.
-  constexpr int64_t strips = 4, most_k = 256;
-  alignas(64) uint16_t converted[strips][16 * most_k];
-  alignas(64) float sums[strips][16 * columns];
-  const int64_t vectors = (p.n + 15) / 16;
-  const auto finish_any = vectors == 1 ? finish_strip<1>
-      : vectors == 2                   ? finish_strip<2>
-      : vectors == 3                   ? finish_strip<3>
-                                       : finish_strip<4>;
-  const Tiles tiles;
-  for (int64_t first = 0; first < p.m; first += 16 * strips) {
-    const auto each_strip = [&](const auto& f) {
-      for (int64_t s = 0; s < strips && first + 16 * s < p.m; ++s) {
-        const int64_t row = first + 16 * s, left = p.m - row;
-        f(s, row, left < 16 ? left : 16);
+// The rows [first, end) of a product, in strips of `height` rows.
+inline void multiply_rows(
+    const TileProduct& p,
+    int64_t first,
+    int64_t end,
+    int64_t height) {
+  const int64_t tiles_k = steps(p.k, tile_k), rest = p.k % tile_k;
+  const int64_t tiles_n = steps(p.n, 16), b_step = tiles_k * tile_slots;
+  // Two of each: one product is written while the next one is computed.
+  alignas(64) float sums[2][sum_count];
+  alignas(64) uint16_t last[2][4 * 16 * tile_k];
+  const Tiles tiles(height);
+  for (int64_t n = 0; n < tiles_n; n += 2) {
+    const bool is_tall = wide(tiles_n - n) == 1;
+    const int64_t col = 16 * n, step = tall(tiles_n - n) * height;
+    const uint32_t* const b = p.b + n * b_step;
+    alignas(64) float start[32];
+    for (int64_t j = 0; j < 32; j += 16) {
+      _mm512_store_ps(
+          start + j,
+          p.bias && p.n > col + j
+              ? _mm512_maskz_loadu_ps(
+                    first_of_16(p.n - col - j), p.bias + col + j)
+              : _mm512_setzero_ps());
+    }
+    const auto multiply = [&](int64_t row, int64_t turn) {
+      const int64_t rows = least(end - row, step);
+      const uint16_t* const a = p.a + row * p.a_row;
+      for (int64_t i = 0; rest != 0 && i < rows; ++i) {
+        _mm512_store_si512(
+            last[turn] + i * tile_k,
+            _mm512_maskz_loadu_epi16(
+                first_of_32(rest), a + i * p.a_row + p.k - rest));
+      }
+      const Strips of_a{a, 16 * p.a_row, tile_k, 2 * p.a_row, p.k / tile_k,
+                        rest ? last[turn] : nullptr};
+      if (is_tall) {
+        multiply_tall(sums[turn], start, of_a, rows / height, b);
+      } else {
+        multiply_square(sums[turn], start, of_a, rows / height, b, b_step);
       }
     };
-    int64_t k = 0;
-    do { // once for k = 0 too
-      const int64_t count = p.k - k < most_k ? p.k - k : most_k;
-      const int64_t padded = round_up_to(count, k_step);
-      each_strip([&](int64_t s, int64_t row, int64_t rows) {
-        convert_strip(converted[s], padded, p, row, rows, k, count);
-      });
-      each_strip([&](int64_t s, int64_t, int64_t) {
-        multiply_strip(
-            sums[s], converted[s], padded, p.b + k / 2 * p.b_row, p.b_row,
-            padded, vectors, k > 0);
-      });
-      k += count;
-    } while (k < p.k);
-    each_strip([&](int64_t s, int64_t row, int64_t rows) {
-      finish_any(p, row, rows, sums[s]);
-    });
+    multiply(first, 0);
+    for (int64_t row = first, turn = 0; row < end; row += step, turn ^= 1) {
+      if (row + step < end) {
+        multiply(row + step, turn ^ 1);
+      }
+      (is_tall ? finish_tiles<1> : finish_tiles<2>)(
+          p, row, least(end - row, step), col, sums[turn]);
+    }
+  }
+}
+
+inline void product_of_tiles(const TileProduct& p) {
+  const int64_t whole = p.m / 16 * 16;
+  if (whole > 0) {
+    multiply_rows(p, 0, whole, 16);
+  }
+  if (whole < p.m) {
+    multiply_rows(p, whole, p.m, p.m - whole);
+  }
+}
+
+// to = sums, or += that, for the part of to (m, n) from (row, col) on that sums
+// (rows, 16 vectors) covers.
+inline void add_sums(
+    Matrix<float> to,
+    int64_t row,
+    int64_t col,
+    int64_t rows,
+    int64_t vectors,
+    const float* sums,
+    bool add) {
+  for (int64_t i = 0; i < least(rows, to.rows - row); ++i) {
+    for (int64_t j = 0; j < vectors; ++j) {
+      float* const place = to.row(row + i) + col + 16 * j;
+      const __mmask16 columns = first_of_16(to.cols - col - 16 * j);
+      const __m512 sum = _mm512_loadu_ps(sums + 16 * (i * vectors + j));
+      _mm512_mask_storeu_ps(
+          place, columns,
+          add ? _mm512_add_ps(sum, _mm512_maskz_loadu_ps(columns, place)) : sum);
+    }
+  }
+}
+
+// to (m, n) = delta^T a, or += that, in float. Both are packed first, `scratch` is
+// for that.
+inline void grad_weight_of_tiles(
+    Matrix<float> to,
+    Matrix<const uint16_t> delta,
+    Matrix<const uint16_t> a,
+    bool add,
+    uint32_t* scratch) {
+  const int64_t tiles_k = steps(a.rows, tile_k), b_step = tiles_k * tile_slots;
+  const int64_t tiles_m = steps(to.rows, 16), tiles_n = steps(to.cols, 16);
+  uint32_t* const right = scratch;
+  uint32_t* const left = right + tiles_n * b_step;
+  pack_rows<false>(right, a);
+  pack_rows<true>(left, delta);
+  alignas(64) float sums[sum_count];
+  alignas(64) const float zeros[32] = {};
+  const Tiles tiles(16);
+  for (int64_t n = 0; n < tiles_n; n += 2) {
+    const int64_t columns = wide(tiles_n - n), step = tall(tiles_n - n);
+    const uint32_t* const b = right + n * b_step;
+    for (int64_t m = 0; m < tiles_m; m += step) {
+      const int64_t strips = least(tiles_m - m, step);
+      const Strips of_delta{
+          reinterpret_cast<const uint16_t*>(left + m * b_step), 2 * b_step, 512,
+          64, tiles_k, nullptr};
+      if (columns == 1) {
+        multiply_tall(sums, zeros, of_delta, strips, b);
+      } else {
+        multiply_square(sums, zeros, of_delta, strips, b, b_step);
+      }
+      add_sums(to, 16 * m, 16 * n, 16 * strips, columns, sums, add);
+    }
+  }
+}
+
+// Sums of 32 numbers in float, whose sum is taken in double precision.
+inline void column_sums_bfloat16(double* sums, Matrix<const uint16_t> m) {
+  constexpr int64_t most_rows = 32;
+  for (int64_t col = 0; col < m.cols; col += 32) {
+    const __mmask32 columns = first_of_32(m.cols - col);
+    for (int64_t first = 0; first < m.rows; first += most_rows) {
+      const int64_t end = first + least(m.rows - first, most_rows);
+      __m512 even = _mm512_setzero_ps(), odd = even;
+      for (int64_t i = first; i < end; ++i) {
+        const __m512i v = _mm512_maskz_loadu_epi16(columns, m.row(i) + col);
+        even = _mm512_add_ps(even, (__m512)((__v16su)v << 16));
+        odd = _mm512_add_ps(
+            odd,
+            (__m512)_mm512_and_si512(v, _mm512_set1_epi32(int(0xffff0000))));
+      }
+      for (int64_t j = 0; j < 32 && col + j < m.cols; ++j) {
+        sums[col + j] += double(j % 2 ? odd[j / 2] : even[j / 2]);
+      }
+    }
   }
 }
 
 inline void narrow_bfloat16(uint16_t* to, const float* from, int64_t count) {
-  int64_t i = 0;
-  for (; i + 16 <= count; i += 16) {
-    _mm256_storeu_si256(
-        reinterpret_cast<__m256i*>(to + i),
-        (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + i)));
-  }
-  if (const int64_t rest = count - i) {
+  for (int64_t i = 0; i < count; i += 16) {
+    const __mmask16 some = first_of_16(count - i);
     _mm256_mask_storeu_epi16(
-        to + i, __mmask16((1u << rest) - 1),
-        (__m256i)_mm512_cvtneps_pbh((__m512)load_some(from + i, rest)));
+        to + i, some,
+        (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(some, from + i)));
   }
 }
 

@@ -26,7 +26,6 @@ namespace relu_mlp::cpu {
 
 extern const InstructionSet avx2_set = {
     "avx2", avx2::kernels<float>, avx2::kernels<double>,
-    avx2::kernels<float>,
     avx2::bfloat16, avx2::half};
 
 } // namespace relu_mlp::cpu

@@ -26,7 +26,6 @@ namespace relu_mlp::cpu {
 
 extern const InstructionSet avx512_set = {
     "avx512", avx512::kernels<float>, avx512::kernels<double>,
-    avx512::kernels<float>,
     avx512::bfloat16, avx512::half};
 
 } // namespace relu_mlp::cpu

@@ -13,7 +13,6 @@ namespace relu_mlp::cpu {
 
 extern const InstructionSet baseline_set = {
     "baseline", baseline::kernels<float>, baseline::kernels<double>,
-    baseline::kernels<float>,
     baseline::bfloat16, baseline::half};
 
 } // namespace relu_mlp::cpu

@@ -33,6 +33,11 @@ const uint16_t* bits(const T* numbers) {
 }
 
 template <typename T>
+Matrix<const uint16_t> bits(Matrix<const T> m) {
+  return {bits(m.data), m.rows, m.cols, m.row_stride, m.col_stride};
+}
+
+template <typename T>
 void widen(float* to, const T* from, int64_t count) {
   format<T>().widen(to, bits(from), count);
 }

@@ -3,16 +3,17 @@
 // A block of rows goes through all layers while it is in the cache. Forward, it
 // leaves the hidden activations behind if they are to be kept; backward, its
 // delta lies in one of two buffers, each of one block, and no gradient of a
-// hidden layer ever exists whole. `Layers` does the products: OwnLayers or
-// LibraryLayers.
+// hidden layer ever exists whole. `Layers` does the products: OwnLayers, AmxLayers
+// or LibraryLayers.
 //
 // Rows are dealt out in chunks, whose number depends on the shape alone. A
 // chunk has its own sums of the weight and bias gradients, which are added up
 // in the order of the chunks: any number of threads gives the same bits. Where
 // there is only one chunk, the tiles of each product are dealt out instead.
 //
-// bfloat16 and float16 are widened to float block by block; what the native
-// path rounds to 16 bits, y and the hidden activations, is rounded here too.
+// Where `Layers` computes in float, bfloat16 and float16 are widened block by block;
+// what the native path rounds to 16 bits, y and the hidden activations, is rounded
+// here too.
 #pragma once
 
 #include <utility>
@@ -211,15 +212,9 @@ class Blocks {
     const Matrix<C> out = contiguous(data, a.rows, network_.width(l + 1));
     layers_.linear(l, out, a, relu);
     if constexpr (is_narrow) {
-      const bool is_last = l + 1 == network_.layers.size();
-      const bool rounds = is_last || !layers_.rounds_input();
-      if (to || rounds) {
-        T* const rounded = to ? to : narrow_.get();
-        narrow(rounded, data, out.rows * out.cols);
-        if (rounds) {
-          widen(data, rounded, out.rows * out.cols);
-        }
-      }
+      T* const rounded = to ? to : narrow_.get();
+      narrow(rounded, data, out.rows * out.cols);
+      widen(data, rounded, out.rows * out.cols);
     }
     return as_const(out);
   }
@@ -283,7 +278,8 @@ class Blocks {
     }
     const Matrix<const T> grad = rows_of(pass.grad_output, row, rows);
     if constexpr (!is_narrow) {
-      if (phi == Activation::none) {
+      if (phi == Activation::none &&
+          (Layers::takes_any_strides || grad.col_stride == 1)) {
         return grad;
       }
     }

@@ -2,6 +2,8 @@
 // derivative of the output activation, and that of the loss.
 #pragma once
 
+#include <algorithm>
+
 #include "convert.h"
 
 namespace relu_mlp::cpu {
@@ -91,6 +93,29 @@ double squared_error_through(
   double sum = 0;
   for (const double part : sums) {
     sum += part;
+  }
+  return sum;
+}
+
+// The same for numbers of 16 bits, which are widened piece by piece.
+template <Activation phi, typename T>
+double squared_error_through(
+    T* delta,
+    const T* y,
+    const T* target,
+    int64_t count,
+    double scale)
+  requires(sizeof(T) == 2)
+{
+  constexpr int64_t most = 512;
+  float delta_of[most], y_of[most], target_of[most];
+  double sum = 0;
+  for (int64_t i = 0; i < count; i += most) {
+    const int64_t piece = std::min(most, count - i);
+    widen(y_of, y + i, piece);
+    widen(target_of, target + i, piece);
+    sum += squared_error_through<phi>(delta_of, y_of, target_of, piece, scale);
+    narrow(delta + i, delta_of, piece);
   }
   return sum;
 }

@@ -32,12 +32,8 @@ InstructionSet amx_set() {
   InstructionSet set = avx512_set;
   set.name = "amx";
   set.bfloat16.narrow = amx_kernels.narrow;
-  Kernels<float>& kernels = set.bfloat16_kernels;
-  kernels.panel = amx_kernels.panel;
-  kernels.k_step = amx_kernels.k_step;
-  kernels.k_per_row = 2;
-  kernels.product = amx_kernels.product;
-  kernels.pack = amx_kernels.pack;
+  set.bfloat16.column_sums = amx_kernels.column_sums;
+  set.amx = &amx_kernels;
   return set;
 }
 

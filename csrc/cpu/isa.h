@@ -18,8 +18,8 @@ struct InstructionSet {
   const char* name;
   Kernels<float> float_kernels;
   Kernels<double> double_kernels;
-  Kernels<float> bfloat16_kernels; // for floats that stand for bfloat16
   Format bfloat16, half;
+  const AmxKernels* amx = nullptr; // where it is used
 };
 
 // The names of those that were compiled, the plainest first.
@@ -40,8 +40,6 @@ auto& chosen_kernels() {
   const InstructionSet& isa = chosen_instruction_set();
   if constexpr (std::is_same_v<T, double>) {
     return isa.double_kernels;
-  } else if constexpr (std::is_same_v<T, BFloat16>) {
-    return isa.bfloat16_kernels;
   } else {
     return isa.float_kernels;
   }

@@ -39,9 +39,6 @@ template <typename C>
 struct Kernels {
   int64_t lanes; // elements of a vector
   int64_t panel; // columns that one product may have at most
-  // A packed panel of k rows takes round_up(k, k_step) / k_per_row rows. More
-  // than one per row are pairs in bfloat16, to which `product` rounds a, too.
-  int64_t k_step, k_per_row;
   void (*product)(const Product<C>&);
   // to (k, n) = b (k, n) of any strides, with contiguous rows at a distance of
   // to_row, and 0 in the columns from n to the next multiple of `lanes`.
@@ -74,12 +71,41 @@ struct Format {
   void (*column_sums)(double* sums, Matrix<const uint16_t> m);
 };
 
-// What AMX does better than AVX-512, all of it for bfloat16.
+// out (m, n) = epilogue(a (m, k) b (k, n)) in bfloat16, with sums in float. The rows
+// of a, out and mask are contiguous; b is packed.
+struct TileProduct {
+  int64_t m, n, k;
+  const uint16_t* a;
+  int64_t a_row;
+  const uint32_t* b;
+  uint16_t* out;
+  int64_t out_row;
+  Epilogue epilogue = Epilogue::store;
+  const float* bias = nullptr; // (n); null for 0
+  const uint16_t* mask = nullptr; // (m, n)
+  int64_t mask_row = 0;
+};
+
+// What AMX does, all of it for bfloat16, given as its bits.
 struct AmxKernels {
-  int64_t panel, k_step;
-  void (*product)(const Product<float>&);
-  void (*pack)(float* to, int64_t to_row, Matrix<const float> b);
+  // How many slots a packed matrix (k, n) takes.
+  static int64_t packed_size(int64_t k, int64_t n) {
+    return (k + 31) / 32 * ((n + 15) / 16) * 256;
+  }
+  // b (k, n), of whose strides one is 1, for use in a product.
+  void (*pack)(uint32_t* to, Matrix<const uint16_t> b);
+  void (*product)(const TileProduct&);
+  // to (m, n) = delta (rows, m)^T a (rows, n), or to += that. All rows are
+  // contiguous. scratch: packed_size(rows, m) + packed_size(rows, n) slots.
+  void (*grad_weight)(
+      Matrix<float> to,
+      Matrix<const uint16_t> delta,
+      Matrix<const uint16_t> a,
+      bool add,
+      uint32_t* scratch);
+  // Of a Format.
   void (*narrow)(uint16_t* to, const float* from, int64_t count);
+  void (*column_sums)(double* sums, Matrix<const uint16_t> m);
 };
 
 } // namespace relu_mlp::cpu

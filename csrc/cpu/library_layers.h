@@ -25,6 +25,7 @@ class LibraryLayers {
  public:
   using Element = T;
   using Sum = T;
+  static constexpr bool takes_any_strides = true;
 
   LibraryLayers(const Network<T>& network, const Strategy&, Uses)
       : layers_(network.layers) {}
@@ -55,9 +56,6 @@ class LibraryLayers {
     }
   }
 
-  bool rounds_input() const {
-    return true;
-  }
   int64_t scratch_size(int64_t, int64_t) const {
     return 0;
   }

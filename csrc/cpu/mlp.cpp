@@ -1,5 +1,6 @@
 #include "mlp.h"
 
+#include "amx_layers.h"
 #include "dense.h"
 #include "huge_pages.h"
 #include "library_layers.h"
@@ -104,10 +105,25 @@ Gradients new_gradients(
   return gradients;
 }
 
-template <typename T>
-Strategy strategy_for(const Network<T>& network) {
-  return choose_strategy(
-      network.x.rows, network.widths(), !std::is_same_v<T, compute_t<T>>);
+// Calls f<Layers>(strategy) with what is to do the products.
+template <typename T, typename F>
+void with_layers(const Network<T>& network, const F& f) {
+  constexpr bool is_narrow = !std::is_same_v<T, compute_t<T>>;
+  constexpr bool is_for_amx = std::is_same_v<T, BFloat16>;
+  const Strategy strategy = choose_strategy(
+      network.x.rows, network.widths(), is_narrow,
+      is_for_amx && chosen_instruction_set().amx);
+  if (strategy.products == WhoseProducts::library) {
+    f.template operator()<LibraryLayers<T>>(strategy);
+    return;
+  }
+  if constexpr (is_for_amx) {
+    if (strategy.products == WhoseProducts::amx) {
+      f.template operator()<AmxLayers>(strategy);
+      return;
+    }
+  }
+  f.template operator()<OwnLayers<T>>(strategy);
 }
 
 template <typename T>
@@ -115,22 +131,16 @@ void run_forward(
     const Network<T>& network,
     const std::vector<T*>& hidden,
     T* y) {
-  const Strategy strategy = strategy_for(network);
-  if (strategy.library) {
-    dense_forward<LibraryLayers<T>>(network, strategy, hidden, y);
-  } else {
-    dense_forward<OwnLayers<T>>(network, strategy, hidden, y);
-  }
+  with_layers(network, [&]<typename Layers>(const Strategy& strategy) {
+    dense_forward<Layers>(network, strategy, hidden, y);
+  });
 }
 
 template <typename T>
 void run_backward(const Network<T>& network, const BackwardPass<T>& pass) {
-  const Strategy strategy = strategy_for(network);
-  if (strategy.library) {
-    dense_backward<LibraryLayers<T>>(network, strategy, pass);
-  } else {
-    dense_backward<OwnLayers<T>>(network, strategy, pass);
-  }
+  with_layers(network, [&]<typename Layers>(const Strategy& strategy) {
+    dense_backward<Layers>(network, strategy, pass);
+  });
 }
 
 ForwardResult forward(

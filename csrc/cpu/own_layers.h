@@ -17,6 +17,7 @@ class OwnLayers {
  public:
   using Element = compute_t<T>; // of a block of activations or deltas
   using Sum = compute_t<T>; // that weight gradients are summed in
+  static constexpr bool takes_any_strides = true; // of a delta
 
   OwnLayers(const Network<T>& network, const Strategy& strategy, Uses uses)
       : products_(chosen_kernels<T>(), strategy.chunks == 1),
@@ -79,11 +80,6 @@ class OwnLayers {
       products_.pack_and_multiply(
           out, a, layer.weight.transposed(), epilogue, layer.bias);
     }
-  }
-
-  // Whether `linear` rounds its operand to T itself.
-  bool rounds_input() const {
-    return products_.kernels.k_per_row > 1;
   }
 
   // How much memory grad_weight needs for a block of `rows` rows.

@@ -32,12 +32,12 @@ class Products {
 
   // How many elements the panels of a matrix (k, n) take.
   int64_t packed_size(int64_t k, int64_t n) const {
-    return packed_rows(k) * round_up(n, kernels.panel);
+    return k * round_up(n, kernels.panel);
   }
 
   // b, of any strides, copied to panels at `to`.
   Panels<C> pack(Matrix<const C> b, C* to) const {
-    const int64_t panel = kernels.panel, step = packed_rows(b.rows) * panel;
+    const int64_t panel = kernels.panel, step = b.rows * panel;
     each(ceil_div(b.cols, panel), b.rows * b.cols * 8, [&](int64_t p) {
       Matrix<const C> part = b;
       part.data += p * panel * b.col_stride;
@@ -56,7 +56,7 @@ class Products {
     const bool collide = b.row_stride * sizeof(C) % 1024 == 0 &&
         b.row_stride > 2 * kernels.panel;
     constexpr int64_t few_rows = 12; // too few to pay for a copy
-    if ((collide && rows > few_rows) || kernels.k_per_row > 1) {
+    if (collide && rows > few_rows) {
       return pack(b, to);
     }
     const int64_t rest = b.cols % kernels.panel;
@@ -104,7 +104,7 @@ class Products {
     each_range(
         ceil_div(b.cols, panel), out.rows * b.rows * b.cols,
         [&](int64_t begin, int64_t end) {
-          const Buffer<C> packed(packed_rows(b.rows) * panel);
+          const Buffer<C> packed(b.rows * panel);
           for (int64_t p = begin; p < end; ++p) {
             const int64_t col = p * panel;
             const int64_t cols = std::min(panel, b.cols - col);
@@ -156,10 +156,6 @@ class Products {
   }
 
  private:
-  int64_t packed_rows(int64_t k) const {
-    return round_up(k, kernels.k_step) / kernels.k_per_row;
-  }
-
   // Calls f(begin, end) for ranges of [0, count), which make `work`
   // multiply-adds together.
   template <typename F>

@@ -16,7 +16,8 @@ int64_t part(int64_t total, int64_t most) {
 Strategy choose_strategy(
     int64_t rows,
     const std::vector<int64_t>& widths,
-    bool is_narrow) {
+    bool is_narrow,
+    bool has_amx) {
   rows = std::max<int64_t>(1, rows); // an empty batch is one empty block
   int64_t widest = 1, parameters = 0;
   for (std::size_t l = 0; l + 1 < widths.size(); ++l) {
@@ -35,7 +36,9 @@ Strategy choose_strategy(
     // several blocks that are more precise than its operands, so 16-bit formats
     // make one block.
     constexpr int64_t library_block = 2048;
-    return {true, rows, is_narrow ? rows : part(rows, library_block), 1};
+    return {
+        WhoseProducts::library, rows,
+        is_narrow ? rows : part(rows, library_block), 1};
   }
 
   // Chunks with rows enough to pay for sums of their own, in a number that many
@@ -46,11 +49,19 @@ Strategy choose_strategy(
          parameters <= few_parameters) {
     chunks *= 2;
   }
-  // A block of the widest layer fills an eighth of the second-level cache.
-  constexpr int64_t block_elements = 1 << 14, smallest = 96, largest = 480;
+  // A block of the widest layer fills an eighth of the second-level cache. AMX is
+  // fast enough to wait for the weight gradients, which each block adds to: its
+  // blocks are larger.
+  constexpr int64_t smallest = 96, largest = 480;
+  const int64_t block_elements = has_amx ? 1 << 16 : 1 << 14;
   const int64_t chunk = ceil_div(rows, chunks);
   const int64_t block = std::clamp(block_elements / widest, smallest, largest);
-  return {false, chunk, part(chunk, block), ceil_div(rows, chunk)};
+  // With fewer rows, to pack a weight takes longer than to multiply by it.
+  constexpr int64_t fewest_rows_for_tiles = 6;
+  return {
+      has_amx && rows >= fewest_rows_for_tiles ? WhoseProducts::amx
+                                               : WhoseProducts::own,
+      chunk, part(chunk, block), ceil_div(rows, chunk)};
 }
 
 } // namespace relu_mlp::cpu

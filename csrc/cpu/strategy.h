@@ -10,8 +10,11 @@
 
 namespace relu_mlp::cpu {
 
+// Whose products are used: this package's of floats, those of AMX, or PyTorch's.
+enum class WhoseProducts { own, amx, library };
+
 struct Strategy {
-  bool library; // whether PyTorch's own products are used
+  WhoseProducts products;
   int64_t chunk; // rows that have sums of their own
   int64_t block; // rows that go through all layers at once
   int64_t chunks;
@@ -28,10 +31,11 @@ struct Strategy {
 };
 
 // `widths` are those of x, of every hidden layer and of y; `is_narrow` says
-// whether the numbers have 16 bits.
+// whether the numbers have 16 bits, and `has_amx` whether AMX multiplies them.
 Strategy choose_strategy(
     int64_t rows,
     const std::vector<int64_t>& widths,
-    bool is_narrow);
+    bool is_narrow,
+    bool has_amx);
 
 } // namespace relu_mlp::cpu

@@ -12,7 +12,7 @@ namespace {
 
 template <typename C>
 constexpr Kernels<C> kernels = {
-    lanes<C>, max_vectors * lanes<C>, 1, 1, product<C>, pack<C>, linear<C>,
+    lanes<C>, max_vectors * lanes<C>, product<C>, pack<C>, linear<C>,
     column_sums<C>, bias_relu<C>, mask<C>};
 
 constexpr Format bfloat16 = {

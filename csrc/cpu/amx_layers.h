@@ -1,0 +1,123 @@
+// A network's layers in bfloat16 by the tiles of AMX. Activations and deltas stay
+// in bfloat16, as on the native path; weight gradients are summed in float.
+#pragma once
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+#include "buffer.h"
+#include "convert.h"
+#include "network.h"
+#include "strategy.h"
+
+namespace relu_mlp::cpu {
+
+class AmxLayers {
+ public:
+  using Element = BFloat16;
+  using Sum = float;
+  static constexpr bool takes_any_strides = false;
+
+  AmxLayers(const Network<BFloat16>& network, const Strategy&, Uses uses)
+      : kernels_(*chosen_instruction_set().amx), layers_(network.layers.size()) {
+    int64_t slots = 0, biases = 0;
+    for (std::size_t l = 0; l < layers_.size(); ++l) {
+      const auto& [weight, bias] = network.layers[l];
+      slots += uses.forward * kernels_.packed_size(weight.cols, weight.rows) +
+          uses.backward(l) * kernels_.packed_size(weight.rows, weight.cols);
+      biases += uses.forward && bias ? weight.rows : 0;
+    }
+    slots_ = Buffer<uint32_t>(slots);
+    biases_ = Buffer<float>(biases);
+    uint32_t* next = slots_.get();
+    const auto pack = [&](Matrix<const uint16_t> b) {
+      uint32_t* const to =
+          std::exchange(next, next + kernels_.packed_size(b.rows, b.cols));
+      kernels_.pack(to, b);
+      return to;
+    };
+    float* next_bias = biases_.get();
+    for (std::size_t l = 0; l < layers_.size(); ++l) {
+      const auto& [weight, bias] = network.layers[l];
+      if (uses.forward) {
+        layers_[l].transposed = pack(bits(weight).transposed());
+      }
+      if (uses.forward && bias) {
+        layers_[l].bias = next_bias;
+        widen(next_bias, bias, weight.rows);
+        next_bias += weight.rows;
+      }
+      if (uses.backward(l)) {
+        layers_[l].plain = pack(bits(weight));
+      }
+    }
+  }
+
+  // out = a W_l^T + b_l, then ReLU if asked for.
+  void linear(
+      std::size_t l,
+      Matrix<Element> out,
+      Matrix<const Element> a,
+      bool relu) const {
+    kernels_.product(
+        {out.rows, out.cols, a.cols, bits(a.data), a.row_stride,
+         layers_[l].transposed, bits(out.data), out.row_stride,
+         relu ? Epilogue::bias_relu : Epilogue::bias, layers_[l].bias});
+  }
+
+  // How much memory grad_weight needs for a block of `rows` rows.
+  int64_t scratch_size(int64_t rows, int64_t widest) const {
+    constexpr int64_t operands = 2, elements_of_slot = 2;
+    return operands * elements_of_slot * kernels_.packed_size(rows, widest);
+  }
+
+  // to = delta^T a, or to += delta^T a.
+  void grad_weight(
+      Matrix<Sum> to,
+      Matrix<const Element> delta,
+      Matrix<const Element> a,
+      bool add,
+      Element* scratch) const {
+    kernels_.grad_weight(
+        to, bits(delta), bits(a), add, reinterpret_cast<uint32_t*>(scratch));
+  }
+
+  // out = delta W_l where mask > 0 or NaN, else 0; without a mask everywhere.
+  void grad_input(
+      std::size_t l,
+      Matrix<Element> out,
+      Matrix<const Element> delta,
+      Matrix<const Element> mask) const {
+    kernels_.product(
+        {out.rows, out.cols, delta.cols, bits(delta.data), delta.row_stride,
+         layers_[l].plain, bits(out.data), out.row_stride,
+         mask.data ? Epilogue::mask : Epilogue::store, nullptr, bits(mask.data),
+         mask.row_stride});
+  }
+
+  // sums[j] += the sum of column j.
+  void column_sums(double* sums, Matrix<const Element> delta) const {
+    constexpr int64_t at_once = 64;
+    for (int64_t col = 0; col < delta.cols; col += at_once) {
+      Matrix<const uint16_t> part = bits(delta);
+      part.data += col;
+      part.cols = std::min(at_once, delta.cols - col);
+      format<BFloat16>().column_sums(sums + col, part);
+    }
+  }
+
+ private:
+  struct Packed {
+    const uint32_t* transposed = nullptr; // weight^T (in, out), for a W^T
+    const uint32_t* plain = nullptr; // weight (out, in), for delta W
+    const float* bias = nullptr;
+  };
+
+  const AmxKernels& kernels_;
+  std::vector<Packed> layers_;
+  Buffer<uint32_t> slots_;
+  Buffer<float> biases_;
+};
+
+} // namespace relu_mlp::cpu
