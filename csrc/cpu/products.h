@@ -38,7 +38,7 @@ class Products {
   // b, of any strides, copied to panels at `to`.
   Panels<C> pack(Matrix<const C> b, C* to) const {
     const int64_t panel = kernels.panel, step = b.rows * panel;
-    each(ceil_div(b.cols, panel), b.rows * b.cols * 8, [&](int64_t p) {
+    each(ceil_div(b.cols, panel), b.rows * b.cols * 16, [&](int64_t p) {
       Matrix<const C> part = b;
       part.data += p * panel * b.col_stride;
       part.cols = std::min(panel, b.cols - p * panel);
@@ -161,7 +161,7 @@ class Products {
   template <typename F>
   void each_range(int64_t count, int64_t work, const F& f) const {
     // Below this, to wake a thread takes longer than what it takes over.
-    constexpr int64_t min_work = 1 << 20;
+    constexpr int64_t min_work = 1 << 21;
     parallel_for(count, parallel && work >= min_work ? 1 : count, f);
   }
 

@@ -28,8 +28,7 @@ Strategy choose_strategy(
   }
   // Weights that stay in the second-level cache while rows go by; fewer, where
   // too few rows go by to pay for packing them. 16-bit formats are packed anyway.
-  constexpr int64_t chunk_rows = 240, some_rows = 32;
-  const bool few_rows = rows >= some_rows && rows < 2 * chunk_rows;
+  const bool few_rows = rows >= 32 && rows < 480;
   const int64_t few_parameters = few_rows && !is_narrow ? 1 << 16 : 1 << 17;
   if (parameters > few_parameters && rows > 1) {
     // Blocks with rows enough for the library's full rate. It has no sums over
@@ -42,11 +41,13 @@ Strategy choose_strategy(
   }
 
   // Chunks with rows enough to pay for sums of their own, in a number that many
-  // numbers of threads divide.
-  constexpr int64_t most_chunks = 32;
-  int64_t chunks = 1;
-  while (2 * chunks <= most_chunks && 2 * chunks * chunk_rows <= rows &&
-         parameters <= few_parameters) {
+  // numbers of threads divide. The first two may be smaller if there is something to
+  // do: they cost less than to deal out one product after the other.
+  constexpr int64_t most_chunks = 32, chunk_rows = 240, much_work = 1 << 21;
+  const bool may_halve =
+      rows >= chunk_rows && rows * parameters >= much_work && !has_amx;
+  int64_t chunks = may_halve ? 2 : 1;
+  while (2 * chunks <= most_chunks && 2 * chunks * chunk_rows <= rows) {
     chunks *= 2;
   }
   // A block of the widest layer fills an eighth of the second-level cache. AMX is
