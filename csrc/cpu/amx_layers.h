@@ -1,5 +1,6 @@
 // A network's layers in bfloat16 by the tiles of AMX. Activations and deltas stay
-// in bfloat16, as on the native path; weight gradients are summed in float.
+// in bfloat16, as on the native path; weight gradients are summed in float. A product
+// is never dealt out to threads, only chunks of rows are.
 #pragma once
 
 #include <algorithm>

@@ -9,7 +9,7 @@
 // Rows are dealt out in chunks, whose number depends on the shape alone. A
 // chunk has its own sums of the weight and bias gradients, which are added up
 // in the order of the chunks: any number of threads gives the same bits. Where
-// there is only one chunk, the tiles of each product are dealt out instead.
+// there is only one chunk, `Layers` may deal out the tiles of each product.
 //
 // Where `Layers` computes in float, bfloat16 and float16 are widened block by block;
 // what the native path rounds to 16 bits, y and the hidden activations, is rounded

@@ -1,6 +1,7 @@
 // Kernels for the 16-bit formats, for one instruction set: conversions to and
-// from float, ReLU and its mask. All are limited by memory. Loops over bits that the compiler makes vector code of; the including file
-// may define RELU_MLP_HAS_F16C where the processor converts float16 itself.
+// from float, ReLU and its mask. All are limited by memory. They are loops over
+// bits that the compiler makes vector code of; the including file may define
+// RELU_MLP_HAS_F16C where the processor converts float16 itself.
 #pragma once
 
 #include <cstdint>
