@@ -20,7 +20,7 @@
 namespace relu_mlp::cpu::RELU_MLP_ISA {
 namespace {
 
-constexpr int64_t tile_rows = 16, tile_k = 32, tile_slots = 256;
+constexpr int64_t tile_k = 32, tile_slots = 256;
 
 // How many steps of `step` it takes to cover `count`.
 constexpr int64_t steps(int64_t count, int64_t step) {
@@ -51,13 +51,11 @@ RELU_MLP_INLINE void interleave(
   slots[1] = _mm512_permutex2var_epi16(even, upper, odd);
 }
 
-RELU_MLP_INLINE void transpose_slots(
-    uint32_t* to,
-    const void* from,
-    int64_t from_bytes) {
+// to (j, i) = from (i, j) for 16 x 16 slots.
+RELU_MLP_INLINE void transpose_slots(uint32_t* to, const void* from) {
   transpose_square<true>(
-      reinterpret_cast<float*>(to), 16, static_cast<const float*>(from),
-      from_bytes / 4, 16, 16);
+      reinterpret_cast<float*>(to), 16, static_cast<const float*>(from), 16, 16,
+      16);
 }
 
 // b (k, n), whose rows are contiguous. `transposes` turns every tile about its
@@ -88,9 +86,9 @@ void pack_rows(uint32_t* to, Matrix<const uint16_t> b) {
         }
       }
       if (transposes) {
-        transpose_slots(first, lower, 64);
+        transpose_slots(first, lower);
         if (n + 1 < tiles_n) {
-          transpose_slots(second, upper, 64);
+          transpose_slots(second, upper);
         }
       }
     }
@@ -113,7 +111,7 @@ inline void pack_columns(uint32_t* to, Matrix<const uint16_t> b) {
                            first_of_32(rows), from + j * b.col_stride)
                      : _mm512_setzero_si512());
       }
-      transpose_slots(tile, square, 64);
+      transpose_slots(tile, square);
     }
   }
 }
@@ -153,6 +151,17 @@ struct Strips {
   int64_t step, k_step, row_bytes;
   int64_t whole_k; // tiles that lie there
   const uint16_t* last; // one more for each strip, 512 elements each; or null
+
+  // Calls f(tile of strip 0, its distance to strip 1, from row to row) for every k.
+  template <typename F>
+  RELU_MLP_INLINE void each_k(const F& f) const {
+    for (int64_t k = 0; k < whole_k; ++k) {
+      f(data + k * k_step, step, row_bytes);
+    }
+    if (last) {
+      f(last, 512, 64);
+    }
+  }
 };
 
 // Four tiles of sums do not wait for each other: 2 x 2, or where b has but one
@@ -178,7 +187,7 @@ inline void multiply_square(
   _tile_loadd(1, start + 16, 0);
   _tile_loadd(2, start, 0);
   _tile_loadd(3, start + 16, 0);
-  const auto step = [&](const uint16_t* of_a, int64_t strip, int64_t row_bytes) {
+  a.each_k([&](const uint16_t* of_a, int64_t strip, int64_t row_bytes) {
     _tile_loadd(4, of_a, row_bytes);
     _tile_loadd(6, b, 64);
     _tile_dpbf16ps(0, 4, 6);
@@ -190,13 +199,7 @@ inline void multiply_square(
       _tile_dpbf16ps(3, 5, 7);
     }
     b += tile_slots;
-  };
-  for (int64_t k = 0; k < a.whole_k; ++k) {
-    step(a.data + k * a.k_step, a.step, a.row_bytes);
-  }
-  if (a.last) {
-    step(a.last, 512, 64);
-  }
+  });
   _tile_stored(0, sums, 128);
   _tile_stored(1, sums + 16, 128);
   if (strips > 1) {
@@ -216,7 +219,7 @@ inline void multiply_tall(
   _tile_loadd(1, start, 0);
   _tile_loadd(2, start, 0);
   _tile_loadd(3, start, 0);
-  const auto step = [&](const uint16_t* of_a, int64_t strip, int64_t row_bytes) {
+  a.each_k([&](const uint16_t* of_a, int64_t strip, int64_t row_bytes) {
     _tile_loadd(6, b, 64);
     _tile_loadd(4, of_a, row_bytes);
     _tile_dpbf16ps(0, 4, 6);
@@ -233,13 +236,7 @@ inline void multiply_tall(
       _tile_dpbf16ps(3, 5, 6);
     }
     b += tile_slots;
-  };
-  for (int64_t k = 0; k < a.whole_k; ++k) {
-    step(a.data + k * a.k_step, a.step, a.row_bytes);
-  }
-  if (a.last) {
-    step(a.last, 512, 64);
-  }
+  });
   _tile_stored(0, sums, 64);
   if (strips > 1) {
     _tile_stored(1, sums + 256, 64);

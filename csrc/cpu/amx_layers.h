@@ -3,7 +3,6 @@
 // is never dealt out to threads, only chunks of rows are.
 #pragma once
 
-#include <algorithm>
 #include <utility>
 #include <vector>
 
@@ -99,13 +98,7 @@ class AmxLayers {
 
   // sums[j] += the sum of column j.
   void column_sums(double* sums, Matrix<const Element> delta) const {
-    constexpr int64_t at_once = 64;
-    for (int64_t col = 0; col < delta.cols; col += at_once) {
-      Matrix<const uint16_t> part = bits(delta);
-      part.data += col;
-      part.cols = std::min(at_once, delta.cols - col);
-      format<BFloat16>().column_sums(sums + col, part);
-    }
+    kernels_.column_sums(sums, bits(delta));
   }
 
  private:

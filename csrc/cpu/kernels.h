@@ -103,7 +103,7 @@ struct AmxKernels {
       Matrix<const uint16_t> a,
       bool add,
       uint32_t* scratch);
-  // Of a Format.
+  // As in a Format, but for any number of columns.
   void (*narrow)(uint16_t* to, const float* from, int64_t count);
   void (*column_sums)(double* sums, Matrix<const uint16_t> m);
 };
