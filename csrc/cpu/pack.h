@@ -96,18 +96,71 @@ void pack(C* to, int64_t to_row, Matrix<const C> b) {
   }
 }
 
+// sums[j] += the sum of column j of m, which is at most `vectors` vectors wide. Eight
+// rows are summed as they are, because to widen a number takes longer than to add it.
+template <int vectors, typename C>
+void column_sums_in_vectors(double* sums, Matrix<const C> m) {
+  constexpr int64_t W = lanes<C>, together = 8;
+  const int64_t last = m.cols - (vectors - 1) * W;
+  const auto load_row = [&](int64_t i, int j) {
+    const C* const from = m.row(i) + j * W;
+    return j + 1 < vectors || last == W ? load(from) : load_some(from, last);
+  };
+  double totals[vectors * W] = {};
+  for (int64_t first = 0; first < m.rows; first += together) {
+    const int64_t rest = m.rows - first;
+    const int64_t end = rest < together ? m.rows : first + together;
+    Vec<C> parts[vectors] = {};
+    int64_t i = first;
+    for (; i + 2 <= end; i += 2) { // two at once: half as many wait for each other
+      RELU_MLP_UNROLL
+      for (int j = 0; j < vectors; ++j) {
+        parts[j] += load_row(i, j) + load_row(i + 1, j);
+      }
+    }
+    if (i < end) {
+      RELU_MLP_UNROLL
+      for (int j = 0; j < vectors; ++j) {
+        parts[j] += load_row(i, j);
+      }
+    }
+    C part[vectors * W];
+    for (int j = 0; j < vectors; ++j) {
+      store(part + j * W, parts[j]);
+    }
+    for (int64_t j = 0; j < vectors * W; ++j) {
+      totals[j] += double(part[j]);
+    }
+  }
+  for (int64_t j = 0; j < m.cols; ++j) {
+    sums[j] += totals[j];
+  }
+}
+
 template <typename C>
 void column_sums(double* sums, Matrix<const C> m) {
-  for (int64_t i = 0; i < m.rows; ++i) {
-    const C* const row = m.row(i);
-    if (m.col_stride == 1) { // known here, this is vector code
+  if (m.col_stride != 1) {
+    for (int64_t i = 0; i < m.rows; ++i) {
       for (int64_t j = 0; j < m.cols; ++j) {
-        sums[j] += double(row[j]);
+        sums[j] += double(m.at(i, j));
       }
+    }
+    return;
+  }
+  constexpr int64_t W = lanes<C>;
+  int64_t j = 0;
+  for (; j < m.cols; j += 4 * W) {
+    Matrix<const C> part = m;
+    part.data += j;
+    part.cols = m.cols - j < 4 * W ? m.cols - j : 4 * W;
+    if (part.cols > 3 * W) {
+      column_sums_in_vectors<4>(sums + j, part);
+    } else if (part.cols > 2 * W) {
+      column_sums_in_vectors<3>(sums + j, part);
+    } else if (part.cols > W) {
+      column_sums_in_vectors<2>(sums + j, part);
     } else {
-      for (int64_t j = 0; j < m.cols; ++j) {
-        sums[j] += double(row[j * m.col_stride]);
-      }
+      column_sums_in_vectors<1>(sums + j, part);
     }
   }
 }
