@@ -46,8 +46,8 @@ NARROW = [torch.bfloat16, torch.float16]
 every_narrow_dtype = pytest.mark.parametrize("dtype", NARROW, ids=str)
 
 
-def strategy(rows, widths, dtype=torch.float32, has_amx=False):
-    lines = R._strategy(rows, widths, dtype in NARROW, has_amx).splitlines()
+def strategy(rows, widths, dtype=torch.float32, has_amx=False, panel=64):
+    lines = R._strategy(rows, widths, dtype in NARROW, has_amx, panel).splitlines()
     answer = dict(line.split(": ") for line in lines)
     return {key: value if key == "products" else int(value) for key, value in answer.items()}
 
@@ -86,11 +86,15 @@ SHAPES = [  # what chance would seldom hit
     (96, [129, 300, 5]),
     (49, [256, 256, 256]),  # rows that compete for the same lines of the cache
     (300, [64, 256, 9]),  # several blocks
+    (300, [256, 200, 9]),
     (500, [130, 256, 5]),  # several blocks in each of several chunks
     (1100, [9, 17, 3]),
     (1, [300, 500, 3]),  # more weights than the package's own products are for
     (7, [300, 500, 3]),
-    (50, [500, 300, 17]),
+    (50, [500, 300, 17]),  # rows that make one panel of AVX-512's, and are packed
+    (70, [500, 300, 17]),
+    (16, [300, 203, 9]),  # they make several of AVX2's
+    (64, [130, 259, 256]),
 ]
 
 
@@ -222,13 +226,13 @@ PLACES = {
 
 
 @every_dtype
-@pytest.mark.parametrize("place", PLACES.values(), ids=list(PLACES))
-def test_reads_nothing_but_the_operands(instruction_set, dtype, place):
+@pytest.mark.parametrize("where", PLACES)
+def test_reads_nothing_but_the_operands(instruction_set, dtype, where):
     """Whatever its strides; and what lies around is as it was."""
     around = []
 
     def placed(t):
-        result = place(t)
+        result = PLACES[where](t)
         around.append((result._base, result._base.clone()))
         return result
 
@@ -236,7 +240,7 @@ def test_reads_nothing_but_the_operands(instruction_set, dtype, place):
         rows, sizes = random_shape(seed)
         is_own = strategy(rows, sizes, dtype)["products"] == "own"
         # PyTorch's own product of bfloat16 slices multiplies what lies beside them by 0.
-        if is_own or dtype != torch.bfloat16 or place is not amid_nan:
+        if is_own or dtype != torch.bfloat16 or "matrix" not in where:
             check_exactly(seed, dtype, placed)
     for now, before in around:
         comparison.assert_same(now, before)
@@ -588,6 +592,16 @@ def test_strategy_for_narrow_and_for_wide_networks(dtype):
     for rows in (1, 64, 65536):
         assert strategy(rows, [64, 64, 64], dtype)["products"] == "own"
     assert strategy(2048, [768, 3072, 768], dtype)["products"] == "library"
+
+
+def test_strategy_for_rows_that_make_one_panel():
+    """Their own products serve larger weights, if the panel is that of AVX-512."""
+    widths = [512, 512, 10]
+    for rows, products in [(15, "library"), (16, "own"), (64, "own"), (65, "library")]:
+        assert strategy(rows, widths)["products"] == products
+        assert strategy(rows, widths, panel=32)["products"] == "library"
+        assert strategy(rows, widths, torch.bfloat16)["products"] == "library"
+    assert strategy(64, [1024, 1024, 10])["products"] == "library"
 
 
 def test_strategy_where_amx_multiplies():

@@ -95,7 +95,7 @@ class Blocks {
       : network_(network),
         layers_(layers),
         block_(block),
-        size_(block * network.max_width()),
+        size_(block * network.widest(1)),
         narrow_(is_narrow ? size_ : 0),
         x_(is_narrow ? block * network.width(0) : 0) {}
 
@@ -139,9 +139,11 @@ class Blocks {
     const Needs& needs = pass.needs;
     const std::size_t layers = network_.layers.size();
     const std::size_t lowest = needs.lowest_layer();
-    Buffer<C> delta_memory[2] = {Buffer<C>(size_), Buffer<C>(size_)};
-    const Buffer<C> scratch(
-        layers_.scratch_size(block_, network_.max_width()));
+    const bool widens_grad_x = is_narrow && needs.x();
+    const int64_t delta_size = block_ * network_.widest(widens_grad_x ? 0 : 1);
+    Buffer<C> delta_memory[2] = {
+        Buffer<C>(delta_size), Buffer<C>(delta_size)};
+    const Buffer<C> scratch(layers_.scratch_size(block_, network_.widest(0)));
     if (pass.recompute) {
       for (std::size_t l = 1; l <= layers; ++l) {
         computed_.emplace_back(block_ * network_.width(l));
@@ -313,7 +315,7 @@ class Blocks {
 
   const Network<T>& network_;
   const Layers& layers_;
-  const int64_t block_, size_; // rows of a block, and elements of its widest layer
+  const int64_t block_, size_; // rows of a block, and its elements after any layer
   Buffer<T> narrow_; // for what has to be rounded to T and back
   Buffer<C> x_, spare_[2];
   std::vector<Buffer<C>> computed_;

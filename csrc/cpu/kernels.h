@@ -51,7 +51,7 @@ struct Kernels {
       Matrix<const C> weight,
       const C* bias,
       bool relu);
-  // sums[j] += sum_i m(i, j), in double precision. Any strides.
+  // sums[j] += sum_i m(i, j), in double precision but for sums of eight. Any strides.
   void (*column_sums)(double* sums, Matrix<const C> m);
   // z += bias, then ReLU if asked for, in place; bias may be null.
   void (*bias_relu)(Matrix<C> z, const C* bias, bool relu);

@@ -112,7 +112,7 @@ void with_layers(const Network<T>& network, const F& f) {
   constexpr bool is_for_amx = std::is_same_v<T, BFloat16>;
   const Strategy strategy = choose_strategy(
       network.x.rows, network.widths(), is_narrow,
-      is_for_amx && chosen_instruction_set().amx);
+      is_for_amx && chosen_instruction_set().amx, chosen_kernels<T>().panel);
   if (strategy.products == WhoseProducts::library) {
     f.template operator()<LibraryLayers<T>>(strategy);
     return;

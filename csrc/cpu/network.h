@@ -37,9 +37,10 @@ struct Network {
     }
     return all;
   }
-  int64_t max_width() const {
+  // The largest width from width(first) on.
+  int64_t widest(std::size_t first) const {
     int64_t widest = 0;
-    for (std::size_t l = 0; l <= layers.size(); ++l) {
+    for (std::size_t l = first; l <= layers.size(); ++l) {
       widest = std::max(widest, width(l));
     }
     return widest;

@@ -23,18 +23,22 @@ class OwnLayers {
       : products_(chosen_kernels<T>(), strategy.chunks == 1),
         rows_(network.x.rows),
         layers_(network.layers.size()) {
-    // The parameters as the products want them, one after the other.
+    // The parameters as the products want them, one after the other. What serves
+    // several blocks of rows is packed once.
+    const bool is_one_block = rows_ <= strategy.block;
     const auto transposes = [&](std::size_t l) {
       const Matrix<const T>& w = network.layers[l].weight;
       return uses.forward && rows_ >= min_rows_to_transpose &&
-          (rows_ > strategy.block || w.rows * w.cols <= few_weights);
+          (!is_one_block || w.rows * w.cols <= few_weights);
     };
     int64_t size = 0;
     for (std::size_t l = 0; l < layers_.size(); ++l) {
       const Matrix<const T>& w = network.layers[l].weight;
       size += widened_size<T>(w.rows * w.cols + w.rows) +
           transposes(l) * products_.packed_size(w.cols, w.rows) +
-          uses.backward(l) * products_.packed_size(w.rows, w.cols);
+          uses.backward(l) *
+              (is_one_block ? products_.size_beside(w.rows)
+                            : products_.packed_size(w.rows, w.cols));
     }
     memory_ = Buffer<Element>(size);
     Element* next = memory_.get();
@@ -57,9 +61,15 @@ class OwnLayers {
         layer.transposed = products_.pack(
             layer.weight.transposed(), take(products_.packed_size(in, out)));
       }
-      if (uses.backward(l)) {
-        layer.plain = products_.panels(
-            layer.weight, rows_, take(products_.packed_size(out, in)));
+      if (!uses.backward(l)) {
+        continue;
+      }
+      if (!products_.collides(layer.weight, rows_)) {
+        layer.plain =
+            products_.panels(layer.weight, take(products_.size_beside(out)));
+      } else if (!is_one_block) {
+        layer.plain =
+            products_.pack(layer.weight, take(products_.packed_size(out, in)));
       }
     }
   }
@@ -70,21 +80,23 @@ class OwnLayers {
       Matrix<Element> out,
       Matrix<const Element> a,
       bool relu) const {
-    const Prepared& layer = layers_[l];
-    const Epilogue epilogue = relu ? Epilogue::bias_relu : Epilogue::bias;
-    if (layer.transposed.data) {
-      products_.multiply(out, a, layer.transposed, epilogue, layer.bias);
-    } else if (rows_ < min_rows_to_transpose) {
-      products_.linear(out, a, layer.weight, layer.bias, relu);
+    const auto& [weight, transposed, plain, bias] = layers_[l];
+    const Finish<Element> finish{
+        relu ? Epilogue::bias_relu : Epilogue::bias, bias};
+    if (transposed.data) {
+      products_.multiply(out, a, transposed, finish);
+    } else if (rows_ < min_rows_for_panels) {
+      products_.linear(out, a, weight, bias, relu);
+    } else if (rows_ <= one_panel && rows_ <= weight.rows) {
+      products_.linear_transposed(out, a, weight, bias, relu);
     } else {
-      products_.pack_and_multiply(
-          out, a, layer.weight.transposed(), epilogue, layer.bias);
+      products_.pack_and_multiply(out, a, weight.transposed(), finish);
     }
   }
 
   // How much memory grad_weight needs for a block of `rows` rows.
-  int64_t scratch_size(int64_t rows, int64_t widest) const {
-    return products_.packed_size(rows, widest);
+  int64_t scratch_size(int64_t rows, int64_t) const {
+    return products_.size_beside(rows);
   }
 
   // to = delta^T a, or to += delta^T a.
@@ -94,9 +106,13 @@ class OwnLayers {
       Matrix<const Element> a,
       bool add,
       Element* scratch) const {
-    products_.multiply(
-        to, delta.transposed(), products_.panels(a, to.rows, scratch),
-        Epilogue::store, nullptr, {}, add);
+    const Finish<Element> finish{Epilogue::store, nullptr, {}, add};
+    if (products_.collides(a, to.rows)) {
+      products_.pack_and_multiply(to, delta.transposed(), a, finish);
+    } else {
+      products_.multiply(
+          to, delta.transposed(), products_.panels(a, scratch), finish);
+    }
   }
 
   // out = delta W_l where mask > 0 or NaN, else 0; without a mask everywhere.
@@ -105,28 +121,35 @@ class OwnLayers {
       Matrix<Element> out,
       Matrix<const Element> delta,
       Matrix<const Element> mask) const {
-    products_.multiply(
-        out, delta, layers_[l].plain,
-        mask.data ? Epilogue::mask : Epilogue::store, nullptr, mask);
+    const Prepared& layer = layers_[l];
+    const Finish<Element> finish{
+        mask.data ? Epilogue::mask : Epilogue::store, nullptr, mask};
+    if (layer.plain.data) {
+      products_.multiply(out, delta, layer.plain, finish);
+    } else {
+      products_.pack_and_multiply(out, delta, layer.weight, finish);
+    }
   }
 
   // sums[j] += the sum of column j.
   void column_sums(double* sums, Matrix<const Element> delta) const {
-    products_.kernels.column_sums(sums, delta);
+    products_.column_sums(sums, delta);
   }
 
  private:
   struct Prepared {
     Matrix<const Element> weight;
     Panels<Element> transposed; // weight^T (in, out), for a W^T
-    Panels<Element> plain; // weight (out, in), for delta W
+    Panels<Element> plain; // weight (out, in), for delta W; or packed late
     const Element* bias = nullptr;
   };
 
   // With fewer rows a transposed copy costs more than it saves.
   static constexpr int64_t min_rows_to_transpose = 6;
-  // A larger weight that serves a single block is transposed panel by panel.
+  // A larger weight that serves a single block is transposed panel by panel; or the
+  // rows are, if there are few; or nothing is, if they would not fill a panel.
   static constexpr int64_t few_weights = 1 << 15;
+  static constexpr int64_t min_rows_for_panels = 16, one_panel = 64;
 
   const Products<Element> products_;
   const int64_t rows_;

@@ -17,7 +17,8 @@ Strategy choose_strategy(
     int64_t rows,
     const std::vector<int64_t>& widths,
     bool is_narrow,
-    bool has_amx) {
+    bool has_amx,
+    int64_t panel) {
   rows = std::max<int64_t>(1, rows); // an empty batch is one empty block
   int64_t widest = 1, parameters = 0;
   for (std::size_t l = 0; l + 1 < widths.size(); ++l) {
@@ -26,11 +27,16 @@ Strategy choose_strategy(
   for (const int64_t width : widths) {
     widest = std::max(widest, width);
   }
-  // Weights that stay in the second-level cache while rows go by; fewer, where
-  // too few rows go by to pay for packing them. 16-bit formats are packed anyway.
-  const bool few_rows = rows >= 32 && rows < 480;
-  const int64_t few_parameters = few_rows && !is_narrow ? 1 << 16 : 1 << 17;
-  if (parameters > few_parameters && rows > 1) {
+  // Weights that stay in the second-level cache while rows go by. Where too few rows go
+  // by to pay for packing them, fewer; but more, where the rows make one wide panel, which
+  // is packed instead. 16-bit formats are packed anyway.
+  int64_t most_parameters = 1 << 17;
+  if (!is_narrow && panel >= 64 && rows >= 16 && rows <= panel) {
+    most_parameters = 3 << 17;
+  } else if (!is_narrow && rows >= 32 && rows < 480) {
+    most_parameters = 1 << 16;
+  }
+  if (parameters > most_parameters && rows > 1) {
     // Blocks with rows enough for the library's full rate. It has no sums over
     // several blocks that are more precise than its operands, so 16-bit formats
     // make one block.

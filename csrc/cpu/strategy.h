@@ -31,11 +31,13 @@ struct Strategy {
 };
 
 // `widths` are those of x, of every hidden layer and of y; `is_narrow` says
-// whether the numbers have 16 bits, and `has_amx` whether AMX multiplies them.
+// whether the numbers have 16 bits, `has_amx` whether AMX multiplies them, and `panel`
+// how many columns a panel of this package's products has.
 Strategy choose_strategy(
     int64_t rows,
     const std::vector<int64_t>& widths,
     bool is_narrow,
-    bool has_amx);
+    bool has_amx,
+    int64_t panel);
 
 } // namespace relu_mlp::cpu
