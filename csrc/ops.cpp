@@ -109,7 +109,8 @@ std::string cuda_plan(
   return text.str();
 }
 
-// The same for one product, and for a walk down the columns of a matrix.
+// The same for one product, for a walk down the columns of a matrix, and for the
+// columns of the lowest delta.
 bool is_for_cublaslt(
     int64_t rows,
     int64_t in,
@@ -128,9 +129,18 @@ std::vector<int64_t> cuda_columns(
     int64_t element_size,
     std::vector<int64_t> device) {
   const cuda::Columns plan = cuda::plan_columns(
-      rows, cols, cuda::vector_length(cols, int(element_size)),
+      rows, cols, cuda::vector_length(cols, cols, int(element_size), true),
       {int(device.at(0)), 0, 0});
   return {plan.vector, plan.tiles, plan.chunks, plan.chunk_rows};
+}
+
+int64_t cuda_columns_at_once(
+    int64_t rows,
+    int64_t cols,
+    bool recompute,
+    std::vector<int64_t> device) {
+  return cuda::columns_at_once(
+      rows, cols, recompute, {int(device.at(0)), 0, 0});
 }
 
 } // namespace
@@ -154,6 +164,9 @@ STABLE_TORCH_LIBRARY(relu_mlp, m) {
   m.def(
       "_cuda_columns(int rows, int cols, int element_size, int[] device) "
       "-> int[]");
+  m.def(
+      "_cuda_columns_at_once(int rows, int cols, bool recompute, int[] device) "
+      "-> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(relu_mlp, CompositeExplicitAutograd, m) {
@@ -167,6 +180,8 @@ STABLE_TORCH_LIBRARY_IMPL(relu_mlp, CompositeExplicitAutograd, m) {
   m.impl("_cuda_plan", TORCH_BOX(&relu_mlp::cuda_plan));
   m.impl("_is_for_cublaslt", TORCH_BOX(&relu_mlp::is_for_cublaslt));
   m.impl("_cuda_columns", TORCH_BOX(&relu_mlp::cuda_columns));
+  m.impl(
+      "_cuda_columns_at_once", TORCH_BOX(&relu_mlp::cuda_columns_at_once));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(relu_mlp, CPU, m) {

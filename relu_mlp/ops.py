@@ -44,6 +44,7 @@ SCHEMAS = (
     "_is_for_cublaslt(int rows, int in_features, int out_features, "
     "int input_ld, int output_ld, int element_size, bool aligned) -> bool",
     "_cuda_columns(int rows, int cols, int element_size, int[] device) -> int[]",
+    "_cuda_columns_at_once(int rows, int cols, bool recompute, int[] device) -> int",
 )
 
 REMEDY = (

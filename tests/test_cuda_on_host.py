@@ -9,6 +9,7 @@ kernels run on a GPU, or how fast.
 
 import ctypes
 import fcntl
+import itertools
 import os
 import shutil
 import subprocess
@@ -165,6 +166,45 @@ def test_sums_over_many_chunks(cuda, dtype):
 
 
 @every_dtype
+@pytest.mark.parametrize("rows", [1, 20])
+@pytest.mark.parametrize(
+    "sizes",
+    [[8, 520, 16], [8, 300, 8], [5, 389, 3], [5, 264, 3, 2], [2, 4, 264, 8], [136, 300, 1]],
+    ids=str,
+)
+def test_the_lowest_layers_a_few_columns_at_a_time(cuda, dtype, rows, sizes):
+    """A device so small that 128 columns occupy it."""
+    cuda.set_machine(0, [1, *H200[1:]])
+    compare(cuda, integer_network(sizes, dtype, rows), "none")
+    compare(cuda, integer_network(sizes, dtype, rows, "some"), "relu")
+
+
+def peak_bytes(call):
+    """The most that a call has in tensors at once."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        call()
+    events = profile.profiler.kineto_results.events()
+    changes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    return max(itertools.accumulate(changes))
+
+
+def test_what_a_backward_pass_takes(cuda):
+    """No activation and no delta exists whole: 4 and 16 parts of 512 columns and 128."""
+    cuda.set_machine(0, [1, *H200[1:]])
+    sizes, rows = [8, 2048, 16], 256
+    x, weights, biases, grad_output = integer_network(sizes, torch.float32, rows)
+    y, hidden = cuda.forward(x, weights, biases, "none", True)
+    saved = kept_of(x, y, weights, hidden, "none", "01111")
+    of_a_column, results = 4 * rows, 4 * sum(p.numel() for p in (*weights, *biases))
+    for columns, call in {
+        512: lambda: cuda.backward(grad_output, saved, "none", "01111"),
+        2 * 128: lambda: cuda.recompute_backward(grad_output, x, weights, biases, "none", "01111"),
+    }.items():
+        taken = peak_bytes(call) - results
+        assert 0 <= taken - columns * of_a_column < 32 * of_a_column  # the sums of chunks of rows
+
+
+@every_dtype
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("sizes", [[6, 9, 4], [136, 16, 8], [131, 5, 3]], ids=str)
 def test_within_the_bounds_of_rounding(cuda, dtype, sizes, activation):
@@ -213,6 +253,17 @@ def test_strides(cuda, dtype, sizes, how):
     network = strided(x, how), weights, biases, strided(grad_output, how)
     compare(cuda, network, "none")
     compare(cuda, network, "relu")
+
+
+@every_dtype
+def test_hidden_activations_at_an_odd_address(cuda, dtype):
+    x, weights, biases, grad_output = integer_network([6, 136, 8], dtype, 20)
+    y, hidden = reference.forward(x, weights, biases, "none", True)
+    saved = kept_of(x, y, weights, hidden, "none", "11111")
+    expected = reference.backward(grad_output, saved, "none", "11111")
+    saved[-1] = strided(saved[-1], "odd-address")
+    found = cuda.backward(grad_output, saved, "none", "11111")
+    comparison.assert_same(dict(enumerate(found)), dict(enumerate(expected)))
 
 
 def test_leading_dimensions(cuda):

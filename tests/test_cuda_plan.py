@@ -82,6 +82,23 @@ def test_cublaslt_does_not_serve(place, value):
 
 
 @every_device
+def test_the_lowest_delta_a_few_columns_at_a_time(device):
+    def columns(rows, cols, recompute=False):
+        return R._cuda_columns_at_once(rows, cols, recompute, device)
+
+    assert columns(8192, 4096) == 1024
+    assert columns(8192, 4096, True) == 256
+    assert columns(128, 4096) == 4096  # too few rows for fewer columns to occupy the device
+    assert columns(1 << 33, 100) == 100
+    for rows in (0, 1, 7, 1000, 8192, 1 << 33):
+        for cols in (0, 1, 128, 129, 4100, 1 << 20, (1 << 31) + 8):
+            for recompute in (False, True):
+                count = columns(rows, cols, recompute)
+                assert count == cols or (0 < count < cols and count % 128 == 0)
+                assert cols <= count * (16 if recompute else 4)
+
+
+@every_device
 @pytest.mark.parametrize("element_size", [2, 4, 8])
 def test_every_element_has_one_block(element_size, device):
     """Tiles cover the columns and chunks the rows, and none is empty."""

@@ -55,6 +55,16 @@ template <typename T>
 Matrix<const T> as_const(const Matrix<T>& m) {
   return {m.data, m.rows, m.cols, m.row_stride, m.col_stride};
 }
+// `count` rows, or columns, from the first on that is named.
+template <typename T>
+Matrix<T> rows_of(const Matrix<T>& m, int64_t first, int64_t count) {
+  return {m.row(first), count, m.cols, m.row_stride, m.col_stride};
+}
+template <typename T>
+Matrix<T> columns_of(const Matrix<T>& m, int64_t first, int64_t count) {
+  return {
+      m.data + first * m.col_stride, m.rows, count, m.row_stride, m.col_stride};
+}
 
 // `like` is a tensor on the device, for new ones.
 template <typename T>
@@ -110,17 +120,17 @@ class WideLayers {
     bool has_sums = true; // whether the bias gradient is there
     Matrix<const T> delta = output_delta(pass, memory, has_sums);
     for (std::size_t l = layers; l-- > lowest;) {
+      if (l == lowest + 1 && !needs.propagation_through(lowest)) {
+        lowest_layers(lowest, delta, has_sums, pass);
+        return;
+      }
       if (needs.weight(l)) {
         has_sums |= products_.grad_weight(
-            contiguous(
-                pass.grad_weights[l], network_.widths[l + 1],
-                network_.widths[l]),
-            delta, input(l, pass), has_sums ? nullptr : pass.grad_biases[l]);
+            grad_weight(l, pass), delta, input(l, pass),
+            has_sums ? nullptr : pass.grad_biases[l]);
       }
       if (!has_sums) {
-        relu_mlp::cuda::output_delta<T>(
-            Activation::none, nullptr, delta, nullptr,
-            sums(pass.grad_biases[l]), stream_);
+        sum_up(delta, pass.grad_biases[l]);
         has_sums = true;
       }
       if (!needs.propagation_through(l)) {
@@ -136,8 +146,7 @@ class WideLayers {
       products_.grad_input(out, delta, network_.weights[l]);
       if (l > 0) {
         mask_delta(
-            to, pass.hidden[l - 1], out.rows, out.cols,
-            sums(pass.grad_biases[l - 1]), stream_);
+            to, input(l, pass), sums(pass.grad_biases[l - 1]), stream_);
         if (pass.recompute) {
           recomputed[l - 1] = Tensor(); // nobody reads it any more
         }
@@ -148,21 +157,89 @@ class WideLayers {
   }
 
  private:
+  // The gradients of the layers `low` and low + 1, where nothing below is asked
+  // for: delta_{low+1} and, if it is computed again, a_{low+1} a few columns at
+  // a time. Every sum runs over all rows, as it does without that. `delta` is
+  // that of the layer above, whose bias gradient may still have to be made.
+  void lowest_layers(
+      std::size_t low,
+      const Matrix<const T>& delta,
+      bool has_sums,
+      const BackwardPass<T>& pass) {
+    const Needs& needs = pass.needs;
+    const int64_t width = network_.widths[low + 1];
+    const int64_t most = columns_at_once(
+        delta.rows, width, pass.recompute, device_properties());
+    const bool is_saved = low + 1 <= pass.hidden.size();
+    const Tensor a_memory =
+        is_saved ? Tensor() : empty<1>({delta.rows * most}, like_);
+    const Tensor out_memory = empty<1>({delta.rows * most}, like_);
+    for (int64_t first = 0; first < width; first += most) {
+      const int64_t count = std::min(most, width - first);
+      Matrix<const T> a;
+      if (is_saved) {
+        a = columns_of(input(low + 1, pass), first, count);
+      } else {
+        const auto to = contiguous(
+            a_memory.template data<T>(), delta.rows, count);
+        const T* const bias = network_.biases[low];
+        products_.linear(
+            to, input(low, pass), rows_of(network_.weights[low], first, count),
+            bias ? bias + first : nullptr, true);
+        a = as_const(to);
+      }
+      if (needs.weight(low + 1)) {
+        has_sums |= products_.grad_weight(
+            columns_of(grad_weight(low + 1, pass), first, count), delta, a,
+            has_sums ? nullptr : pass.grad_biases[low + 1]);
+      }
+      const auto out = contiguous(
+          out_memory.template data<T>(), delta.rows, count);
+      products_.grad_input(
+          out, delta, columns_of(network_.weights[low + 1], first, count));
+      T* const total = pass.grad_biases[low];
+      mask_delta(
+          out.data, a, sums(total ? total + first : nullptr), stream_);
+      if (needs.weight(low)) {
+        products_.grad_weight(
+            rows_of(grad_weight(low, pass), first, count), as_const(out),
+            input(low, pass), nullptr);
+      }
+    }
+    if (!has_sums) {
+      sum_up(delta, pass.grad_biases[low + 1]);
+    }
+  }
+
   ColumnSums<T> sums(T* total) const {
     return {total, workspace_.template data<void>()};
   }
 
-  // Enough for the sums of every delta, which take turns.
+  // *total = the sums of delta's columns.
+  void sum_up(const Matrix<const T>& delta, T* total) const {
+    relu_mlp::cuda::output_delta<T>(
+        Activation::none, nullptr, delta, nullptr, sums(total), stream_);
+  }
+
+  Matrix<T> grad_weight(std::size_t l, const BackwardPass<T>& pass) const {
+    return contiguous(
+        pass.grad_weights[l], network_.widths[l + 1], network_.widths[l]);
+  }
+
+  // Enough for the sums of every delta, whole or a few columns of it, which take
+  // turns.
   Tensor new_workspace(const BackwardPass<T>& pass) const {
     const Device device = device_properties();
     int64_t bytes = 0;
     for (std::size_t l = 0; l < network_.layers(); ++l) {
       const bool is_last = l + 1 == network_.layers();
       if (pass.needs.bias(l) || (is_last && pass.loss)) {
-        bytes = std::max(
-            bytes,
-            columns_workspace(
-                rows(pass), network_.widths[l + 1], device));
+        const int64_t cols = network_.widths[l + 1];
+        const int64_t some =
+            columns_at_once(rows(pass), cols, pass.recompute, device);
+        for (const int64_t count : {cols, some, some ? cols % some : 0}) {
+          bytes = std::max(bytes, columns_workspace(rows(pass), count, device));
+        }
       }
     }
     return empty<1>({bytes / int64_t(sizeof(T)) + 1}, like_);
@@ -172,11 +249,16 @@ class WideLayers {
     return pass.loss ? network_.x.rows : pass.grad_output.rows;
   }
 
-  // The hidden activations and, if it is needed, y, entered into `pass`.
+  // The hidden activations and, if it is needed, y, entered into `pass`; but
+  // not what lowest_layers can compute itself.
   std::vector<Tensor> recompute(BackwardPass<T>& pass) {
     const std::size_t layers = network_.layers();
     const bool needs_y =
         pass.loss || network_.output_activation != Activation::none;
+    if (layers == 2 && !needs_y && !pass.needs.propagation_through(0) &&
+        pass.needs.lowest_layer() == 0) {
+      return {};
+    }
     std::vector<Tensor> memory;
     std::vector<T*> places;
     for (std::size_t l = 0; l + !needs_y < layers; ++l) {

@@ -49,9 +49,25 @@ bool is_for_cublaslt(const Product& p) {
       fits(p.in, p.input_ld) && fits(p.out, p.output_ld);
 }
 
-int vector_length(int64_t cols, int element_size) {
+int vector_length(int64_t cols, int64_t ld, int element_size, bool aligned) {
   const int vector = 16 / element_size;
-  return cols % vector == 0 ? vector : 1;
+  return aligned && cols % vector == 0 && ld % vector == 0 ? vector : 1;
+}
+
+int64_t columns_at_once(
+    int64_t rows,
+    int64_t cols,
+    bool recompute,
+    const Device& device) {
+  constexpr int64_t tile = 128; // rows and columns that a multiprocessor takes
+  const int64_t most_parts = recompute ? 16 : 4;
+  const int64_t least_tiles = device.multiprocessors / (recompute ? 2 : 1);
+  const int64_t tiles_down = std::max<int64_t>(1, ceil_div(rows, tile));
+  const int64_t tiles = std::max<int64_t>(1, ceil_div(cols, tile));
+  const int64_t wanted = std::max(
+      ceil_div(tiles, most_parts), ceil_div(least_tiles, tiles_down));
+  const int64_t parts = ceil_div(tiles, wanted);
+  return std::min(cols, tile * ceil_div(tiles, parts)); // in equal parts
 }
 
 Columns plan_columns(

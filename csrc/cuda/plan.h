@@ -49,6 +49,18 @@ struct Product {
 // are known to have failed elsewhere.
 bool is_for_cublaslt(const Product& product);
 
+// The lowest delta that a backward pass computes, (rows, cols), takes part in
+// nothing but products that can be cut along its columns, if nothing below its
+// layer is asked for. So it is computed as many columns at a time as this says,
+// and never exists whole: few for the sake of memory, but enough tiles of a
+// product to occupy the device. With `recompute`, memory comes first, because the
+// activation of the same columns is computed there, too.
+int64_t columns_at_once(
+    int64_t rows,
+    int64_t cols,
+    bool recompute,
+    const Device&);
+
 // How a matrix is walked down its columns, to sum them: a block has a tile of
 // 32 * vector columns and a chunk of the rows; the chunks' sums are added in
 // their order by a second kernel. Few enough chunks for that to be short, and
@@ -66,8 +78,8 @@ constexpr int columns_lanes = 32, columns_rows = 8; // of a block's 256 threads
 // `vector` is 16 / element size where 16-byte loads are allowed, else 1.
 Columns plan_columns(int64_t rows, int64_t cols, int vector, const Device&);
 
-// Elements that a thread may load at once from rows of `cols` elements that lie
-// one after the other, the first at an address divisible by 16.
-int vector_length(int64_t cols, int element_size);
+// Elements that a thread may load at once from rows of `cols` elements, `ld`
+// apart. `aligned` says whether the first is at an address divisible by 16.
+int vector_length(int64_t cols, int64_t ld, int element_size, bool aligned);
 
 } // namespace relu_mlp::cuda

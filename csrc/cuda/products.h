@@ -129,7 +129,7 @@ class Products {
     const bool is_row_major =
         y.col_stride == 1 && a.col_stride == 1 && w.col_stride == 1;
     const uintptr_t bits = address(y.data) | address(a.data) |
-        address(w.data) | address(bias);
+        address(w.data) | address(bias) | uintptr_t(ld(w) * sizeof(T));
     const bool available = sizeof(T) == 2 && cublaslt::is_available();
     return {
         a.rows, a.cols, y.cols, ld(a), ld(y), int(sizeof(T)),

@@ -71,15 +71,15 @@ RELU_MLP_KERNEL void RELU_MLP_BOUNDS(threads)
 
 template <typename T>
 struct Mask {
-  const T *delta, *a;
-  int64_t cols;
+  const T* delta;
+  Matrix<const T> a;
 
   template <int vector, typename C>
   RELU_MLP_DEVICE void get(C (&to)[vector], int64_t i, int64_t j, double&)
       const {
     T change[vector], on[vector];
-    load(change, delta + i * cols + j);
-    load(on, a + i * cols + j);
+    load(change, delta + i * a.cols + j);
+    load(on, a.data + i * a.row_stride + j);
     RELU_MLP_UNROLL
     for (int v = 0; v < vector; ++v) {
       to[v] = select(C(change[v]), C(on[v]));
@@ -327,17 +327,16 @@ void apply_relu(T* z, int64_t count, Stream stream) {
 template <typename T>
 void mask_delta(
     T* delta,
-    const T* a,
-    int64_t rows,
-    int64_t cols,
+    const Matrix<const T>& a,
     const ColumnSums<T>& sums,
     Stream stream) {
   constexpr int most = 16 / sizeof(T);
-  const Mask<T> mask{delta, a, cols};
-  if (vector_length(cols, sizeof(T)) == most) {
-    make_and_sum<T, most>(mask, delta, rows, cols, sums, false, stream);
+  const Mask<T> mask{delta, a};
+  const bool aligned = reinterpret_cast<uintptr_t>(a.data) % 16 == 0;
+  if (vector_length(a.cols, a.row_stride, sizeof(T), aligned) == most) {
+    make_and_sum<T, most>(mask, delta, a.rows, a.cols, sums, false, stream);
   } else {
-    make_and_sum<T, 1>(mask, delta, rows, cols, sums, false, stream);
+    make_and_sum<T, 1>(mask, delta, a.rows, a.cols, sums, false, stream);
   }
 }
 
@@ -383,7 +382,7 @@ void write_loss(T* loss, const double* squares, double scale, Stream stream) {
 #define RELU_MLP_INSTANTIATE(T)                                              \
   template void apply_relu(T*, int64_t, Stream);                             \
   template void mask_delta(                                                  \
-      T*, const T*, int64_t, int64_t, const ColumnSums<T>&, Stream);         \
+      T*, const Matrix<const T>&, const ColumnSums<T>&, Stream);             \
   template void output_delta(                                                \
       Activation, T*, const Matrix<const T>&, const T*, const ColumnSums<T>&, \
       Stream);                                                               \

@@ -26,13 +26,11 @@ struct ColumnSums {
 int64_t columns_workspace(int64_t rows, int64_t cols, const Device& device);
 
 // delta = delta where a > 0 or is NaN, else 0, in place; and its sums.
-// delta and a: (rows, cols).
+// delta and a: (rows, cols); a has dense rows, apart from each other.
 template <typename T>
 void mask_delta(
     T* delta,
-    const T* a,
-    int64_t rows,
-    int64_t cols,
+    const Matrix<const T>& a,
     const ColumnSums<T>& sums,
     Stream stream);
 

@@ -92,7 +92,8 @@ Status sizes(
   const bool one_type = a.type == b.type && a.type == d.type;
   bool leads = true;
   for (const Layout* layout : {&a, &b, &d}) {
-    leads = leads && layout->ld >= int64_t(layout->rows);
+    // The second is a rule of ours: rows begin at addresses divisible by 16.
+    leads = leads && layout->ld >= int64_t(layout->rows) && layout->ld % 8 == 0;
   }
   return fits && one_type && leads ? success : invalid_value;
 }
