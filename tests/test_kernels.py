@@ -95,6 +95,7 @@ SHAPES = [  # what chance would seldom hit
     (70, [500, 300, 17]),
     (16, [300, 203, 9]),  # they make several of AVX2's
     (64, [130, 259, 256]),
+    (40, [203, 700, 130]),  # one block of AMX
 ]
 
 
@@ -421,6 +422,7 @@ def threads():
     [
         (4, [300, 400]),  # dot products without packing
         (200, [129, 300, 65]),  # one chunk, whose products are dealt out
+        (20, [150, 300, 203]),
         (300, [64, 256, 9]),
         (1000, [64, 64, 64]),  # several chunks
         (4000, [32, 64, 16]),
@@ -570,6 +572,12 @@ def test_rounds_to_the_nearest_number_of_16_bits(instruction_set, dtype):
         expected = x.double().sum(1, keepdim=True).float().to(dtype)
         found = R.relu_mlp(x, [torch.ones(1, 2, dtype=dtype)], [], "none")
         comparison.assert_same(found, expected, f"{part}")
+        # The same sums as a weight's gradient: in one block of rows, and in several.
+        for rows in (6, 500):
+            column = torch.zeros(rows, x.shape[0], dtype=dtype)
+            column[:2] = x.T
+            (grad,) = R.backward(torch.ones(rows, 1, dtype=dtype), [column], "none", "010")
+            comparison.assert_same(grad, expected.T, f"{part}, {rows} rows")
 
 
 # -- How a call is served ----------------------------------------------------------------
@@ -610,6 +618,12 @@ def test_strategy_where_amx_multiplies():
         assert strategy(rows, [64, 64, 64], torch.bfloat16, has_amx=True)["products"] == products
     wide = strategy(2048, [768, 3072, 768], torch.bfloat16, has_amx=True)
     assert wide == strategy(2048, [768, 3072, 768], torch.bfloat16)
+    # Rows for one chunk make one block, which serves larger weights.
+    for rows, products in [(5, "library"), (6, "amx"), (479, "amx"), (480, "library")]:
+        chosen = strategy(rows, [784, 1024, 10], torch.bfloat16, has_amx=True)
+        assert chosen["products"] == products
+        assert chosen["block"] == chosen["chunk"] == rows
+    assert strategy(100, [1024] * 3, torch.bfloat16, has_amx=True)["products"] == "library"
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,9 @@ namespace relu_mlp::cpu {
 
 // What it does better than avx512_set; isa.cpp puts them together.
 extern const AmxKernels amx_kernels = {
-    amx::pack_tiles, amx::product_of_tiles, amx::grad_weight_of_tiles,
-    amx::narrow_bfloat16, amx::column_sums_bfloat16};
+    amx::pack_tiles,          amx::product_of_tiles,
+    amx::add_grad_weight,     amx::whole_grad_weight,
+    amx::narrow_bfloat16,     amx::column_sums_bfloat16};
 
 } // namespace relu_mlp::cpu
 

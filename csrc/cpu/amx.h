@@ -348,32 +348,25 @@ inline void product_of_tiles(const TileProduct& p) {
   }
 }
 
-// to = sums, or += that, for the part of to (m, n) from (row, col) on that sums
-// (rows, 16 vectors) covers.
-inline void add_sums(
-    Matrix<float> to,
-    int64_t row,
-    int64_t col,
-    int64_t rows,
-    int64_t vectors,
-    const float* sums,
+// The first `columns` of 16 sums go to, or are added to, where they belong.
+RELU_MLP_INLINE void put(
+    float* to,
+    __mmask16 columns,
+    __m512 sum,
     bool add) {
-  for (int64_t i = 0; i < least(rows, to.rows - row); ++i) {
-    for (int64_t j = 0; j < vectors; ++j) {
-      float* const place = to.row(row + i) + col + 16 * j;
-      const __mmask16 columns = first_of_16(to.cols - col - 16 * j);
-      const __m512 sum = _mm512_loadu_ps(sums + 16 * (i * vectors + j));
-      _mm512_mask_storeu_ps(
-          place, columns,
-          add ? _mm512_add_ps(sum, _mm512_maskz_loadu_ps(columns, place)) : sum);
-    }
-  }
+  _mm512_mask_storeu_ps(
+      to, columns,
+      add ? _mm512_add_ps(sum, _mm512_maskz_loadu_ps(columns, to)) : sum);
+}
+RELU_MLP_INLINE void put(uint16_t* to, __mmask16 columns, __m512 sum, bool) {
+  _mm256_mask_storeu_epi16(to, columns, (__m256i)_mm512_cvtneps_pbh(sum));
 }
 
-// to (m, n) = delta^T a, or += that, in float. Both are packed first, `scratch` is
-// for that.
-inline void grad_weight_of_tiles(
-    Matrix<float> to,
+// to (m, n) = delta^T a, or += that if the sums stay float. Both operands are
+// packed first, `scratch` is for that.
+template <typename S>
+void grad_weight_of_tiles(
+    Matrix<S> to,
     Matrix<const uint16_t> delta,
     Matrix<const uint16_t> a,
     bool add,
@@ -400,9 +393,31 @@ inline void grad_weight_of_tiles(
       } else {
         multiply_square(sums, zeros, of_delta, strips, b, b_step);
       }
-      add_sums(to, 16 * m, 16 * n, 16 * strips, columns, sums, add);
+      for (int64_t i = 0; i < least(16 * strips, to.rows - 16 * m); ++i) {
+        for (int64_t j = 0; j < columns; ++j) {
+          const int64_t col = 16 * (n + j);
+          put(to.row(16 * m + i) + col, first_of_16(to.cols - col),
+              _mm512_load_ps(sums + 16 * (i * columns + j)), add);
+        }
+      }
     }
   }
+}
+
+inline void add_grad_weight(
+    Matrix<float> to,
+    Matrix<const uint16_t> delta,
+    Matrix<const uint16_t> a,
+    bool add,
+    uint32_t* scratch) {
+  grad_weight_of_tiles(to, delta, a, add, scratch);
+}
+inline void whole_grad_weight(
+    Matrix<uint16_t> to,
+    Matrix<const uint16_t> delta,
+    Matrix<const uint16_t> a,
+    uint32_t* scratch) {
+  grad_weight_of_tiles(to, delta, a, false, scratch);
 }
 
 // Sums of 32 numbers in float, whose sum is taken in double precision.

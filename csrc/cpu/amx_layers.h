@@ -1,6 +1,7 @@
-// A network's layers in bfloat16 by the tiles of AMX. Activations and deltas stay
-// in bfloat16, as on the native path; weight gradients are summed in float. A product
-// is never dealt out to threads, only chunks of rows are.
+// A network's layers in bfloat16 by the tiles of AMX, for several blocks of rows.
+// Activations and deltas stay in bfloat16, as on the native path; weight gradients
+// are summed in float. A product is never dealt out to threads, only chunks of rows
+// are. Where there is one block, amx_block.h serves it.
 #pragma once
 
 #include <utility>
@@ -12,6 +13,27 @@
 #include "strategy.h"
 
 namespace relu_mlp::cpu {
+
+// A layer's product forward and that of its delta, but for the packed operand.
+inline TileProduct layer_product(
+    Matrix<BFloat16> out,
+    Matrix<const BFloat16> a,
+    bool relu) {
+  return {
+      out.rows, out.cols, a.cols, bits(a.data), a.row_stride, nullptr,
+      bits(out.data), out.row_stride,
+      relu ? Epilogue::bias_relu : Epilogue::bias};
+}
+inline TileProduct delta_product(
+    Matrix<BFloat16> out,
+    Matrix<const BFloat16> delta,
+    Matrix<const BFloat16> mask) {
+  return {
+      out.rows, out.cols, delta.cols, bits(delta.data), delta.row_stride,
+      nullptr, bits(out.data), out.row_stride,
+      mask.data ? Epilogue::mask : Epilogue::store, nullptr, bits(mask.data),
+      mask.row_stride};
+}
 
 class AmxLayers {
  public:
@@ -60,10 +82,10 @@ class AmxLayers {
       Matrix<Element> out,
       Matrix<const Element> a,
       bool relu) const {
-    kernels_.product(
-        {out.rows, out.cols, a.cols, bits(a.data), a.row_stride,
-         layers_[l].transposed, bits(out.data), out.row_stride,
-         relu ? Epilogue::bias_relu : Epilogue::bias, layers_[l].bias});
+    TileProduct product = layer_product(out, a, relu);
+    product.b = layers_[l].transposed;
+    product.bias = layers_[l].bias;
+    kernels_.product(product);
   }
 
   // How much memory grad_weight needs for a block of `rows` rows.
@@ -89,11 +111,9 @@ class AmxLayers {
       Matrix<Element> out,
       Matrix<const Element> delta,
       Matrix<const Element> mask) const {
-    kernels_.product(
-        {out.rows, out.cols, delta.cols, bits(delta.data), delta.row_stride,
-         layers_[l].plain, bits(out.data), out.row_stride,
-         mask.data ? Epilogue::mask : Epilogue::store, nullptr, bits(mask.data),
-         mask.row_stride});
+    TileProduct product = delta_product(out, delta, mask);
+    product.b = layers_[l].plain;
+    kernels_.product(product);
   }
 
   // sums[j] += the sum of column j.

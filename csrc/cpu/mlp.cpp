@@ -1,5 +1,6 @@
 #include "mlp.h"
 
+#include "amx_block.h"
 #include "amx_layers.h"
 #include "dense.h"
 #include "huge_pages.h"
@@ -119,7 +120,11 @@ void with_layers(const Network<T>& network, const F& f) {
   }
   if constexpr (is_for_amx) {
     if (strategy.products == WhoseProducts::amx) {
-      f.template operator()<AmxLayers>(strategy);
+      if (network.x.rows <= strategy.block) {
+        f.template operator()<AmxBlock>(strategy);
+      } else {
+        f.template operator()<AmxLayers>(strategy);
+      }
       return;
     }
   }

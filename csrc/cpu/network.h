@@ -70,6 +70,13 @@ Matrix<T> rows_of(Matrix<T> m, int64_t first, int64_t rows) {
   return {m.row(first), rows, m.cols, m.row_stride, m.col_stride};
 }
 
+// Columns [first, first + cols) of m.
+template <typename T>
+Matrix<T> columns_of(Matrix<T> m, int64_t first, int64_t cols) {
+  return {
+      m.data + first * m.col_stride, m.rows, cols, m.row_stride, m.col_stride};
+}
+
 template <typename T>
 Matrix<const T> as_const(Matrix<T> m) {
   return {m.data, m.rows, m.cols, m.row_stride, m.col_stride};

@@ -27,11 +27,20 @@ Strategy choose_strategy(
   for (const int64_t width : widths) {
     widest = std::max(widest, width);
   }
+  // A chunk has rows enough to pay for sums of its own. With AMX, rows for one chunk
+  // make one block; with fewer rows than this, to pack a weight takes longer than to
+  // multiply by it.
+  constexpr int64_t chunk_rows = 240, fewest_rows_for_tiles = 6;
+  const bool is_for_amx = has_amx && rows >= fewest_rows_for_tiles;
+  const bool is_amx_block = is_for_amx && rows < 2 * chunk_rows;
   // Weights that stay in the second-level cache while rows go by. Where too few rows go
   // by to pay for packing them, fewer; but more, where the rows make one wide panel, which
-  // is packed instead. 16-bit formats are packed anyway.
+  // is packed instead. 16-bit formats are packed anyway, and in one block of AMX each
+  // thread packs its part of them.
   int64_t most_parameters = 1 << 17;
-  if (!is_narrow && panel >= 64 && rows >= 16 && rows <= panel) {
+  if (is_amx_block) {
+    most_parameters = 1 << 20;
+  } else if (!is_narrow && panel >= 64 && rows >= 16 && rows <= panel) {
     most_parameters = 3 << 17;
   } else if (!is_narrow && rows >= 32 && rows < 480) {
     most_parameters = 1 << 16;
@@ -46,10 +55,10 @@ Strategy choose_strategy(
         is_narrow ? rows : part(rows, library_block), 1};
   }
 
-  // Chunks with rows enough to pay for sums of their own, in a number that many
-  // numbers of threads divide. The first two may be smaller if there is something to
-  // do: they cost less than to deal out one product after the other.
-  constexpr int64_t most_chunks = 32, chunk_rows = 240, much_work = 1 << 21;
+  // Chunks in a number that many numbers of threads divide. The first two may be
+  // smaller if there is something to do: they cost less than to deal out one product
+  // after the other.
+  constexpr int64_t most_chunks = 32, much_work = 1 << 21;
   const bool may_halve =
       rows >= chunk_rows && rows * parameters >= much_work && !has_amx;
   int64_t chunks = may_halve ? 2 : 1;
@@ -62,13 +71,12 @@ Strategy choose_strategy(
   constexpr int64_t smallest = 96, largest = 480;
   const int64_t block_elements = has_amx ? 1 << 16 : 1 << 14;
   const int64_t chunk = ceil_div(rows, chunks);
-  const int64_t block = std::clamp(block_elements / widest, smallest, largest);
-  // With fewer rows, to pack a weight takes longer than to multiply by it.
-  constexpr int64_t fewest_rows_for_tiles = 6;
+  const int64_t block = is_amx_block
+      ? chunk
+      : std::clamp(block_elements / widest, smallest, largest);
   return {
-      has_amx && rows >= fewest_rows_for_tiles ? WhoseProducts::amx
-                                               : WhoseProducts::own,
-      chunk, part(chunk, block), ceil_div(rows, chunk)};
+      is_for_amx ? WhoseProducts::amx : WhoseProducts::own, chunk,
+      part(chunk, block), ceil_div(rows, chunk)};
 }
 
 } // namespace relu_mlp::cpu
