@@ -63,11 +63,14 @@ std::string strategy(
     int64_t rows,
     std::vector<int64_t> widths,
     bool is_narrow,
-    bool has_amx,
+    std::string pairs,
     int64_t panel) {
+  const cpu::Pairs kind = pairs == "tiles" ? cpu::Pairs::tiles
+      : pairs == "dots"                    ? cpu::Pairs::dots
+                                           : cpu::Pairs::none;
   const cpu::Strategy s =
-      cpu::choose_strategy(rows, widths, is_narrow, has_amx, panel);
-  const char* const products[] = {"own", "amx", "library"};
+      cpu::choose_strategy(rows, widths, is_narrow, kind, panel);
+  const char* const products[] = {"own", "pairs", "library"};
   std::ostringstream text;
   text << "products: " << products[int(s.products)] << "\nblock: "
        << s.block << "\nchunk: " << s.chunk << "\nchunks: " << s.chunks << '\n';
@@ -154,7 +157,7 @@ STABLE_TORCH_LIBRARY(relu_mlp, m) {
   m.def("_supported_instruction_sets() -> str");
   m.def("_choose_instruction_set(str name) -> ()");
   m.def(
-      "_strategy(int rows, int[] widths, bool is_narrow, bool has_amx, int panel) -> str");
+      "_strategy(int rows, int[] widths, bool is_narrow, str pairs, int panel) -> str");
   m.def(
       "_cuda_plan(int rows, int[] widths, int element_size, bool is_backward, "
       "bool recompute, int[] device) -> str");

@@ -27,10 +27,14 @@
 namespace relu_mlp::cpu {
 
 // What it does better than avx512_set; isa.cpp puts them together.
-extern const AmxKernels amx_kernels = {
-    amx::pack_tiles,          amx::product_of_tiles,
-    amx::add_grad_weight,     amx::whole_grad_weight,
-    amx::narrow_bfloat16,     amx::column_sums_bfloat16};
+extern const PairKernels amx_kernels = {
+    Pairs::tiles,
+    amx::pack_tiles,
+    amx::product_of_tiles,
+    amx::add_grad_weight,
+    amx::whole_grad_weight,
+    amx::narrow_bfloat16,
+    amx::column_sums_bfloat16};
 
 } // namespace relu_mlp::cpu
 

@@ -3,128 +3,18 @@
 // go from there into the tiles and back without a copy in float.
 //
 // A tile is 16 rows of 64 bytes. One product of tiles takes 16 rows of a with 32
-// elements of k each, and 16 columns of b as rows of pairs: (2 s, j) and
-// (2 s + 1, j) lie side by side in slot (s, j). A matrix that is used as b is
-// packed into such tiles, 256 slots each; one column of tiles lies after the
-// other. Missing elements are 0. a is read where it lies, but for the last columns
-// if they do not fill a tile.
+// elements of k each, which are read where they lie but for the last columns if they
+// do not fill a tile, and a packed tile of b.
 //
 // What limits it: AMX does 16 times the multiply-adds of AVX-512, so the time goes
 // into what happens to the sums after a product, and into packing. Subnormal
 // numbers count as 0, as they do in PyTorch's products on the same processor.
 #pragma once
 
-#include "kernels.h"
-#include "pack.h"
+#include "pairs.h"
 
 namespace relu_mlp::cpu::RELU_MLP_ISA {
 namespace {
-
-constexpr int64_t tile_k = 32, tile_slots = 256;
-
-// How many steps of `step` it takes to cover `count`.
-constexpr int64_t steps(int64_t count, int64_t step) {
-  return (count + step - 1) / step;
-}
-constexpr int64_t least(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-constexpr __mmask16 first_of_16(int64_t count) {
-  return __mmask16((1u << least(count, 16)) - 1);
-}
-constexpr __mmask32 first_of_32(int64_t count) {
-  return __mmask32((uint64_t(1) << least(count, 32)) - 1);
-}
-
-// -- Packing ------------------------------------------------------------------
-
-// 16 slots from either half of two rows of 32 elements.
-RELU_MLP_INLINE void interleave(
-    __m512i (&slots)[2],
-    __m512i even,
-    __m512i odd) {
-  const __m512i lower = _mm512_set_epi16(
-      47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38,
-      6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-  const __m512i upper = _mm512_add_epi16(lower, _mm512_set1_epi16(16));
-  slots[0] = _mm512_permutex2var_epi16(even, lower, odd);
-  slots[1] = _mm512_permutex2var_epi16(even, upper, odd);
-}
-
-// to (j, i) = from (i, j) for 16 x 16 slots.
-RELU_MLP_INLINE void transpose_slots(uint32_t* to, const void* from) {
-  transpose_square<true>(
-      reinterpret_cast<float*>(to), 16, static_cast<const float*>(from), 16, 16,
-      16);
-}
-
-// b (k, n), whose rows are contiguous. `transposes` turns every tile about its
-// diagonal: then they are tiles of a = b^T.
-template <bool transposes>
-void pack_rows(uint32_t* to, Matrix<const uint16_t> b) {
-  const int64_t tiles_k = steps(b.rows, tile_k), tiles_n = steps(b.cols, 16);
-  for (int64_t k = 0; k < tiles_k; ++k) {
-    for (int64_t n = 0; n < tiles_n; n += 2) {
-      const __mmask32 columns = first_of_32(b.cols - 16 * n);
-      uint32_t* const first = to + (n * tiles_k + k) * tile_slots;
-      uint32_t* const second = first + tiles_k * tile_slots;
-      alignas(64) uint32_t squares[2][tile_slots];
-      uint32_t* const lower = transposes ? squares[0] : first;
-      uint32_t* const upper = transposes ? squares[1] : second;
-      for (int64_t s = 0; s < 16; ++s) {
-        const int64_t row = k * tile_k + 2 * s;
-        const auto load_row = [&](int64_t i) {
-          return i < b.rows ? _mm512_maskz_loadu_epi16(
-                                  columns, b.row(i) + 16 * n)
-                            : _mm512_setzero_si512();
-        };
-        __m512i slots[2];
-        interleave(slots, load_row(row), load_row(row + 1));
-        _mm512_storeu_si512(lower + 16 * s, slots[0]);
-        if (transposes || n + 1 < tiles_n) {
-          _mm512_storeu_si512(upper + 16 * s, slots[1]);
-        }
-      }
-      if (transposes) {
-        transpose_slots(first, lower);
-        if (n + 1 < tiles_n) {
-          transpose_slots(second, upper);
-        }
-      }
-    }
-  }
-}
-
-// b (k, n), whose columns are contiguous: a slot is two neighbours.
-inline void pack_columns(uint32_t* to, Matrix<const uint16_t> b) {
-  const int64_t tiles_k = steps(b.rows, tile_k), tiles_n = steps(b.cols, 16);
-  for (int64_t n = 0; n < tiles_n; ++n) {
-    for (int64_t k = 0; k < tiles_k; ++k) {
-      const uint16_t* const from = &b.at(k * tile_k, 16 * n);
-      const int64_t rows = b.rows - k * tile_k, cols = b.cols - 16 * n;
-      uint32_t* const tile = to + (n * tiles_k + k) * tile_slots;
-      alignas(64) uint16_t square[16 * tile_k];
-      for (int64_t j = 0; j < 16; ++j) {
-        _mm512_store_si512(
-            square + j * tile_k,
-            j < cols ? _mm512_maskz_loadu_epi16(
-                           first_of_32(rows), from + j * b.col_stride)
-                     : _mm512_setzero_si512());
-      }
-      transpose_slots(tile, square);
-    }
-  }
-}
-
-inline void pack_tiles(uint32_t* to, Matrix<const uint16_t> b) {
-  if (b.col_stride == 1) {
-    pack_rows<false>(to, b);
-  } else {
-    pack_columns(to, b);
-  }
-}
-
-// -- Products -----------------------------------------------------------------
 
 // The tile registers: 0 to 3 hold the sums, 4 and 5 `rows` rows of a, and 6 and 7
 // those of b.
@@ -249,45 +139,26 @@ inline void multiply_tall(
   }
 }
 
-// Writes sums (rows, 16 vectors) to out from (row, col) on, by the epilogue, which
-// has its bias behind it.
+// Writes sums (rows, 16 vectors) to out from (row, col) on.
 template <int vectors>
 void finish_tiles(
-    const TileProduct& p,
+    const PairProduct& p,
     int64_t row,
     int64_t rows,
     int64_t col,
     const float* sums) {
-  const __m512 zero = _mm512_setzero_ps();
   const __mmask32 columns = first_of_32(least(p.n - col, 16 * vectors));
   for (int64_t i = 0; i < rows; ++i) {
-    __m512 v[2] = {zero, zero};
-    RELU_MLP_UNROLL
-    for (int j = 0; j < vectors; ++j) {
-      v[j] = _mm512_loadu_ps(sums + 16 * (i * vectors + j));
-      if (p.epilogue == Epilogue::bias_relu) { // NaN passes
-        v[j] = _mm512_maskz_mov_ps(
-            _mm512_cmp_ps_mask(v[j], zero, _CMP_NLE_UQ), v[j]);
-      }
-    }
-    __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(v[1], v[0]);
-    if (p.epilogue == Epilogue::mask) {
-      const __m512i of_mask = _mm512_maskz_loadu_epi16(
-          columns, p.mask + (row + i) * p.mask_row + col);
-      // Positive, or a NaN whose sign is set.
-      const __mmask32 is_on =
-          _mm512_cmpgt_epi16_mask(of_mask, _mm512_setzero_si512()) |
-          _mm512_cmpgt_epu16_mask(of_mask, _mm512_set1_epi16(int16_t(0xff80)));
-      rounded = _mm512_maskz_mov_epi16(is_on, rounded);
-    }
-    _mm512_mask_storeu_epi16(
-        p.out + (row + i) * p.out_row + col, columns, rounded);
+    const float* const from = sums + 16 * i * vectors;
+    finish(
+        p, row + i, col, columns, _mm512_load_ps(from),
+        vectors > 1 ? _mm512_load_ps(from + 16) : _mm512_setzero_ps());
   }
 }
 
 // The rows [first, end) of a product, in strips of `height` rows.
 inline void multiply_rows(
-    const TileProduct& p,
+    const PairProduct& p,
     int64_t first,
     int64_t end,
     int64_t height) {
@@ -302,14 +173,8 @@ inline void multiply_rows(
     const int64_t col = 16 * n, step = tall(tiles_n - n) * height;
     const uint32_t* const b = p.b + n * b_step;
     alignas(64) float start[32];
-    for (int64_t j = 0; j < 32; j += 16) {
-      _mm512_store_ps(
-          start + j,
-          p.bias && p.n > col + j
-              ? _mm512_maskz_loadu_ps(
-                    first_of_16(p.n - col - j), p.bias + col + j)
-              : _mm512_setzero_ps());
-    }
+    _mm512_store_ps(start, load_bias(p, col));
+    _mm512_store_ps(start + 16, load_bias(p, col + 16));
     const auto multiply = [&](int64_t row, int64_t turn) {
       const int64_t rows = least(end - row, step);
       const uint16_t* const a = p.a + row * p.a_row;
@@ -338,7 +203,7 @@ inline void multiply_rows(
   }
 }
 
-inline void product_of_tiles(const TileProduct& p) {
+inline void product_of_tiles(const PairProduct& p) {
   const int64_t whole = p.m / 16 * 16;
   if (whole > 0) {
     multiply_rows(p, 0, whole, 16);
@@ -346,20 +211,6 @@ inline void product_of_tiles(const TileProduct& p) {
   if (whole < p.m) {
     multiply_rows(p, whole, p.m, p.m - whole);
   }
-}
-
-// The first `columns` of 16 sums go to, or are added to, where they belong.
-RELU_MLP_INLINE void put(
-    float* to,
-    __mmask16 columns,
-    __m512 sum,
-    bool add) {
-  _mm512_mask_storeu_ps(
-      to, columns,
-      add ? _mm512_add_ps(sum, _mm512_maskz_loadu_ps(columns, to)) : sum);
-}
-RELU_MLP_INLINE void put(uint16_t* to, __mmask16 columns, __m512 sum, bool) {
-  _mm256_mask_storeu_epi16(to, columns, (__m256i)_mm512_cvtneps_pbh(sum));
 }
 
 // to (m, n) = delta^T a, or += that if the sums stay float. Both operands are
@@ -418,37 +269,6 @@ inline void whole_grad_weight(
     Matrix<const uint16_t> a,
     uint32_t* scratch) {
   grad_weight_of_tiles(to, delta, a, false, scratch);
-}
-
-// Sums of 32 numbers in float, whose sum is taken in double precision.
-inline void column_sums_bfloat16(double* sums, Matrix<const uint16_t> m) {
-  constexpr int64_t most_rows = 32;
-  for (int64_t col = 0; col < m.cols; col += 32) {
-    const __mmask32 columns = first_of_32(m.cols - col);
-    for (int64_t first = 0; first < m.rows; first += most_rows) {
-      const int64_t end = first + least(m.rows - first, most_rows);
-      __m512 even = _mm512_setzero_ps(), odd = even;
-      for (int64_t i = first; i < end; ++i) {
-        const __m512i v = _mm512_maskz_loadu_epi16(columns, m.row(i) + col);
-        even = _mm512_add_ps(even, (__m512)((__v16su)v << 16));
-        odd = _mm512_add_ps(
-            odd,
-            (__m512)_mm512_and_si512(v, _mm512_set1_epi32(int(0xffff0000))));
-      }
-      for (int64_t j = 0; j < 32 && col + j < m.cols; ++j) {
-        sums[col + j] += double(j % 2 ? odd[j / 2] : even[j / 2]);
-      }
-    }
-  }
-}
-
-inline void narrow_bfloat16(uint16_t* to, const float* from, int64_t count) {
-  for (int64_t i = 0; i < count; i += 16) {
-    const __mmask16 some = first_of_16(count - i);
-    _mm256_mask_storeu_epi16(
-        to + i, some,
-        (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(some, from + i)));
-  }
 }
 
 } // namespace

@@ -3,8 +3,8 @@
 // A block of rows goes through all layers while it is in the cache. Forward, it
 // leaves the hidden activations behind if they are to be kept; backward, its
 // delta lies in one of two buffers, each of one block, and no gradient of a
-// hidden layer ever exists whole. `Layers` does the products: OwnLayers, AmxLayers,
-// AmxBlock or LibraryLayers.
+// hidden layer ever exists whole. `Layers` does the products: OwnLayers, PairLayers,
+// PairBlock or LibraryLayers.
 //
 // Rows are dealt out in chunks, whose number depends on the shape alone. A
 // chunk has its own sums of the weight and bias gradients, which are added up

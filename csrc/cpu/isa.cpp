@@ -17,7 +17,7 @@ namespace relu_mlp::cpu {
 extern const InstructionSet baseline_set;
 #if defined(__x86_64__) && defined(__GNUC__)
 extern const InstructionSet avx2_set, avx512_set;
-extern const AmxKernels amx_kernels;
+extern const PairKernels avx512_bf16_kernels, amx_kernels;
 #endif
 
 namespace {
@@ -28,12 +28,13 @@ struct Compiled {
 };
 
 #if defined(__x86_64__) && defined(__GNUC__)
-InstructionSet amx_set() {
+// AVX-512, but for bfloat16.
+InstructionSet with_pairs(const char* name, const PairKernels& kernels) {
   InstructionSet set = avx512_set;
-  set.name = "amx";
-  set.bfloat16.narrow = amx_kernels.narrow;
-  set.bfloat16.column_sums = amx_kernels.column_sums;
-  set.amx = &amx_kernels;
+  set.name = name;
+  set.bfloat16.narrow = kernels.narrow;
+  set.bfloat16.column_sums = kernels.column_sums;
+  set.pairs = &kernels;
   return set;
 }
 
@@ -65,9 +66,9 @@ const std::vector<Compiled>& compiled() {
         {avx2_set,
          __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")});
     all.push_back({avx512_set, avx512});
-    all.push_back(
-        {amx_set(),
-         avx512 && __builtin_cpu_supports("avx512bf16") && has_amx()});
+    const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+    all.push_back({with_pairs("avx512_bf16", avx512_bf16_kernels), bf16});
+    all.push_back({with_pairs("amx", amx_kernels), bf16 && has_amx()});
 #endif
     return all;
   }();

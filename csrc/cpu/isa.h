@@ -19,7 +19,7 @@ struct InstructionSet {
   Kernels<float> float_kernels;
   Kernels<double> double_kernels;
   Format bfloat16, half;
-  const AmxKernels* amx = nullptr; // where it is used
+  const PairKernels* pairs = nullptr; // where bfloat16 is multiplied in pairs
 };
 
 // The names of those that were compiled, the plainest first.

@@ -73,7 +73,7 @@ struct Format {
 
 // out (m, n) = epilogue(a (m, k) b (k, n)) in bfloat16, with sums in float. The rows
 // of a, out and mask are contiguous; b is packed.
-struct TileProduct {
+struct PairProduct {
   int64_t m, n, k;
   const uint16_t* a;
   int64_t a_row;
@@ -86,15 +86,20 @@ struct TileProduct {
   int64_t mask_row = 0;
 };
 
-// What AMX does, all of it for bfloat16, given as its bits.
-struct AmxKernels {
+// How an instruction set multiplies bfloat16 in pairs: not at all, by dot products
+// in vectors, or by the tiles of AMX.
+enum class Pairs { none, dots, tiles };
+
+// What such an instruction set does, all of it for bfloat16, given as its bits.
+struct PairKernels {
+  Pairs pairs;
   // How many slots a packed matrix (k, n) takes.
   static int64_t packed_size(int64_t k, int64_t n) {
     return (k + 31) / 32 * ((n + 15) / 16) * 256;
   }
   // b (k, n), of whose strides one is 1, for use in a product.
   void (*pack)(uint32_t* to, Matrix<const uint16_t> b);
-  void (*product)(const TileProduct&);
+  void (*product)(const PairProduct&);
   // to (m, n) = delta (rows, m)^T a (rows, n), or to += that. All rows are
   // contiguous. scratch: packed_size(rows, m) + packed_size(rows, n) slots.
   void (*grad_weight)(

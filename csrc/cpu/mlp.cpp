@@ -1,7 +1,7 @@
 #include "mlp.h"
 
-#include "amx_block.h"
-#include "amx_layers.h"
+#include "pair_block.h"
+#include "pair_layers.h"
 #include "dense.h"
 #include "huge_pages.h"
 #include "library_layers.h"
@@ -110,20 +110,24 @@ Gradients new_gradients(
 template <typename T, typename F>
 void with_layers(const Network<T>& network, const F& f) {
   constexpr bool is_narrow = !std::is_same_v<T, compute_t<T>>;
-  constexpr bool is_for_amx = std::is_same_v<T, BFloat16>;
+  constexpr bool may_be_pairs = std::is_same_v<T, BFloat16>;
+  const PairKernels* const pairs = chosen_instruction_set().pairs;
   const Strategy strategy = choose_strategy(
       network.x.rows, network.widths(), is_narrow,
-      is_for_amx && chosen_instruction_set().amx, chosen_kernels<T>().panel);
+      may_be_pairs && pairs ? pairs->pairs : Pairs::none,
+      chosen_kernels<T>().panel);
   if (strategy.products == WhoseProducts::library) {
     f.template operator()<LibraryLayers<T>>(strategy);
     return;
   }
-  if constexpr (is_for_amx) {
-    if (strategy.products == WhoseProducts::amx) {
+  if constexpr (may_be_pairs) {
+    if (strategy.products == WhoseProducts::pairs) {
       if (network.x.rows <= strategy.block) {
-        f.template operator()<AmxBlock>(strategy);
+        f.template operator()<PairBlock<BFloat16>>(strategy);
+      } else if (strategy.chunks == 1) {
+        f.template operator()<PairBlock<float>>(strategy);
       } else {
-        f.template operator()<AmxLayers>(strategy);
+        f.template operator()<PairLayers>(strategy);
       }
       return;
     }

@@ -7,6 +7,7 @@
 #include "../parallel.h"
 #include "buffer.h"
 #include "isa.h"
+#include "strategy.h"
 
 namespace relu_mlp::cpu {
 
@@ -91,7 +92,7 @@ class Products {
     const int64_t group = parallel || panels > 1 ? group_of(out.rows)
                                                  : std::max<int64_t>(1, out.rows);
     const int64_t groups = ceil_div(out.rows, group);
-    each(groups * panels, work(out.rows, b.n, b.k), [&](int64_t part) {
+    each(groups * panels, work_of_product(out.rows, b.n, b.k), [&](int64_t part) {
       const int64_t p = part % panels, row = part / panels * group;
       const bool is_cut = b.n - p * panel < panel;
       multiply_by_panel(
@@ -110,7 +111,7 @@ class Products {
       const Finish<C>& finish) const {
     const int64_t panel = kernels.panel;
     each_range(
-        ceil_div(b.cols, panel), work(out.rows, b.cols, b.rows),
+        ceil_div(b.cols, panel), work_of_product(out.rows, b.cols, b.rows),
         [&](int64_t begin, int64_t end) {
           const Buffer<C> packed(b.rows * panel);
           for (int64_t p = begin; p < end; ++p) {
@@ -129,7 +130,7 @@ class Products {
       const C* bias,
       bool relu) const {
     constexpr int64_t group = 32; // rows of weight, to be read for all rows of a
-    each(ceil_div(weight.rows, group), work(a.rows, weight.rows, weight.cols),
+    each(ceil_div(weight.rows, group), work_of_product(a.rows, weight.rows, weight.cols),
          [&](int64_t part) {
       const int64_t first = part * group;
       const int64_t rows = std::min(group, weight.rows - first);
@@ -152,7 +153,7 @@ class Products {
     constexpr int64_t group = 48, tile = 6; // rows of weight
     const int64_t panel = kernels.panel, k = a.cols, panels = ceil_div(a.rows, panel);
     each_range(
-        ceil_div(weight.rows, tile), work(a.rows, weight.rows, k),
+        ceil_div(weight.rows, tile), work_of_product(a.rows, weight.rows, k),
         [&](int64_t begin, int64_t end) {
           const Buffer<C> packed(packed_size(k, a.rows));
           const Buffer<C> sums(group * panel), turned(panel * group);
@@ -228,19 +229,10 @@ class Products {
          finish.mask.row_stride, finish.continues});
   }
 
-  // The multiply-adds of a product (m, n) = (m, k) (k, n), or as many as take the time
-  // that its largest matrix takes to be read or written.
-  static int64_t work(int64_t m, int64_t n, int64_t k) {
-    constexpr int64_t of_an_element = 64;
-    return std::max(m * n * k, of_an_element * std::max({m * n, m * k, n * k}));
-  }
-
   // Calls f(begin, end) for ranges of [0, count), which make `work`
   // multiply-adds together.
   template <typename F>
   void each_range(int64_t count, int64_t work, const F& f) const {
-    // Below this, to wake a thread takes longer than what it takes over.
-    constexpr int64_t min_work = 1 << 21;
     parallel_for(count, parallel && work >= min_work ? 1 : count, f);
   }
 

@@ -7,11 +7,22 @@
 #include <vector>
 
 #include "../parallel.h"
+#include "kernels.h"
 
 namespace relu_mlp::cpu {
 
-// Whose products are used: this package's of floats, those of AMX, or PyTorch's.
-enum class WhoseProducts { own, amx, library };
+// Whose products are used: this package's of floats, its own of pairs of bfloat16, or
+// PyTorch's.
+enum class WhoseProducts { own, pairs, library };
+
+// The multiply-adds of a product (m, n) = (m, k) (k, n), or as many as take the time
+// that its largest matrix takes to be read or written.
+inline int64_t work_of_product(int64_t m, int64_t n, int64_t k) {
+  constexpr int64_t of_an_element = 64;
+  return std::max(m * n * k, of_an_element * std::max({m * n, m * k, n * k}));
+}
+// Below this, to wake a thread takes longer than what it takes over.
+constexpr int64_t min_work = 1 << 21;
 
 struct Strategy {
   WhoseProducts products;
@@ -31,13 +42,13 @@ struct Strategy {
 };
 
 // `widths` are those of x, of every hidden layer and of y; `is_narrow` says
-// whether the numbers have 16 bits, `has_amx` whether AMX multiplies them, and `panel`
-// how many columns a panel of this package's products has.
+// whether the numbers have 16 bits, `pairs` how they are multiplied in pairs, and
+// `panel` how many columns a panel of this package's products has.
 Strategy choose_strategy(
     int64_t rows,
     const std::vector<int64_t>& widths,
     bool is_narrow,
-    bool has_amx,
+    Pairs pairs,
     int64_t panel);
 
 } // namespace relu_mlp::cpu

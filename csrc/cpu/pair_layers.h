@@ -1,7 +1,7 @@
 // A network's layers in bfloat16 by the tiles of AMX, for several blocks of rows.
 // Activations and deltas stay in bfloat16, as on the native path; weight gradients
 // are summed in float. A product is never dealt out to threads, only chunks of rows
-// are. Where there is one block, amx_block.h serves it.
+// are. Where there is one block, pair_block.h serves it.
 #pragma once
 
 #include <utility>
@@ -15,7 +15,7 @@
 namespace relu_mlp::cpu {
 
 // A layer's product forward and that of its delta, but for the packed operand.
-inline TileProduct layer_product(
+inline PairProduct layer_product(
     Matrix<BFloat16> out,
     Matrix<const BFloat16> a,
     bool relu) {
@@ -24,7 +24,7 @@ inline TileProduct layer_product(
       bits(out.data), out.row_stride,
       relu ? Epilogue::bias_relu : Epilogue::bias};
 }
-inline TileProduct delta_product(
+inline PairProduct delta_product(
     Matrix<BFloat16> out,
     Matrix<const BFloat16> delta,
     Matrix<const BFloat16> mask) {
@@ -35,14 +35,14 @@ inline TileProduct delta_product(
       mask.row_stride};
 }
 
-class AmxLayers {
+class PairLayers {
  public:
   using Element = BFloat16;
   using Sum = float;
   static constexpr bool takes_any_strides = false;
 
-  AmxLayers(const Network<BFloat16>& network, const Strategy&, Uses uses)
-      : kernels_(*chosen_instruction_set().amx), layers_(network.layers.size()) {
+  PairLayers(const Network<BFloat16>& network, const Strategy&, Uses uses)
+      : kernels_(*chosen_instruction_set().pairs), layers_(network.layers.size()) {
     int64_t slots = 0, biases = 0;
     for (std::size_t l = 0; l < layers_.size(); ++l) {
       const auto& [weight, bias] = network.layers[l];
@@ -82,7 +82,7 @@ class AmxLayers {
       Matrix<Element> out,
       Matrix<const Element> a,
       bool relu) const {
-    TileProduct product = layer_product(out, a, relu);
+    PairProduct product = layer_product(out, a, relu);
     product.b = layers_[l].transposed;
     product.bias = layers_[l].bias;
     kernels_.product(product);
@@ -111,7 +111,7 @@ class AmxLayers {
       Matrix<Element> out,
       Matrix<const Element> delta,
       Matrix<const Element> mask) const {
-    TileProduct product = delta_product(out, delta, mask);
+    PairProduct product = delta_product(out, delta, mask);
     product.b = layers_[l].plain;
     kernels_.product(product);
   }
@@ -128,7 +128,7 @@ class AmxLayers {
     const float* bias = nullptr;
   };
 
-  const AmxKernels& kernels_;
+  const PairKernels& kernels_;
   std::vector<Packed> layers_;
   Buffer<uint32_t> slots_;
   Buffer<float> biases_;
