@@ -69,7 +69,7 @@ abi: build/extension  ## run the tests of the same binary under other PyTorches,
 cross: $(call needs,torch)  ## compile the plain kernels for AArch64 with CROSS, by default aarch64-linux-gnu-g++
 	@mkdir -p build
 	set -e; include=$$($(PYTHON) -c 'import torch.utils.cpp_extension as e; print(e.include_paths()[0])'); \
-	for file in baseline isa strategy avx2 avx512 amx; do \
+	for file in baseline isa strategy avx2 avx512 avx512_bf16 amx; do \
 	    $(CROSS) -std=c++20 -O3 -Wall -Werror -I$$include -c csrc/cpu/$$file.cpp -o build/$$file.aarch64.o; \
 	done
 

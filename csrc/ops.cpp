@@ -64,12 +64,13 @@ std::string strategy(
     std::vector<int64_t> widths,
     bool is_narrow,
     std::string pairs,
-    int64_t panel) {
+    int64_t panel,
+    bool outruns_library) {
   const cpu::Pairs kind = pairs == "tiles" ? cpu::Pairs::tiles
       : pairs == "dots"                    ? cpu::Pairs::dots
                                            : cpu::Pairs::none;
-  const cpu::Strategy s =
-      cpu::choose_strategy(rows, widths, is_narrow, kind, panel);
+  const cpu::Strategy s = cpu::choose_strategy(
+      rows, widths, {is_narrow, kind, panel, outruns_library});
   const char* const products[] = {"own", "pairs", "library"};
   std::ostringstream text;
   text << "products: " << products[int(s.products)] << "\nblock: "
@@ -157,7 +158,8 @@ STABLE_TORCH_LIBRARY(relu_mlp, m) {
   m.def("_supported_instruction_sets() -> str");
   m.def("_choose_instruction_set(str name) -> ()");
   m.def(
-      "_strategy(int rows, int[] widths, bool is_narrow, str pairs, int panel) -> str");
+      "_strategy(int rows, int[] widths, bool is_narrow, str pairs, int panel, "
+      "bool outruns_library) -> str");
   m.def(
       "_cuda_plan(int rows, int[] widths, int element_size, bool is_backward, "
       "bool recompute, int[] device) -> str");

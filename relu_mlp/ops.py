@@ -38,7 +38,8 @@ SCHEMAS = (
     "_build_info() -> str",
     "_supported_instruction_sets() -> str",
     "_choose_instruction_set(str name) -> ()",
-    "_strategy(int rows, int[] widths, bool is_narrow, str pairs, int panel) -> str",
+    "_strategy(int rows, int[] widths, bool is_narrow, str pairs, int panel, "
+    "bool outruns_library) -> str",
     "_cuda_plan(int rows, int[] widths, int element_size, bool is_backward, "
     "bool recompute, int[] device) -> str",
     "_is_for_cublaslt(int rows, int in_features, int out_features, "

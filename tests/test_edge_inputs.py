@@ -24,6 +24,7 @@ from comparison import (
     outcome,
 )
 from relu_mlp import ReluMLP, relu_mlp
+from relu_mlp import backend as use_backend
 from test_values import compare
 
 ACTIVATION = pytest.mark.parametrize("activation", support.ACTIVATIONS, ids=str)
@@ -377,9 +378,12 @@ def with_threads():
     torch.set_num_threads(before)
 
 
+# The reference has PyTorch's products, and MKL's may differ, even for so few numbers, where the
+# processor is not Intel's.
+@pytest.mark.skipif("extension" not in support.BACKENDS, reason="a promise of the extension")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("sizes", [(64, 3, 2, 1), (1, 8, 64, 64, 4), (33, 7, 17, 5)], ids=str)
-def test_threads_change_nothing_in_small_networks(backend, with_threads, sizes, dtype):
+def test_threads_change_nothing_in_small_networks(with_threads, sizes, dtype):
     rows, *sizes = sizes
     weights, biases = support.make_network(sizes, dtype=dtype, requires_grad=True)
     x = torch.randn(rows, sizes[0], dtype=dtype, requires_grad=True)
@@ -388,7 +392,8 @@ def test_threads_change_nothing_in_small_networks(backend, with_threads, sizes, 
         y = relu_mlp(x, weights, biases, output_activation="tanh")
         return {"y": y.detach(), **gradients(y, leaves(x, weights, biases))}
 
-    assert_same(with_threads(2, run), with_threads(1, run))
+    with use_backend("extension"):
+        assert_same(with_threads(2, run), with_threads(1, run))
 
 
 def test_threads_do_not_change_the_bias_gradient(backend, with_threads):

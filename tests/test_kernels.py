@@ -51,8 +51,9 @@ every_narrow_dtype = pytest.mark.parametrize("dtype", NARROW, ids=str)
 KINDS = ["none", "dots", "tiles"]  # of products of bfloat16 in pairs
 
 
-def strategy(rows, widths, dtype=torch.float32, pairs="none", panel=64):
-    lines = R._strategy(rows, widths, dtype in NARROW, pairs, panel).splitlines()
+def strategy(rows, widths, dtype=torch.float32, pairs="none", panel=64, outruns_library=False):
+    means = dtype in NARROW, pairs, panel, outruns_library
+    lines = R._strategy(rows, widths, *means).splitlines()
     answer = dict(line.split(": ") for line in lines)
     return {key: value if key == "products" else int(value) for key, value in answer.items()}
 
@@ -100,6 +101,7 @@ SHAPES = [  # what chance would seldom hit
     (70, [500, 300, 17]),
     (16, [300, 203, 9]),  # they make several of AVX2's
     (64, [130, 259, 256]),
+    (20, [515, 510, 7]),  # rows that hardly fill a panel, and a weight that is not packed
     (40, [203, 700, 130]),  # one block of pairs, larger than their packed weights may be
     (2100, [260, 510, 3]),  # blocks of which threads share the products
 ]
@@ -431,6 +433,7 @@ def threads():
         (200, [129, 300, 65]),  # one chunk, whose products are dealt out
         (20, [150, 300, 203]),
         (300, [64, 256, 9]),
+        (450, [100, 300, 100]),  # even column sums
         (1000, [64, 64, 64]),  # several chunks
         (4000, [32, 64, 16]),
     ],
@@ -595,7 +598,8 @@ def test_strategy_covers_the_rows():
     for _ in range(2000):
         rows = r.choice([r.choice(ROWS), r.randrange(100_000)])
         widths = [r.choice([0, 1, 3, 17, 64, 300, 1000, 5000]) for _ in range(r.randint(2, 5))]
-        for given in [(torch.float32,), *itertools.product([torch.bfloat16], KINDS)]:
+        bfloat16 = itertools.product([torch.bfloat16], KINDS)
+        for given in [(torch.float32,), (torch.float32, "none", 64, True), *bfloat16]:
             s = strategy(rows, widths, *given)
             assert 1 <= s["block"] <= s["chunk"], (rows, widths, s)
             assert (s["chunks"] - 1) * s["chunk"] < max(1, rows) <= s["chunks"] * s["chunk"]
@@ -607,6 +611,21 @@ def test_strategy_for_narrow_and_for_wide_networks(dtype):
     for rows in (1, 64, 65536):
         assert strategy(rows, [64, 64, 64], dtype)["products"] == "own"
     assert strategy(2048, [768, 3072, 768], dtype)["products"] == "library"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_strategy_where_the_library_is_slower(dtype):
+    """Blocks of which threads share the products, not the library's; all else as before."""
+    for rows, widths in itertools.product(
+        [1, 2, 64, 480, 2048, 65536], [[64] * 3, [768, 3072, 768]]
+    ):
+        otherwise = strategy(rows, widths, dtype)
+        s = strategy(rows, widths, dtype, outruns_library=True)
+        if otherwise["products"] == "library":
+            block = min(rows, 512)
+            assert s == {"products": "own", "block": block, "chunk": rows, "chunks": 1}
+        else:
+            assert s == otherwise
 
 
 def test_strategy_for_rows_that_make_one_panel():

@@ -8,6 +8,7 @@
 
 #include "../mlp.h"
 #include "isa.h"
+#include "strategy.h"
 
 namespace relu_mlp::cpu {
 
@@ -15,6 +16,21 @@ using torch::headeronly::Half;
 
 template <typename T>
 using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <typename T>
+Means means() {
+  const InstructionSet& isa = chosen_instruction_set();
+  Means means{
+      !std::is_same_v<T, compute_t<T>>, Pairs::none, chosen_kernels<T>().panel,
+      isa.outruns_library};
+  if constexpr (std::is_same_v<T, Half>) {
+    means.outruns_library = isa.outruns_library_in_half;
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    means.pairs = isa.pairs ? isa.pairs->pairs : Pairs::none;
+    means.outruns_library = false;
+  }
+  return means;
+}
 
 // The kernels for T, BFloat16 or Half.
 template <typename T>

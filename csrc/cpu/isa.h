@@ -20,6 +20,9 @@ struct InstructionSet {
   Kernels<double> double_kernels;
   Format bfloat16, half;
   const PairKernels* pairs = nullptr; // where bfloat16 is multiplied in pairs
+  // Whether products of any size are faster than PyTorch's on this processor: of float
+  // and double, and of float16.
+  bool outruns_library = false, outruns_library_in_half = false;
 };
 
 // The names of those that were compiled, the plainest first.

@@ -109,18 +109,13 @@ Gradients new_gradients(
 // Calls f<Layers>(strategy) with what is to do the products.
 template <typename T, typename F>
 void with_layers(const Network<T>& network, const F& f) {
-  constexpr bool is_narrow = !std::is_same_v<T, compute_t<T>>;
-  constexpr bool may_be_pairs = std::is_same_v<T, BFloat16>;
-  const PairKernels* const pairs = chosen_instruction_set().pairs;
-  const Strategy strategy = choose_strategy(
-      network.x.rows, network.widths(), is_narrow,
-      may_be_pairs && pairs ? pairs->pairs : Pairs::none,
-      chosen_kernels<T>().panel);
+  const Strategy strategy =
+      choose_strategy(network.x.rows, network.widths(), means<T>());
   if (strategy.products == WhoseProducts::library) {
     f.template operator()<LibraryLayers<T>>(strategy);
     return;
   }
-  if constexpr (may_be_pairs) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
     if (strategy.products == WhoseProducts::pairs) {
       if (network.x.rows <= strategy.block) {
         f.template operator()<PairBlock<BFloat16>>(strategy);

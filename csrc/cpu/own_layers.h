@@ -85,7 +85,7 @@ class OwnLayers {
         relu ? Epilogue::bias_relu : Epilogue::bias, bias};
     if (transposed.data) {
       products_.multiply(out, a, transposed, finish);
-    } else if (rows_ < min_rows_for_panels) {
+    } else if (rows_ < min_rows_for_panels(weight)) {
       products_.linear(out, a, weight, bias, relu);
     } else if (rows_ <= one_panel && rows_ <= weight.rows) {
       products_.linear_transposed(out, a, weight, bias, relu);
@@ -147,9 +147,13 @@ class OwnLayers {
   // With fewer rows a transposed copy costs more than it saves.
   static constexpr int64_t min_rows_to_transpose = 6;
   // A larger weight that serves a single block is transposed panel by panel; or the
-  // rows are, if there are few; or nothing is, if they would not fill a panel.
-  static constexpr int64_t few_weights = 1 << 15;
-  static constexpr int64_t min_rows_for_panels = 16, one_panel = 64;
+  // rows are, if there are few; or nothing is, if they would not fill a panel, or hardly,
+  // and the weight does not fit into the second-level cache.
+  static constexpr int64_t few_weights = 1 << 15, many_weights = 1 << 18;
+  static constexpr int64_t one_panel = 64;
+  static int64_t min_rows_for_panels(Matrix<const Element> weight) {
+    return weight.rows * weight.cols > many_weights ? 24 : 16;
+  }
 
   const Products<Element> products_;
   const int64_t rows_;

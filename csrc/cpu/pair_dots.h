@@ -37,6 +37,10 @@ RELU_MLP_INLINE __m512bh both(const uint16_t* pair) {
   return (__m512bh)_mm512_set1_epi32(bits);
 }
 
+RELU_MLP_INLINE __m512bh first_alone(const uint16_t* first) {
+  return (__m512bh)_mm512_set1_epi32(*first);
+}
+
 // finish(row, sums) for the sums of one tile, which begin with `start`.
 template <int rows, int vectors, typename F>
 RELU_MLP_INLINE void dot_tile(
@@ -84,9 +88,7 @@ RELU_MLP_INLINE void dot_tile(
     of_b += 16;
   }
   if (a.k % 2 != 0) { // what lies beside the last element is not its pair
-    add([](const uint16_t* single) {
-      return (__m512bh)_mm512_set1_epi32(*single);
-    });
+    add(first_alone);
   }
   finish(row, sums);
 }
@@ -169,10 +171,9 @@ void grad_weight_of_dots(
   for (int64_t col = 0; col < to.cols; col += 16 * max_vectors) {
     const Right b{right + col / 16 * b_step, b_step};
     for (int64_t first = 0; first < to.rows; first += 16) {
-      // 16 columns of delta, and all its pairs: a missing element is 0 there.
       const Left of_delta{
           reinterpret_cast<const uint16_t*>(left + first / 16 * b_step),
-          least(16, to.rows - first), a.rows + a.rows % 2, 2, 32};
+          least(16, to.rows - first), a.rows, 2, 32};
       dots_with_panel(
           of_delta, b, steps(to.cols - col, 16), zeros,
           [&]<int rows, int vectors>(

@@ -1,7 +1,7 @@
-// A network's layers in bfloat16 by the tiles of AMX, for several blocks of rows.
-// Activations and deltas stay in bfloat16, as on the native path; weight gradients
-// are summed in float. A product is never dealt out to threads, only chunks of rows
-// are. Where there is one block, pair_block.h serves it.
+// A network's layers in bfloat16 by products of pairs, with weights that are packed once
+// for many blocks of rows. Activations and deltas stay in bfloat16, as on the native
+// path; weight gradients are summed in float. A product is never dealt out to threads,
+// only chunks of rows are. Where there is one chunk, pair_block.h serves it.
 #pragma once
 
 #include <utility>

@@ -16,9 +16,8 @@ int64_t part(int64_t total, int64_t most) {
 Strategy choose_strategy(
     int64_t rows,
     const std::vector<int64_t>& widths,
-    bool is_narrow,
-    Pairs pairs,
-    int64_t panel) {
+    const Means& means) {
+  const auto& [is_narrow, pairs, panel, outruns_library] = means;
   rows = std::max<int64_t>(1, rows); // an empty batch is one empty block
   int64_t widest = 1, parameters = 0;
   for (std::size_t l = 0; l + 1 < widths.size(); ++l) {
@@ -56,6 +55,10 @@ Strategy choose_strategy(
   } else if (!is_narrow && rows >= 32 && rows < 480) {
     most_parameters = 1 << 16;
   }
+  if (parameters > most_parameters && rows > 1 && outruns_library) {
+    constexpr int64_t own_block = 512; // smaller: what packing it takes counts
+    return {WhoseProducts::own, rows, part(rows, own_block), 1};
+  }
   if (parameters > most_parameters && rows > 1) {
     // The library has no sums over several blocks that are more precise than its
     // operands, so 16-bit formats make one block.
@@ -67,7 +70,7 @@ Strategy choose_strategy(
   // Chunks in a number that many numbers of threads divide. The first two may be
   // smaller if there is something to do: they cost less than to deal out one product
   // after the other.
-  constexpr int64_t most_chunks = 32, much_work = 1 << 21;
+  constexpr int64_t most_chunks = 32, much_work = 1 << 20;
   const bool may_halve = rows >= chunk_rows && rows * parameters >= much_work;
   int64_t chunks = may_halve ? 2 : 1;
   while (2 * chunks <= most_chunks && 2 * chunks * chunk_rows <= rows) {

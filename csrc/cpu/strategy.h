@@ -41,14 +41,18 @@ struct Strategy {
   }
 };
 
-// `widths` are those of x, of every hidden layer and of y; `is_narrow` says
-// whether the numbers have 16 bits, `pairs` how they are multiplied in pairs, and
-// `panel` how many columns a panel of this package's products has.
+// What it depends on beside the shape: the dtype, and the instruction set.
+struct Means {
+  bool is_narrow; // whether the numbers have 16 bits
+  Pairs pairs; // how they are multiplied in pairs
+  int64_t panel; // columns of a panel of this package's products
+  bool outruns_library; // whether these are faster than PyTorch's at any size
+};
+
+// `widths` are those of x, of every hidden layer and of y.
 Strategy choose_strategy(
     int64_t rows,
     const std::vector<int64_t>& widths,
-    bool is_narrow,
-    Pairs pairs,
-    int64_t panel);
+    const Means& means);
 
 } // namespace relu_mlp::cpu
