@@ -25,7 +25,7 @@ struct InstructionSet {
   bool outruns_library = false, outruns_library_in_half = false;
 };
 
-// The names of those that were compiled, the plainest first.
+// The names of those that were compiled, the slowest on this processor first.
 std::vector<std::string> compiled_instruction_sets();
 // Of these, the ones that the processor has.
 std::vector<std::string> supported_instruction_sets();
