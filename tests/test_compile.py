@@ -187,8 +187,8 @@ def test_activation_checkpointing(backend, use_reentrant):
 @pytest.mark.parametrize("kind", ["module", "recompute", "operator"])
 def test_compiled_autograd(backend, kind):
     """The backward pass of an eager forward pass, traced and compiled."""
-    net = relu_mlp.ReluMLP(3, [4, 5], 2, recompute=kind == "recompute")
-    x = torch.randn(6, 3, requires_grad=True)
+    net = integers_(relu_mlp.ReluMLP(3, [4, 5], 2, recompute=kind == "recompute"))
+    x = integers(6, 3, dtype=torch.float32).requires_grad_()
     inputs = [x, *net.parameters()]
 
     def gradients():

@@ -6,10 +6,9 @@
 // every row of a. Pairs of a lie side by side in its rows, and those of delta^T in
 // packed slots.
 //
-// What limits it: the dot products. There is one in a cycle, as there is one
-// multiply-add, on the processors that this was written for (Zen 4), and half of one
-// on Intel's before AMX. Subnormal numbers count as 0, as they do in PyTorch's
-// products on the same processor.
+// What limits it: the dot products, of which Zen 4 begins one in a cycle, as it does
+// multiply-adds. Subnormal numbers count as 0, as they do in PyTorch's products on the
+// same processor.
 #pragma once
 
 #include "gemm.h"

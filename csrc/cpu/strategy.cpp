@@ -37,8 +37,7 @@ Strategy choose_strategy(
   constexpr int64_t fewest_rows_for_pairs = 6;
   const bool is_in_pairs = pairs != Pairs::none && rows >= fewest_rows_for_pairs;
   if (is_in_pairs && (rows < 2 * chunk_rows || parameters > few_parameters)) {
-    // PyTorch's products are as fast from here on. Those by AMX are, as soon as there are
-    // rows enough; and less of a large weight is packed in vain then.
+    // Beyond this PyTorch's products are as fast, or by AMX faster.
     const bool is_served = pairs == Pairs::dots
         ? parameters <= 1 << 22
         : parameters <= 1 << 20 && rows < 2 * chunk_rows;
