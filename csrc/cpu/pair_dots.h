@@ -63,7 +63,7 @@ RELU_MLP_INLINE void dot_tile(
     of_a[g] = a.data + (row + 3 * g) * a.row;
   }
   const uint32_t* of_b = b.data;
-  const auto add = [&](const auto& pair) {
+  const auto add = [&]<bool is_pair>() {
     __m512bh slots[vectors];
     RELU_MLP_UNROLL
     for (int j = 0; j < vectors; ++j) {
@@ -71,7 +71,8 @@ RELU_MLP_INLINE void dot_tile(
     }
     RELU_MLP_UNROLL
     for (int i = 0; i < rows; ++i) {
-      const __m512bh of_row = pair(of_a[i / 3] + i % 3 * a.row);
+      const uint16_t* const from = of_a[i / 3] + i % 3 * a.row;
+      const __m512bh of_row = is_pair ? both(from) : first_alone(from);
       RELU_MLP_UNROLL
       for (int j = 0; j < vectors; ++j) {
         sums[i][j] = _mm512_dpbf16_ps(sums[i][j], of_row, slots[j]);
@@ -79,7 +80,7 @@ RELU_MLP_INLINE void dot_tile(
     }
   };
   for (int64_t s = a.k / 2; s > 0; --s) {
-    add(both);
+    add.template operator()<true>();
     RELU_MLP_UNROLL
     for (int g = 0; g < (rows + 2) / 3; ++g) {
       of_a[g] += a.pair;
@@ -87,7 +88,7 @@ RELU_MLP_INLINE void dot_tile(
     of_b += 16;
   }
   if (a.k % 2 != 0) { // what lies beside the last element is not its pair
-    add(first_alone);
+    add.template operator()<false>();
   }
   finish(row, sums);
 }
