@@ -31,8 +31,8 @@ extern const PairKernels amx_kernels = {
     Pairs::tiles,
     amx::pack_tiles,
     amx::product_of_tiles,
-    amx::add_grad_weight,
-    amx::whole_grad_weight,
+    amx::grad_weight_of_tiles<float>,
+    amx::grad_weight_of_tiles<uint16_t>,
     amx::narrow_bfloat16,
     amx::column_sums_bfloat16};
 

@@ -30,8 +30,8 @@ extern const PairKernels avx512_bf16_kernels = {
     Pairs::dots,
     avx512_bf16::pack_tiles,
     avx512_bf16::product_of_dots,
-    avx512_bf16::add_grad_weight,
-    avx512_bf16::whole_grad_weight,
+    avx512_bf16::grad_weight_of_dots<float>,
+    avx512_bf16::grad_weight_of_dots<uint16_t>,
     avx512_bf16::narrow_bfloat16,
     avx512_bf16::column_sums_bfloat16};
 

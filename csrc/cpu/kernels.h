@@ -108,11 +108,12 @@ struct PairKernels {
       Matrix<const uint16_t> a,
       bool add,
       uint32_t* scratch);
-  // The same where these are all rows: the sums are rounded.
+  // The same where these are all rows, so `add` is false: the sums are rounded.
   void (*whole_grad_weight)(
       Matrix<uint16_t> to,
       Matrix<const uint16_t> delta,
       Matrix<const uint16_t> a,
+      bool add,
       uint32_t* scratch);
   // As in a Format, but for any number of columns.
   void (*narrow)(uint16_t* to, const float* from, int64_t count);

@@ -69,7 +69,7 @@ class PairBlock {
           } else {
             kernels_.whole_grad_weight(
                 {bits(part.data), part.rows, part.cols, part.row_stride, 1},
-                left, right, packed.get());
+                left, right, false, packed.get());
           }
         });
   }

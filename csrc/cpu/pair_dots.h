@@ -192,21 +192,5 @@ void grad_weight_of_dots(
   }
 }
 
-inline void add_grad_weight(
-    Matrix<float> to,
-    Matrix<const uint16_t> delta,
-    Matrix<const uint16_t> a,
-    bool add,
-    uint32_t* scratch) {
-  grad_weight_of_dots(to, delta, a, add, scratch);
-}
-inline void whole_grad_weight(
-    Matrix<uint16_t> to,
-    Matrix<const uint16_t> delta,
-    Matrix<const uint16_t> a,
-    uint32_t* scratch) {
-  grad_weight_of_dots(to, delta, a, false, scratch);
-}
-
 } // namespace
 } // namespace relu_mlp::cpu::RELU_MLP_ISA
