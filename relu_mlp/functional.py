@@ -13,6 +13,7 @@ from torch._subclasses import FakeTensor
 
 from . import autocast, autograd, checks, reference
 from .checks import DTYPES
+from .interception import are_functions_replaced, dispatch_modes, function_modes, is_under_a_mode
 from .ops import NO_TENSOR, PLAIN, below_autograd, carries_tangent, implementation_for
 
 OutputActivation = Literal["relu", "sigmoid", "tanh"]
@@ -69,7 +70,12 @@ def relu_mlp(
     """
     activation = activation_name(output_activation)
     weights, present = checked_parameters(x, weights, biases)
-    if is_served(x) and all(map(is_plain, weights)) and all(map(is_plain, present)):
+    if (
+        is_served(x)
+        and all(map(is_plain, weights))
+        and all(map(is_plain, present))
+        and not are_functions_replaced()
+    ):
         return fused(x, weights, present, activation, recompute)
     return native(x, weights, present, activation)
 
@@ -155,14 +161,15 @@ def _is_exported(tensor: object) -> bool:
 def is_served(x: Tensor) -> bool:
     """Whether the operators serve this input exactly as the native path would.
 
-    Not for tensor subclasses and not for other layouts and dtypes: there the native
-    path is taken.
+    Not for tensor subclasses, not for other layouts and dtypes, and not under a mode that has to
+    see what the native path does: there it is taken.
     """
     return (
         (type(x) in PLAIN or _is_exported(x))
         and x.dtype in DTYPES
         and x.layout is _strided
         and not x.is_nested
+        and not ((function_modes() or dispatch_modes()) and is_under_a_mode())
     )
 
 
@@ -228,7 +235,8 @@ def native(
         x = F.linear(x, weight, bias)
         if layer < len(weights) - 1:
             x = F.relu(x)
-    return reference.ACTIVATIONS[activation](x)
+    # Not the functions that `reference` knows: somebody may have replaced these.
+    return x if activation == "none" else getattr(torch, activation)(x)
 
 
 class LossAndGrads(NamedTuple):

@@ -5,39 +5,32 @@ from __future__ import annotations
 import itertools
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._jit_internal import _copy_to_script_wrapper, is_scripting
 from torch.nn import Linear, Parameter, ReLU, Sigmoid, Tanh
-from torch.nn.modules.module import (
-    _global_backward_hooks,
-    _global_backward_pre_hooks,
-    _global_forward_hooks,
-    _global_forward_pre_hooks,
-)
 
-from . import checks, functional
+from . import checks, functional, interception
 from .functional import OutputActivation, fused, is_plain, is_served
 from .ops import NO_TENSOR, _thread, backend, extension, implementation_for
 from .scripting import Scriptable
 
 #: The modules that may follow the last Linear, and the activation each stands for.
-OUTPUT_ACTIVATIONS: dict[type[nn.Module], OutputActivation] = {
+OUTPUT_ACTIVATIONS: dict[type[Any], OutputActivation] = {
     ReLU: "relu",
     Sigmoid: "sigmoid",
     Tanh: "tanh",
 }
 
-_linear_forward = Linear.forward
-_relu_forward = ReLU.forward
-_sigmoid_forward = Sigmoid.forward
-_tanh_forward = Tanh.forward
 _strided = torch.strided
 _is_compiling = torch.compiler.is_compiling
 _operator = torch.ops.relu_mlp.relu_mlp.default
+_children_in_order = nn.Sequential.__iter__
+
+_are_all_patched = interception.are_layers_replaced
 
 
 class Run(NamedTuple):
@@ -50,29 +43,28 @@ class Run(NamedTuple):
 
 
 def _is_patched(state: dict[str, Any]) -> Any:
-    """Whether calling a module does anything else than what its class says: as a truth value."""
+    """Whether calling a module does anything else than what its class says: as a truth value.
+
+    `state` is its `__dict__`, which is looked into before its class and its parameters.
+    """
     return (
         state["_forward_hooks"]
         or state["_forward_pre_hooks"]
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]
         or "forward" in state
+        or "_call_impl" in state
+        or "_compiled_call_impl" in state
+        or "weight" in state
+        or "bias" in state
     )
 
 
-def _are_all_patched() -> Any:
-    """The same for all modules at once."""
-    return (
-        _global_forward_hooks
-        or _global_forward_pre_hooks
-        or _global_backward_hooks
-        or _global_backward_pre_hooks
-        # A class whose forward somebody has replaced no longer computes what it did.
-        or Linear.forward is not _linear_forward
-        or ReLU.forward is not _relu_forward
-        or Sigmoid.forward is not _sigmoid_forward
-        or Tanh.forward is not _tanh_forward
-    )
+def _activation_of(kind: type[Any]) -> OutputActivation | None:
+    """What a class of modules computes, if it may follow the last Linear."""
+    if (kind is Sigmoid or kind is Tanh) and interception.is_output_activation_replaced(kind):
+        return None
+    return OUTPUT_ACTIVATIONS.get(kind)
 
 
 def find_run(
@@ -89,20 +81,22 @@ def find_run(
     after_linear = False
     for child in children:
         kind = type(child)
+        follows = _activation_of(kind) if after_linear else None
+        if follows is None and (after_linear or kind is not Linear):
+            break
         # That there is no `forward` in a dict torch.compile does not remember, but what it reads.
         if _is_patched(child.__dict__) or child.forward is None:
             break
-        if after_linear:
-            if kind not in OUTPUT_ACTIVATIONS:
-                break
-            activation = OUTPUT_ACTIVATIONS[kind]
+        if follows is not None:
+            activation = follows
         else:
-            if kind is not Linear:
-                break
             parameters = child.__dict__["_parameters"]
-            weight, bias = parameters.get("weight"), parameters.get("bias", child)
+            if "weight" not in parameters or "bias" not in parameters:
+                break  # pruned
+            # Not by `get`: a dict of its own may fetch a parameter from elsewhere.
+            weight, bias = parameters["weight"], parameters["bias"]
             if not is_known(weight) or not (bias is None or is_known(bias)):
-                break  # pruned, quantized, distributed: nothing the operators know
+                break  # quantized, distributed: nothing the operators know
             weights.append(weight)
             biases.append(NO_TENSOR if bias is None else bias)
             activation = "none"
@@ -117,57 +111,84 @@ def find_run(
     return Run(tuple(found), weights, biases, activation)
 
 
-class _Cached(NamedTuple):
-    """A run of all children of a `ReluMLP`, and what has to be so for it to stand.
+def _network_of(
+    children: Mapping[str, nn.Module | None],
+) -> tuple[list[Tensor], list[Tensor], str] | None:
+    """(weights, biases, activation) of the run of all children, or None.
 
-    To find the run anew takes a tenth of a small network's training step, to
-    see that nothing has changed a third of that.
+    What `find_run` finds, but without a call of a function for each child: it is asked in
+    every call of a `ReluMLP`, which remembers nothing. What it remembered of its children could
+    be changed in many ways of which it would not know, and would stay alive.
     """
-
-    run: Run
-    #: (child, its class, its __dict__)
-    states: list[tuple[nn.Module, type[nn.Module], dict[str, Any]]]
-    #: (the _parameters of a Linear, its weight, its bias)
-    linears: list[tuple[dict[str, Any], Tensor, Tensor | None]]
-
-    def holds(self, children: dict[str, nn.Module | None]) -> bool:
-        _, states, linears = self
-        if len(states) != len(children):
-            return False
-        for (child, kind, state), now in zip(states, children.values(), strict=False):
-            if (  # _is_patched, without the price of a call
-                now is not child
-                or type(child) is not kind
-                or state["_forward_hooks"]
+    weights: list[Tensor] = []
+    biases: list[Tensor] = []
+    activation = "none"
+    has_bias, is_sure = False, True
+    rest = iter(children.values())
+    try:
+        for child in rest:
+            if type(child) is not Linear:
+                return None
+            state = child.__dict__
+            if (  # _is_patched
+                state["_forward_hooks"]
                 or state["_forward_pre_hooks"]
                 or state["_backward_hooks"]
                 or state["_backward_pre_hooks"]
                 or "forward" in state
+                or "_call_impl" in state
+                or "_compiled_call_impl" in state
+                or "weight" in state
+                or "bias" in state
             ):
-                return False
-        for parameters, weight, bias in linears:
-            if (
-                parameters.get("weight") is not weight
-                or parameters.get("bias", self) is not bias
-                # torch.utils.swap_tensors changes what an object is
-                or type(weight) is not Parameter
-                or weight.layout is not _strided
-                or (type(bias) is not Parameter and bias is not None)
+                return None
+            parameters = state["_parameters"]
+            weight = parameters["weight"]
+            bias = parameters["bias"]
+            if (type(weight) is not Parameter and not is_plain(weight)) or (
+                weight.layout is not _strided
             ):
-                return False
-        return True
-
-    @classmethod
-    def of(cls, run: Run) -> _Cached:
-        return cls(
-            run,
-            [(child, type(child), child.__dict__) for child in run.children],
-            [
-                (child._parameters, child.weight, child.bias)
-                for child in run.children
-                if type(child) is Linear
-            ],
-        )
+                return None
+            if bias is None:
+                bias = NO_TENSOR
+            else:
+                has_bias = True
+                if type(bias) is not Parameter or not bias.nbytes:
+                    if not is_plain(bias):
+                        return None
+                    is_sure = False
+            weights.append(weight)
+            biases.append(bias)
+            activation = "none"
+            for child in rest:
+                kind = type(child)
+                if kind is ReLU:
+                    activation = "relu"
+                elif 2 * len(weights) == len(children) and (last := _activation_of(kind)):
+                    activation = last
+                else:
+                    return None
+                state = child.__dict__
+                if (
+                    state["_forward_hooks"]
+                    or state["_forward_pre_hooks"]
+                    or state["_backward_hooks"]
+                    or state["_backward_pre_hooks"]
+                    or "forward" in state
+                    or "_call_impl" in state
+                    or "_compiled_call_impl" in state
+                ):
+                    return None
+                break
+    except (KeyError, RuntimeError):
+        return None  # a parameter is missing, or its layout knows no `nbytes`
+    if not weights:
+        return None
+    if not has_bias:
+        biases = []
+    elif not is_sure:
+        functional.check_empty_biases(weights, biases)
+    return weights, biases, activation
 
 
 class ReluMLP(Scriptable):
@@ -272,18 +293,15 @@ class ReluMLP(Scriptable):
                 result = self._traced_forward(input)
                 if result is not None:
                     return result
-            if is_served(input):
-                cached = self.__dict__.get("_cached")
-                if cached is not None and cached.holds(self._modules):
-                    run = cached.run
-                else:
-                    run = self._find_whole_run()
-                if run is not None and not _are_all_patched():
-                    return fused(input, run.weights, run.biases, run.activation, self.recompute)
+            if is_served(input) and type(self).__iter__ is _children_in_order:
+                network = _network_of(self._modules)
+                if network is not None and not _are_all_patched():
+                    weights, biases, activation = network
+                    return fused(input, weights, biases, activation, self.recompute)
             elif functional.has_other_dtype(input) and input.dim():
-                run = self._find_whole_run()
-                if run is not None:
-                    checks.check_chain(input, run.weights, run.biases)
+                network = _network_of(self._modules)
+                if network is not None:
+                    checks.check_chain(input, *network[:2])
             return super().forward(input)
 
     def _traced_forward(self, input: Tensor) -> Tensor | None:
@@ -307,6 +325,7 @@ class ReluMLP(Scriptable):
                 return None
         if (
             activation is None
+            or (interception.function_modes() and interception.is_under_a_mode())
             or type(input) is not torch.Tensor
             or input.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
             or len(biases) not in (0, len(weights))
@@ -317,44 +336,23 @@ class ReluMLP(Scriptable):
                 return None
         return _operator(input, weights, biases, activation)
 
-    @torch.compiler.assume_constant_result
+    @interception.constant_in_a_graph
     def _activation_in_a_graph(self, name: str) -> str | None:
         """The output activation, if under that backend the operator serves all children."""
-        run = None if _are_all_patched() else self._find_whole_run()
-        if run is None or torch.onnx.is_in_onnx_export():
+        network = None if _are_all_patched() else _network_of(self._modules)
+        if network is None or torch.onnx.is_in_onnx_export():
             return None
+        weights, _, activation = network
         try:
             with backend(name):  # type: ignore[arg-type]
-                is_served = implementation_for(run.weights[0]) is extension
+                is_served = implementation_for(weights[0]) is extension
         except RuntimeError:  # `forward` will say why
             return None
-        return run.activation if is_served else None
+        return activation if is_served else None
 
     def _find_runs(self) -> list[tuple[int, Run]]:
-        run = None if _are_all_patched() else self._find_whole_run()
-        return [] if run is None else [(0, run)]
-
-    def _find_whole_run(self) -> Run | None:
-        """The run of all children, or None; remembered if it may be."""
-        is_compiling = torch.compiler.is_compiling()
-        if not is_compiling:  # to change the module is a side effect, which torch.export reports
-            self.__dict__.pop("_cached", None)
-        run = find_run(self._modules.values())
-        if run is None or len(run.children) < len(self._modules):
-            return None
-        functional.check_empty_biases(run.weights, run.biases)
-        # functional_call lends tensors that must not be kept alive.
-        are_parameters = all(
-            type(tensor) is Parameter or tensor is NO_TENSOR
-            for tensor in (*run.weights, *run.biases)
-        )
-        if are_parameters and not is_compiling:
-            self.__dict__["_cached"] = _Cached.of(run)
-        return run
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What pickle and deepcopy take along: not what was remembered of other objects."""
-        return {name: value for name, value in self.__dict__.items() if name != "_cached"}
+        network = None if _are_all_patched() else _network_of(self._modules)
+        return [] if network is None else [(0, Run(tuple(self), *network))]
 
     @_copy_to_script_wrapper
     def __getitem__(self, index: Any) -> Any:

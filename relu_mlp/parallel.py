@@ -67,7 +67,6 @@ class ReluMLPParallel(ParallelStyle):
                     parameter, device_mesh, [placement], src_data_rank=self.src_data_rank
                 )
                 linear._parameters[name] = nn.Parameter(shards, parameter.requires_grad)
-        module.__dict__.pop("_cached", None)
         module.__class__ = TensorParallelReluMLP
         return module
 

@@ -41,6 +41,8 @@ class FusedSequential(Scriptable):
         if is_scripting():
             return self._scripted_forward(input)
         else:
+            if _are_all_patched() or type(self).__iter__ is not nn.Sequential.__iter__:
+                return super().forward(input)
             children = list(self._modules.values())
             position = 0
             while position < len(children):
@@ -199,7 +201,7 @@ def unfuse(model: M) -> M:
         kind = type(module)
         if kind in (ReluMLP, FusedSequential) and _MARK in module.__dict__:
             module.__class__ = nn.Sequential
-            for name in (_MARK, "_cached", "recompute"):
+            for name in (_MARK, "recompute"):
                 module.__dict__.pop(name, None)
         elif issubclass(kind, FusedModule) and "_original" in kind.__dict__:
             module.__class__ = kind._original

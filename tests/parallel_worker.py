@@ -62,6 +62,8 @@ def counted():
     """`support.count_calls`, and "all_reduce" and "other" collective operations."""
 
     class Mode(TorchDispatchMode):
+        understands_relu_mlp = True
+
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if func.namespace in ("c10d", "_c10d_functional"):
                 name = func._schema.name.partition("::")[2].replace("_", "")

@@ -208,6 +208,8 @@ def count_calls() -> Iterator[dict[str, int]]:
     inside = [0]
 
     class Mode(TorchDispatchMode):
+        understands_relu_mlp = True
+
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             name = func._schema.name
             if name.startswith("relu_mlp::"):
@@ -247,6 +249,8 @@ def dispatched() -> Iterator[list[tuple[str, int]]]:
     operations: list[tuple[str, int]] = []
 
     class Mode(TorchDispatchMode):
+        understands_relu_mlp = True
+
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             result = func(*args, **(kwargs or {}))
             held = [

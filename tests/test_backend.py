@@ -42,6 +42,8 @@ def watched():
     }
 
     class Mode(TorchDispatchMode):
+        understands_relu_mlp = True
+
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             namespace, name = func._schema.name.split("::")
             if namespace == "relu_mlp":

@@ -214,6 +214,7 @@ def test_dropout_in_training_drops_the_same(backend, kind):
 class FastPaths(TorchDispatchMode):
     """Counts the calls of PyTorch's fused inference of a whole layer."""
 
+    understands_relu_mlp = True
     count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 from torch.nn.utils import stateless
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.overrides import TorchFunctionMode
 from torch.profiler import profile
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
@@ -295,15 +294,9 @@ def test_tensor_subclasses_see_the_native_operations(backend, kind, where):
     assert seen[1] == seen[2]
 
 
-def test_under_modes(backend):
-    """A mode of functions, and the one by which PyTorch chooses the default device."""
+def test_under_the_modes_of_the_default_device(backend):
     net, sequential = pair()
-
-    class Mode(TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            return func(*args, **(kwargs or {}))
-
-    for mode in (Mode(), torch.device("cpu"), torch.device("meta")):
+    for mode in (torch.device("cpu"), torch.device("meta")):
         x = integer_input(7, 3)
         with mode, support.count_calls() as counted:
             y = net(x)
