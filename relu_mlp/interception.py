@@ -136,8 +136,12 @@ def _by_pytorch(code: tuple[Any, ...]) -> tuple[Any, ...]:
 def _is_by_pytorch(item: Any) -> bool:
     if isinstance(item, (int, BuiltinFunctionType)):
         return True
-    # A wrapper says that it comes from the module of what it wraps, but has its own globals.
-    return str(getattr(item, "__globals__", {}).get("__name__")).startswith("torch.")
+    return _home_of(item).startswith("torch.nn.")
+
+
+def _home_of(function: Any) -> str:
+    """The module in which a function is written; a wrapper's `__module__` may name another."""
+    return str(getattr(function, "__globals__", {}).get("__name__"))
 
 
 def _is_something_in_the_way() -> bool:
@@ -176,10 +180,22 @@ def are_layers_replaced() -> bool:
         return True
     layers = _layers()
     # Classes may get more attributes, if these do not matter.
-    return layers != _LAYERS and (layers[:-3] != _LAYERS[:-3] or _is_something_in_the_way())
+    return layers != _LAYERS and (
+        _is_replaced(layers[:-3], _LAYERS[:-3]) or _is_something_in_the_way()
+    )
 
 
 @constant_in_a_graph
 def is_output_activation_replaced(kind: type[Module]) -> bool:
     """Whether calling a Sigmoid or a Tanh does anything else than PyTorch defines."""
-    return _output_activation(kind) != _OUTPUT_ACTIVATIONS[kind]
+    code, known = _output_activation(kind), _OUTPUT_ACTIVATIONS[kind]
+    return code != known and _is_replaced(code, known)
+
+
+def _is_replaced(code: tuple[Any, ...], known: tuple[Any, ...]) -> bool:
+    # To record a graph of operations, PyTorch wraps methods of Module, but records no modules.
+    wrapper = "torch.fx._symbolic_trace" if dispatch_modes() else None
+    return len(code) != len(known) or any(
+        item is not original and _home_of(item) != wrapper
+        for item, original in zip(code, known, strict=True)
+    )
