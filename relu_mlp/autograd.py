@@ -278,7 +278,14 @@ def _forward_again(call: Call, x: Tensor, *parameters: Tensor) -> tuple[Tensor, 
     """(x, y, *weights, *hidden), with a graph of their own if gradients are enabled."""
     implementation, output_activation, _, layers = call
     weights, biases = parameters[:layers], parameters[layers:]
-    if _is_grad_enabled():
+    if not _is_compiling() and peek_interpreter_stack() is not None:
+        # `torch.autograd.grad` of a finished y inside a transform: level by level.
+        assert not isinstance(implementation, OneLevelDown)  # which keeps what it needs
+        with ops.using(implementation):
+            y, hidden = torch.ops.relu_mlp.forward.default(
+                x, weights, biases, output_activation, True
+            )
+    elif _is_grad_enabled():
         again: Call = (implementation, output_activation, False, layers)
         y, *hidden = apply(again, x, *parameters)
     else:
@@ -416,11 +423,12 @@ def _backward_kernel(
         return implementation.backward(grad_output, saved, output_activation, needs)
 
 
-for _name, _kernel, _rule in (
-    ("relu_mlp", _relu_mlp_kernel, batching.relu_mlp),
-    ("forward", _forward_kernel, batching.forward),
-    ("backward", _backward_kernel, batching.backward),
+for _name, _kernel in (
+    ("relu_mlp", _relu_mlp_kernel),
+    ("forward", _forward_kernel),
+    ("backward", _backward_kernel),
 ):
     ops._library.impl(_name, _kernel, "Autograd")
-    _operator = getattr(torch.ops.relu_mlp, _name).default
+for _name in ("relu_mlp", "forward", "backward", "recompute_backward"):
+    _operator, _rule = getattr(torch.ops.relu_mlp, _name).default, getattr(batching, _name)
     ops._library.impl(_name, batching.kernel_of(_operator, _rule), "FuncTorchBatched")

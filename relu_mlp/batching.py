@@ -12,6 +12,7 @@ is the same for all. With B examples of n rows each:
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -186,6 +187,31 @@ def backward(
         grads.insert(0, of_x)
         dims.insert(0, _dim_of(of_x, len(shape) + 1))
     return grads, dims
+
+
+def recompute_backward(
+    batch_size: int,
+    in_dims: Sequence[Any],
+    grad_output: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    output_activation: str,
+    needs: str,
+) -> tuple[list[Tensor], list[int | None]]:
+    """The rule of `relu_mlp::recompute_backward`: both passes by the rules above."""
+    network = (x, weights, biases, output_activation, True)
+    of_grad_output, x_dim, weight_dims = in_dims[:3]
+    if any(map(_is_batched, in_dims[1:])):
+        (y, hidden), (y_dim, hidden_dims) = forward(batch_size, in_dims[1:], *network)
+    else:  # a finished forward pass, of which only the gradients are many
+        y, hidden = implementation_for(x).forward(*network)
+        y_dim, hidden_dims = None, [None] * len(hidden)
+    is_kept = reference.is_kept(output_activation, needs)
+    saved = itertools.compress([x, y, *weights, *hidden], is_kept)
+    saved_dims = itertools.compress([x_dim, y_dim, *weight_dims, *hidden_dims], is_kept)
+    dims = (of_grad_output, list(saved_dims))
+    return backward(batch_size, dims, grad_output, list(saved), output_activation, needs)
 
 
 def _to_front(tensor: Tensor, dim: int | None) -> Tensor:

@@ -28,7 +28,7 @@ from .functional import (
     refuse_transforms,
     split_by_kind,
 )
-from .ops import NO_TENSOR, below_autograd, implementation_for
+from .ops import NO_TENSOR, backend, below_autograd, implementation_for
 
 
 class Parameters(NamedTuple):
@@ -126,7 +126,8 @@ class Linearization:
     """What `linearize` returns: y, and products with the Jacobian J = dy/dw.
 
     Nothing that it returns requires a gradient. It refers to x and the parameters
-    and raises a RuntimeError once one of them has been changed in place.
+    and raises a RuntimeError once one of them has been changed in place. A copy, or what
+    was pickled, has an x and parameters of its own.
 
     Attributes:
         y: (*, out_features), the outputs.
@@ -145,6 +146,29 @@ class Linearization:
         self.y, self._hidden = self._implementation.forward(
             self._x, self._weights, self._biases, activation, True
         )
+        self._versions = [tensor._version for tensor in self._counted()]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For `copy` and `pickle`; RuntimeError as in every method.
+
+        The tensors are cloned: copied together with the network, they would share memory with
+        the network's copy, but no count of its changes.
+        """
+        self._check_versions()
+        return {
+            **self.__dict__,
+            "_x": self._x.clone(),
+            "y": self.y.clone(),
+            "_weights": [weight.clone() for weight in self._weights],
+            "_biases": [None if bias is NO_TENSOR else bias.clone() for bias in self._biases],
+            "_implementation": "reference" if self._implementation is reference else "auto",
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._biases = [NO_TENSOR if bias is None else bias for bias in state["_biases"]]
+        with backend(state["_implementation"]):
+            self._implementation = implementation_for(self._x)
         self._versions = [tensor._version for tensor in self._counted()]
 
     def jvp(self, tangent: Parameters) -> Tensor:

@@ -57,9 +57,24 @@ REMEDY = (
 #: The types of ordinary tensors; a subclass may mean anything.
 PLAIN = frozenset({Tensor, Parameter})
 
+
+def _make_no_tensor() -> Tensor:
+    """An ordinary tensor without elements, wherever the first import happens.
+
+    A functorch transform or a mode that is in force would make it one of its own kind. All of
+    them belong to a thread, and a new thread has none.
+    """
+    made: list[Tensor] = []
+    thread = threading.Thread(
+        target=lambda: made.append(torch.empty(0, dtype=torch.float32, device="cpu"))
+    )
+    thread.start()
+    thread.join()
+    return made[0]
+
+
 #: Stands in an operator's arguments for a tensor that is missing.
-with torch.inference_mode(False):
-    NO_TENSOR = torch.empty(0, device="cpu")
+NO_TENSOR = _make_no_tensor()
 
 #: Suspends the Autograd keys. The Function holds it while it calls the raw
 #: operators, which lets it past the guards registered below.

@@ -322,7 +322,7 @@ def climb(
         if weight_tangent is not None:
             z_tangent = F.linear(as_matrix(inputs[layer]), weight_tangent, z_tangent)
         elif z_tangent is not None:
-            z_tangent = z_tangent.expand(rows, -1)
+            z_tangent = z_tangent.repeat(rows, 1)  # memory of its own, as it may be the result
         if tangent is not None:
             product = tangent, weights[layer].T
             z_tangent = torch.mm(*product) if z_tangent is None else z_tangent.addmm(*product)

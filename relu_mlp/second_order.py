@@ -33,7 +33,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import DTYPES
 from .reference import (
     ACTIVATION_BACKWARDS,
     as_matrix,
@@ -48,23 +47,19 @@ from .reference import (
 CURVATURES = {"sigmoid": lambda y: 1 - 2 * y, "tanh": lambda y: -2 * y}
 
 
-#: What masks pass on: one number in memory, made here because a functorch transform would
-#: make it one of its own level.
-with torch.inference_mode(False):
-    _ZEROS = {dtype: torch.zeros((), dtype=dtype, device="cpu") for dtype in DTYPES}
-
-
 def nothing_like(tensor: Tensor) -> Tensor:
-    """Zeros of the shape of a tensor."""
-    zero = _ZEROS[tensor.dtype] if tensor.is_cpu else tensor.new_zeros(())
-    return zero.expand(tensor.shape)
+    """Zeros of the shape of a tensor, in memory of their own, that `is_nothing` knows again."""
+    zeros = torch.zeros_like(tensor)
+    zeros._is_nothing = True  # type: ignore[attr-defined]
+    return zeros
 
 
 def is_nothing(tensor: Tensor) -> bool:
-    """Whether a tensor came from `nothing_like`, if it can be told."""
-    if not tensor.is_cpu or not torch._C._has_storage(tensor):
-        return False
-    return tensor.data_ptr() == _ZEROS[tensor.dtype].data_ptr()
+    """Whether a tensor came from `nothing_like` and is as it was, if it can be told.
+
+    What autograd adds to it, or a hook does in place, counts a version.
+    """
+    return hasattr(tensor, "_is_nothing") and not tensor.is_inference() and tensor._version == 0
 
 
 def backward_vjp(

@@ -310,6 +310,89 @@ def test_batched_gradients(backend, transform, recompute):
         compare(batched, activation, (p, g), order, network=network)
 
 
+# -- Transforms of torch.autograd.grad of a forward pass that is finished -----------------------
+
+
+def sum_of(pull):
+    return lambda v: sum(map(loss, pull(v)))
+
+
+FINISHED = {
+    "vmap": (1, lambda pull, p, g: vmap(pull)(stacked(g))),
+    "vmap of vmap": (1, lambda pull, p, g: vmap(vmap(pull))(stacked(stacked(g)))),
+    "jvp": (1, lambda pull, p, g: jvp(pull, (g,), (g.roll(1),))),
+    "vmap of jvp": (1, lambda pull, p, g: vmap(lambda v: jvp(pull, (v,), (g,)))(stacked(g))),
+    "jacrev": (1, lambda pull, p, g: jacrev(pull)(g)),
+    "jacfwd": (1, lambda pull, p, g: jacfwd(pull)(g)),
+    "vmap of grad": (2, lambda pull, p, g: vmap(grad(sum_of(pull)))(stacked(g))),
+    "gradients of vmap": (
+        2,
+        lambda pull, p, g: torch.autograd.grad(
+            sum(map(loss, vmap(pull)(stacked(g)))), of(p), materialize_grads=True
+        ),
+    ),
+    "vmap of a second derivative": (
+        2,
+        lambda pull, p, g: vmap(
+            lambda u: torch.autograd.grad(
+                pull.of_loss, of(p), u, retain_graph=True, materialize_grads=True
+            )
+        )([stacked(tensor.detach()) for tensor in of(p)]),
+    ),
+}
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recomputed"])
+@pytest.mark.parametrize(
+    "transform, create_graph",
+    [
+        (name, graph)
+        for name in FINISHED
+        for graph in (False, True)
+        if graph or FINISHED[name][0] < 2
+    ],
+)
+def test_gradients_of_a_finished_pass(backend, transform, create_graph, recompute):
+    order, function = FINISHED[transform]
+
+    def network(*arguments, **options):
+        return relu_mlp(*arguments, recompute=recompute, **options)
+
+    def transformed(f, p, g):
+        p = {name: tensor.clone().requires_grad_() for name, tensor in p.items()}
+        y = f(p)
+
+        def pull(v):
+            return torch.autograd.grad(y, of(p), v, retain_graph=True, create_graph=create_graph)
+
+        pull.of_loss = torch.autograd.grad(loss(y), of(p), create_graph=True)
+        return [result.detach() for result in tree_flatten(function(pull, p, g))[0]]
+
+    for activation in ("relu", "tanh"):
+        p, _, _, g = problem(activation, "some")
+        compare(transformed, activation, (p, g), order, network=network)
+
+
+@pytest.mark.parametrize("needs", ["11111", "10000", "00001"])
+@pytest.mark.parametrize("mapped", ["grad_output", "x", "weights", "all"])
+def test_recompute_backward(backend, mapped, needs):
+    """The operator: the examples by one call are those of a loop."""
+    operator = torch.ops.relu_mlp.recompute_backward
+    weights, biases = integer_network([3, 4, 2], requires_grad=False)
+    given = {"grad_output": [integers(5, 2)], "x": [integers(5, 3)], "weights": weights}
+    dims = {name: 0 if mapped in (name, "all") else None for name in given}
+    given = {n: [stacked(t) if dims[n] == 0 else t for t in given[n]] for n in given}
+
+    def backward(grad_output, x, weights):
+        return operator(*grad_output, *x, weights, biases, "relu", needs)
+
+    results = vmap(backward, in_dims=tuple(dims.values()))(*given.values())
+    for n in range(EXAMPLES):
+        one = [[t[n] if dims[name] == 0 else t for t in given[name]] for name in given]
+        for result, expected in zip(results, backward(*one), strict=True):
+            assert_same(result[n], expected)
+
+
 # -- Ensembles of modules ----------------------------------------------------------------
 
 

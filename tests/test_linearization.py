@@ -1,6 +1,9 @@
 """`linearize`: products with the Jacobian, which is never formed."""
 
+import copy
+import io
 import math
+import pickle
 
 import pytest
 import torch
@@ -541,6 +544,60 @@ def test_after_a_step_of_an_optimizer(backend):
     torch.optim.SGD(net.parameters(), lr=1e-3).step()
     with pytest.raises(RuntimeError, match="changed in place"):
         linear.vjp(u)
+
+
+def through_a_file(linear):
+    file = io.BytesIO()
+    torch.save(linear, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda linear: pickle.loads(pickle.dumps(linear)),
+    "torch.save": through_a_file,
+}
+
+
+@pytest.mark.parametrize("made", COPIES.values(), ids=list(COPIES))
+@pytest.mark.parametrize("bias", ["all", "some", "none"])
+def test_a_copy_is_a_linearization_of_its_own(backend, bias, made):
+    """What is changed after a copy was made concerns the original alone."""
+    x, weights, biases = make_case([3, 4, 5, 2], [6], bias)
+    v, u = like(weights, biases), torch.randn(6, 2, dtype=torch.float64)
+    with torch.no_grad():
+        weights[0].add_(1)  # a copy counts changes from 0
+    linear = linearize(x, weights, biases, output_activation="tanh")
+    expected = [linear.y.clone(), linear.jvp(v), *map(by_name, [linear.vjp(u), linear.jacobian()])]
+    copied = made(linear)
+    assert copied._implementation is linear._implementation
+    for tensor in [x, linear.y, *weights, *[b for b in biases or [] if b is not None]]:
+        tensor.add_(1)
+    copied = made(copied)
+    actual = [copied.y, copied.jvp(v), *map(by_name, [copied.vjp(u), copied.jacobian()])]
+    for own, wanted in zip(actual, expected, strict=True):
+        assert_same(own, wanted)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        made(linear)
+    copied.y.add_(1)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        copied.jvp(v)
+
+
+def test_a_copy_beside_a_copy_of_the_network(backend):
+    """They share no memory: a step of the copied network would not be noticed."""
+    net, _ = support.twins(3, 4, 2)
+    linear = linearize(torch.randn(5, 3), *support.layers_of(net))
+    u = torch.randn(5, 2)
+    expected = by_name(linear.vjp(u))
+    for made in (copy.deepcopy, COPIES["pickle"]):
+        copied_net, copied = made((net, linear))
+        with torch.no_grad():
+            for parameter in copied_net.parameters():
+                parameter.zero_()
+        assert_same(by_name(copied.vjp(u)), expected)
 
 
 def test_changing_what_it_returned_or_was_given_is_no_matter(backend):
