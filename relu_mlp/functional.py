@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensor
 
 from . import autocast, autograd, checks, reference
 from .checks import DTYPES
-from .ops import NO_TENSOR, PLAIN, below_autograd, carries_tangent, implementation_for
+from .ops import NO_TENSOR, PLAIN, _thread, below_autograd, carries_tangent, implementation_for
 
 OutputActivation = Literal["relu", "sigmoid", "tanh"]
 Loss = Literal["sse", "half_sse", "mse"]
@@ -28,6 +28,7 @@ _are_functorch_transforms_active = torch._C._are_functorch_transforms_active
 _get_tracing_state = torch._C._get_tracing_state
 _is_grad_enabled = torch.is_grad_enabled
 _is_compiling = torch.compiler.is_compiling
+_is_exporting = torch.compiler.is_exporting
 
 
 def relu_mlp(
@@ -166,6 +167,19 @@ def is_served(x: Tensor) -> bool:
     )
 
 
+@torch.compiler.assume_constant_result
+def leaves_python() -> bool:
+    """Whether a graph is being made that is to be of layers, as the `nn.Sequential` gives it.
+
+    A program of `torch.export`, a TorchScript trace, an ONNX file: whoever gets it need not
+    know this package's operator. ``backend("extension")`` asks for the operator all the same,
+    except in an ONNX file. A graph of `torch.compile` stays in the process.
+    """
+    if not (_is_compiling() and _is_exporting()) and _get_tracing_state() is None:
+        return False
+    return _thread.backend != "extension" or torch.onnx.is_in_onnx_export()
+
+
 def fused(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -174,12 +188,11 @@ def fused(
     recompute: bool,
 ) -> Tensor:
     """One call of the operators, for tensors that `is_served` and `is_plain` let pass."""
-    implementation = implementation_for(x)
     if _is_compiling() or _get_tracing_state() is not None:
-        # A graph without the library, or for ONNX, is of layers.
-        if implementation is reference or torch.onnx.is_in_onnx_export():
+        if leaves_python() or implementation_for(x) is reference:
             return native(x, weights, biases, activation)
         return torch.ops.relu_mlp.relu_mlp(x, weights, biases, activation)
+    implementation = implementation_for(x)
     if forward_ad._current_level >= 0 or _are_functorch_transforms_active():
         # Level by level, through the dispatcher, which knows what each tensor is.
         return torch.ops.relu_mlp.relu_mlp(x, weights, biases, activation)

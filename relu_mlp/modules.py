@@ -20,7 +20,7 @@ from torch.nn.modules.module import (
 )
 
 from . import checks, functional
-from .functional import OutputActivation, fused, is_plain, is_served
+from .functional import OutputActivation, fused, is_plain, is_served, leaves_python
 from .ops import NO_TENSOR, _thread, backend, extension, implementation_for
 from .scripting import Scriptable
 
@@ -37,6 +37,7 @@ _sigmoid_forward = Sigmoid.forward
 _tanh_forward = Tanh.forward
 _strided = torch.strided
 _is_compiling = torch.compiler.is_compiling
+_get_tracing_state = torch._C._get_tracing_state
 _operator = torch.ops.relu_mlp.relu_mlp.default
 
 
@@ -268,7 +269,9 @@ class ReluMLP(Scriptable):
         if is_scripting():
             return self._scripted_forward(input)
         else:
-            if _is_compiling():
+            if _is_compiling() or _get_tracing_state() is not None:
+                if leaves_python():
+                    return super().forward(input)
                 result = self._traced_forward(input)
                 if result is not None:
                     return result
@@ -321,7 +324,7 @@ class ReluMLP(Scriptable):
     def _activation_in_a_graph(self, name: str) -> str | None:
         """The output activation, if under that backend the operator serves all children."""
         run = None if _are_all_patched() else self._find_whole_run()
-        if run is None or torch.onnx.is_in_onnx_export():
+        if run is None:
             return None
         try:
             with backend(name):  # type: ignore[arg-type]
