@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from . import autocast, autograd, checks, reference
@@ -186,9 +186,17 @@ def fused(
     biases: Sequence[Tensor],
     activation: str,
     recompute: bool,
+    children: Iterable[nn.Module] = (),
 ) -> Tensor:
-    """One call of the operators, for tensors that `is_served` and `is_plain` let pass."""
+    """One call of the operators, for tensors that `is_served` and `is_plain` let pass.
+
+    `children` are the modules that the network is made of, for a trace to have their names.
+    """
     if _is_compiling() or _get_tracing_state() is not None:
+        if leaves_python() and children:
+            for child in children:
+                x = child(x)
+            return x
         if leaves_python() or implementation_for(x) is reference:
             return native(x, weights, biases, activation)
         return torch.ops.relu_mlp.relu_mlp(x, weights, biases, activation)

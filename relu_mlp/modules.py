@@ -37,7 +37,6 @@ _sigmoid_forward = Sigmoid.forward
 _tanh_forward = Tanh.forward
 _strided = torch.strided
 _is_compiling = torch.compiler.is_compiling
-_get_tracing_state = torch._C._get_tracing_state
 _operator = torch.ops.relu_mlp.relu_mlp.default
 
 
@@ -269,8 +268,8 @@ class ReluMLP(Scriptable):
         if is_scripting():
             return self._scripted_forward(input)
         else:
-            if _is_compiling() or _get_tracing_state() is not None:
-                if leaves_python():
+            if _is_compiling():
+                if leaves_python():  # before anything is read, after which parameters are named
                     return super().forward(input)
                 result = self._traced_forward(input)
                 if result is not None:
@@ -282,7 +281,9 @@ class ReluMLP(Scriptable):
                 else:
                     run = self._find_whole_run()
                 if run is not None and not _are_all_patched():
-                    return fused(input, run.weights, run.biases, run.activation, self.recompute)
+                    return fused(
+                        input, run.weights, run.biases, run.activation, self.recompute, self
+                    )
             elif functional.has_other_dtype(input) and input.dim():
                 run = self._find_whole_run()
                 if run is not None:
@@ -324,7 +325,7 @@ class ReluMLP(Scriptable):
     def _activation_in_a_graph(self, name: str) -> str | None:
         """The output activation, if under that backend the operator serves all children."""
         run = None if _are_all_patched() else self._find_whole_run()
-        if run is None:
+        if run is None or torch.onnx.is_in_onnx_export():
             return None
         try:
             with backend(name):  # type: ignore[arg-type]
