@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from . import autocast, autograd, checks, reference
 from .checks import DTYPES
-from .interception import are_functions_replaced, dispatch_modes, function_modes, is_under_a_mode
-from .ops import NO_TENSOR, PLAIN, below_autograd, carries_tangent, implementation_for
+from .interception import (
+    are_functions_replaced,
+    constant_in_a_graph,
+    dispatch_modes,
+    function_modes,
+    is_under_a_mode,
+)
+from .ops import NO_TENSOR, PLAIN, _thread, below_autograd, carries_tangent, implementation_for
 
 OutputActivation = Literal["relu", "sigmoid", "tanh"]
 Loss = Literal["sse", "half_sse", "mse"]
@@ -29,6 +35,7 @@ _are_functorch_transforms_active = torch._C._are_functorch_transforms_active
 _get_tracing_state = torch._C._get_tracing_state
 _is_grad_enabled = torch.is_grad_enabled
 _is_compiling = torch.compiler.is_compiling
+_is_exporting = torch.compiler.is_exporting
 
 
 def relu_mlp(
@@ -173,20 +180,40 @@ def is_served(x: Tensor) -> bool:
     )
 
 
+@constant_in_a_graph
+def leaves_python() -> bool:
+    """Whether a graph is being made that is to be of layers, as the `nn.Sequential` gives it.
+
+    A program of `torch.export`, a TorchScript trace, an ONNX file: whoever gets it need not
+    know this package's operator. ``backend("extension")`` asks for the operator all the same,
+    except in an ONNX file. A graph of `torch.compile` stays in the process.
+    """
+    if not (_is_compiling() and _is_exporting()) and _get_tracing_state() is None:
+        return False
+    return _thread.backend != "extension" or torch.onnx.is_in_onnx_export()
+
+
 def fused(
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     activation: str,
     recompute: bool,
+    children: Iterable[nn.Module] = (),
 ) -> Tensor:
-    """One call of the operators, for tensors that `is_served` and `is_plain` let pass."""
-    implementation = implementation_for(x)
+    """One call of the operators, for tensors that `is_served` and `is_plain` let pass.
+
+    `children` are the modules that the network is made of, for a trace to have their names.
+    """
     if _is_compiling() or _get_tracing_state() is not None:
-        # A graph without the library, or for ONNX, is of layers.
-        if implementation is reference or torch.onnx.is_in_onnx_export():
+        if leaves_python() and children:
+            for child in children:
+                x = child(x)
+            return x
+        if leaves_python() or implementation_for(x) is reference:
             return native(x, weights, biases, activation)
         return torch.ops.relu_mlp.relu_mlp(x, weights, biases, activation)
+    implementation = implementation_for(x)
     if forward_ad._current_level >= 0 or _are_functorch_transforms_active():
         # Level by level, through the dispatcher, which knows what each tensor is.
         return torch.ops.relu_mlp.relu_mlp(x, weights, biases, activation)

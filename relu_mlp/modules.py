@@ -14,7 +14,7 @@ from torch._jit_internal import _copy_to_script_wrapper, is_scripting
 from torch.nn import Linear, Parameter, ReLU, Sigmoid, Tanh
 
 from . import checks, functional, interception
-from .functional import OutputActivation, fused, is_plain, is_served
+from .functional import OutputActivation, fused, is_plain, is_served, leaves_python
 from .ops import NO_TENSOR, _thread, backend, extension, implementation_for
 from .scripting import Scriptable
 
@@ -290,6 +290,8 @@ class ReluMLP(Scriptable):
             return self._scripted_forward(input)
         else:
             if _is_compiling():
+                if leaves_python():  # before anything is read, after which parameters are named
+                    return super().forward(input)
                 result = self._traced_forward(input)
                 if result is not None:
                     return result
@@ -297,7 +299,7 @@ class ReluMLP(Scriptable):
                 network = _network_of(self._modules)
                 if network is not None and not _are_all_patched():
                     weights, biases, activation = network
-                    return fused(input, weights, biases, activation, self.recompute)
+                    return fused(input, weights, biases, activation, self.recompute, self)
             elif functional.has_other_dtype(input) and input.dim():
                 network = _network_of(self._modules)
                 if network is not None:

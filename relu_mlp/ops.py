@@ -11,7 +11,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol
@@ -79,6 +79,7 @@ NO_TENSOR = _make_no_tensor()
 #: Suspends the Autograd keys. The Function holds it while it calls the raw
 #: operators, which lets it past the guards registered below.
 below_autograd = torch._C._AutoDispatchBelowAutograd
+_nothing = nullcontext()
 
 _is_grad_enabled = torch.is_grad_enabled
 
@@ -347,15 +348,16 @@ def _lead_straight_down(operator: torch._ops.OpOverload[..., Any]) -> None:
     call = operator._op
 
     def below_autograd_if_idle(*arguments: Any, **named: Any) -> Any:
-        if (
+        is_idle = (
             not _is_grad_enabled()
             and forward_ad._current_level < 0
             and arguments
             and type(arguments[0]) in PLAIN  # not so where a graph is recorded
-        ):
-            with below_autograd():
-                return call(*arguments, **named)
-        return call(*arguments, **named)
+        )
+        # In one line for both: `torch.jit.trace` writes its number into the graph, and compares
+        # the graph with that of a second trace, made without gradients.
+        with below_autograd() if is_idle else _nothing:
+            return call(*arguments, **named)
 
     operator._op = below_autograd_if_idle
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._jit_internal import _copy_to_script_wrapper, is_scripting
 
 from . import functional
-from .functional import fused, is_served
+from .functional import fused, is_served, leaves_python
 from .modules import ReluMLP, Run, _are_all_patched, _slice_or_child, find_run
 from .rules import (
     FusedModule,
@@ -40,6 +40,8 @@ class FusedSequential(Scriptable):
     def forward(self, input: Tensor) -> Tensor:
         if is_scripting():
             return self._scripted_forward(input)
+        elif leaves_python():
+            return super().forward(input)
         else:
             if _are_all_patched() or type(self).__iter__ is not nn.Sequential.__iter__:
                 return super().forward(input)

@@ -51,9 +51,6 @@ def from_module(net, x):
 def from_program(strict):
     def write(net, x):
         program = torch.export.export(net, (x,), dynamic_shapes=({0: ROWS},), strict=strict)
-        program = program.run_decompositions(
-            {torch.ops.relu_mlp.relu_mlp.default: reference.relu_mlp}
-        )
         return torch.onnx.export(program, dynamo=True, verbose=False)
 
     return write
@@ -109,10 +106,22 @@ def test_gemm_and_relu(way, activation):
     assert_computes(data, net, (50, 3), (1, 3), (0, 3))
 
 
-def test_reference():
+@pytest.mark.parametrize("way", ["module", "tracing"])
+def test_backends(way, backend):
+    """No runtime for ONNX knows the operator, so it is never in a file."""
     net = made(ReluMLP(3, [6, 4], 2))
-    with relu_mlp.backend("reference"):
-        data = written(net, integers(4, 3))
+    data = written(net, integers(4, 3), way)
+    assert node_types(data) == {"Gemm": 3, "Relu": 2}
+    assert_computes(data, net, (5, 3))
+
+
+def test_a_program_with_the_operator(backend):
+    net = made(ReluMLP(3, [6, 4], 2))
+    program = torch.export.export(net, (integers(4, 3),), dynamic_shapes=({0: ROWS},))
+    operators = {torch.ops.relu_mlp.relu_mlp.default: reference.relu_mlp}
+    program = program.run_decompositions(operators)
+    file = torch.onnx.export(program, dynamo=True, verbose=False)
+    data = file.model_proto.SerializeToString()
     assert node_types(data) == {"Gemm": 3, "Relu": 2}
     assert_computes(data, net, (5, 3))
 

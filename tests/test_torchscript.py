@@ -1,8 +1,10 @@
-"""TorchScript: scripted and traced, saved and loaded, the layer is one operator, and
+"""TorchScript: a trace is that of the `nn.Sequential`, node for node and scope for scope.
+Traced inside `backend("extension")`, and scripted, the layer is one operator, saved and loaded;
 where it runs its children one by one, so does its script."""
 
 import copy
 import io
+import re
 import subprocess
 import sys
 
@@ -23,25 +25,26 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning
 class Model(nn.Module):
     """The layer among others, and layers that `fuse` has made."""
 
-    def __init__(self):
+    def __init__(self, is_plain=False):
         super().__init__()
         self.first = nn.Linear(3, 3)
-        self.mlp = ReluMLP(3, [5, 4], 3)
-        self.rest = fuse(
-            nn.Sequential(
-                nn.Linear(3, 4),
-                nn.ReLU(),
-                nn.Linear(4, 5, bias=False),
-                nn.Dropout(0.5),
-                nn.Linear(5, 4),  # one Linear is no run
-                nn.Identity(),
-                nn.Linear(4, 6),
-                nn.ReLU(),
-                nn.Linear(6, 2),
-                nn.ReLU(),
-            )
+        net = ReluMLP(3, [5, 4], 3)
+        self.mlp = nn.Sequential(*net) if is_plain else net
+        self.rest = nn.Sequential(
+            nn.Linear(3, 4),
+            nn.ReLU(),
+            nn.Linear(4, 5, bias=False),
+            nn.Dropout(0.5),
+            nn.Linear(5, 4),  # one Linear is no run
+            nn.Identity(),
+            nn.Linear(4, 6),
+            nn.ReLU(),
+            nn.Linear(6, 2),
+            nn.ReLU(),
         )
-        assert type(self.rest) is FusedSequential
+        if not is_plain:
+            fuse(self.rest)
+            assert type(self.rest) is FusedSequential
 
     def forward(self, x: Tensor) -> Tensor:
         return self.rest(self.mlp(self.first(x)))
@@ -95,6 +98,50 @@ def count(scripted, operator):
 def assert_graph(scripted, fused, linears):
     assert count(scripted, "relu_mlp::relu_mlp") == fused
     assert count(scripted, "aten::linear") == linears
+
+
+# -- A trace: the layers ---------------------------------------------------------------
+
+
+def text_of(traced):
+    """A trace's graph, its modules' and its nodes' names and scopes, the places in Python too."""
+    text = f"{traced.graph}{traced.inlined_graph}"
+    text = re.sub(r"\.___torch_mangle_\d+", "", text)
+    for ours in ("relu_mlp.modules.ReluMLP", "relu_mlp.patching.FusedSequential"):
+        text = text.replace(ours, "torch.nn.modules.container.Sequential")
+    return text
+
+
+@pytest.mark.parametrize("chosen", ["auto", "reference"])
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+@pytest.mark.parametrize("name", MODULES)
+def test_a_trace_is_that_of_the_layers(name, training, chosen):
+    net = made(name)
+    layers = Model(is_plain=True) if name == "model" else nn.Sequential(*net)
+    with relu_mlp.backend(chosen):
+        traces = [
+            torch.jit.trace(module.train(training), integers(4, 3), check_trace=not training)
+            for module in (net, layers)
+        ]
+    ours, expected = map(text_of, traces)
+    assert ours == expected
+    assert "aten::linear" in ours
+
+
+@pytest.mark.parametrize("chosen", ["auto", *support.BACKENDS])
+@pytest.mark.parametrize("name", ["net", "no biases", "model"])
+def test_a_trace_under_autocast_passes_its_check(name, chosen):
+    module = made(name)
+    x = integers(5, 3)
+    with relu_mlp.backend(chosen):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            traced = torch.jit.trace(module, integers(4, 3))
+            expected = module(x)
+        assert expected.dtype is torch.bfloat16
+        comparison.assert_same(traced(x), expected)
+
+
+# -- A script, and a trace inside `backend("extension")`: the operator ---------------------
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -294,6 +341,10 @@ def test_functional_form_traced(backend):
 
     traced = torch.jit.trace(function, (comparison.integers(4, 3),))
     assert str(traced.graph).count("relu_mlp::relu_mlp(") == (backend == "extension")
+    assert str(traced.graph).count("aten::linear(") == 2 * (backend == "reference")
+    with relu_mlp.backend("auto"):
+        traced_by_default = torch.jit.trace(function, (comparison.integers(4, 3),))
+    assert str(traced_by_default.graph).count("aten::linear(") == 2
     for rows in (5, 1, 0):
         x = comparison.integers(rows, 3)
         comparison.assert_same(traced(x), function(x))
@@ -319,12 +370,16 @@ import torch
 library, folder = sys.argv[1:]
 warnings.filterwarnings("error")
 warnings.filterwarnings("ignore", ".*torch.jit.*")
+x, expected = torch.load(f"{folder}/values.pt")
+net = torch.jit.load(f"{folder}/layers.pt")
+print(torch.equal(net(x), expected))
+net(x).sum().backward()
+print(all(p.grad is not None for p in net.parameters()))
 try:
     torch.jit.load(f"{folder}/script.pt")
 except RuntimeError as error:
     print("relu_mlp::relu_mlp" in str(error))
 torch.ops.load_library(library)
-x, expected = torch.load(f"{folder}/values.pt")
 for form in ("script", "trace"):
     net = torch.jit.load(f"{folder}/{form}.pt")
     with torch.no_grad():
@@ -340,11 +395,14 @@ print(any(name.startswith("relu_mlp") for name in sys.modules))
 
 @pytest.mark.skipif(ops.LIBRARY_PATH is None, reason="is about the library")
 def test_library_without_the_package(tmp_path):
-    """It computes, and says that there is no derivative without the package."""
+    """It computes, and says that there is no derivative without the package. A trace
+    as it is made by default needs neither the library nor the package."""
     net = made("model")
     x = integers(5, 3)
-    for name, way in WAYS.items():
-        way(net).save(tmp_path / f"{name}.pt")
+    WAYS["trace"](net).save(tmp_path / "layers.pt")
+    with relu_mlp.backend("extension"):
+        for name, way in WAYS.items():
+            way(net).save(tmp_path / f"{name}.pt")
     torch.save((x, net(x).detach()), tmp_path / "values.pt")
     run = subprocess.run(
         [sys.executable, "-c", WITHOUT_THE_PACKAGE, ops.LIBRARY_PATH, tmp_path],
@@ -353,4 +411,4 @@ def test_library_without_the_package(tmp_path):
         cwd=tmp_path,
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == ["True"] * 5 + ["False"]
+    assert run.stdout.split() == ["True"] * 7 + ["False"]
