@@ -381,7 +381,7 @@ def test_the_report():
           mine       MySequential        is a subclass of Sequential
           own        Sequential          has a forward of its own
           made       ReluMLP             is fused already
-          unknown    Bare                has no rule for its class""")  # noqa: E501
+          unknown    Bare                has no rule for its class: see register_fusion""")  # noqa: E501
     assert model.plain in [model.get_submodule(entry.name) for entry in report.replaced]
 
     again = fuse(model, report=True)
@@ -412,7 +412,9 @@ def test_the_report_on_one_module(model):
         assert text == "replaced: nothing\nleft as it was: nothing"
     else:
         expected = "replaced: nothing\nleft as it was: 1\n"
-        assert text == expected + "  (the model)  Bare  has no rule for its class"
+        assert (
+            text == expected + "  (the model)  Bare  has no rule for its class: see register_fusion"
+        )
 
 
 @pytest.mark.parametrize("how", ["itself", "deepcopy", "pickle", "fused twice", "state_dict"])
