@@ -151,6 +151,14 @@ def value_of(function: Any, module: nn.Module | None, path: Path) -> Any:
     return value
 
 
+def is_computed(module_class: type, name: str) -> bool:
+    """Whether looking up an attribute runs code of its class: a property, say."""
+    attribute = inspect.getattr_static(module_class, name, None)
+    return hasattr(type(attribute), "__get__") and not isinstance(
+        attribute, (staticmethod, types.FunctionType)
+    )
+
+
 # -- Functions and their source ---------------------------------------------------------------
 
 
@@ -457,11 +465,7 @@ class _Rewriter(ast.NodeTransformer):
             return None if node.id in self.bound else (node.id, *names)
         if not names:
             return None
-        attribute = inspect.getattr_static(self.module_class, names[0], None)
-        is_computed = hasattr(type(attribute), "__get__") and not isinstance(
-            attribute, (staticmethod, types.FunctionType)
-        )
-        return None if is_computed else ("self", *names)
+        return None if is_computed(self.module_class, names[0]) else ("self", *names)
 
     def _is_network(self, steps: list[_Step], is_whole: bool = True) -> bool:
         """Whether the Linears are called in order, with something after each but the last.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import types
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -21,7 +22,16 @@ from . import functional
 from .checks import DTYPES
 from .functional import fused, is_plain, is_served
 from .modules import Run, _are_all_patched, _is_patched, find_run
-from .recognition import CAST, METHODS, NotRecognised, Path, Recognised, recognise, value_of
+from .recognition import (
+    CAST,
+    METHODS,
+    NotRecognised,
+    Path,
+    Recognised,
+    is_computed,
+    recognise,
+    value_of,
+)
 
 #: What is ReLU when it is called as a function, and as a method of the tensor.
 RELUS = (F.relu, torch.relu, torch.relu_)
@@ -201,21 +211,21 @@ def reason_to_leave(module: nn.Module, rule: Rule) -> str | None:
         return f"has a {rule.method} of its own"
     if not callable(getattr(type(module), rule.method, None)):
         return f"has no {rule.method}, which its rule names"
+    names = filter(None, (*rule.linears, rule.activation, rule.dropout))
+    named = {name: _attribute(module, name) for name in names}
     for name in rule.linears:
-        linear = getattr(module, name, None)
+        linear = named[name]
         if not isinstance(linear, nn.Linear):
             return f"its {name} is no Linear but {_described(linear)}"
         if problem := problem_of(linear):
             return f"its {name} {problem}"
     for name in filter(None, (rule.activation, rule.dropout)):
-        if problem := problem_of(getattr(module, name, None)):
+        if problem := problem_of(named[name]):
             return f"its {name} {problem}"
-    if rule.activation is not None:
-        activation = getattr(module, rule.activation, None)
-        if not _is_relu(activation):
-            return f"its {rule.activation} is {_described(activation)}"
+    if rule.activation is not None and not _is_relu(named[rule.activation]):
+        return f"its {rule.activation} is {_described(named[rule.activation])}"
     if rule.dropout is not None:
-        dropout = getattr(module, rule.dropout, None)
+        dropout = named[rule.dropout]
         if not isinstance(dropout, nn.Module) or not may_do_nothing(dropout):
             return f"its {rule.dropout} is no Dropout but {_described(dropout)}"
     try:
@@ -224,6 +234,13 @@ def reason_to_leave(module: nn.Module, rule: Rule) -> str | None:
         return str(reason)
     reasons = [_problem_between(module, rule, found, network) for network in found.networks]
     return None if None in reasons else reasons[0]
+
+
+def _attribute(module: nn.Module, name: str) -> Any:
+    """An attribute; the property itself if it is one, for to ask it may have effects."""
+    if is_computed(type(module), name):
+        return inspect.getattr_static(type(module), name)
+    return getattr(module, name, None)
 
 
 def _problem_between(
@@ -261,7 +278,7 @@ def dropouts_of(module: nn.Module, rule: Rule) -> list[Any]:
 def _described(value: Any) -> str:
     if isinstance(value, nn.Module):
         return type(value).__name__
-    return getattr(value, "__name__", repr(value))
+    return getattr(value, "__name__", None) or f"a {type(value).__name__}"
 
 
 # -- A call ------------------------------------------------------------------------------

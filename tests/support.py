@@ -42,14 +42,14 @@ def native(x, weights, biases=None, output_activation=None):
     return getattr(torch, output_activation)(x) if output_activation else x
 
 
-def class_from_source(base, body, arguments="self, x", before="", **names):
+def class_from_source(base, body, arguments="self, x", before="", is_async=False, **names):
     """A subclass whose `forward` has this text as its body, to be found as a notebook's is.
 
     Args:
         before: the lines before it in the class, such as a decorator.
         names: the global variables of the method, besides torch, nn and F.
     """
-    header = f"{before}\ndef forward({arguments}):\n"
+    header = f"{before}\n{'async ' * is_async}def forward({arguments}):\n"
     method = header + textwrap.indent(textwrap.dedent(body).strip("\n"), "    ")
     source = "class Own(Base):\n" + textwrap.indent(method, "    ") + "\n"
     name = f"<source {len(linecache.cache)}>"
