@@ -31,6 +31,8 @@ M = TypeVar("M", bound=nn.Module)
 #: In the __dict__ of what was an `nn.Sequential` before `fuse`.
 _MARK = "_is_fused"
 
+_sequential_forward = nn.Sequential.forward
+
 
 class FusedSequential(Scriptable):
     """What `fuse` makes of an `nn.Sequential` that has runs among its children.
@@ -44,6 +46,8 @@ class FusedSequential(Scriptable):
         if is_scripting():
             return self._scripted_forward(input)
         else:
+            if nn.Sequential.forward is not _sequential_forward:
+                return super().forward(input)
             children = list(self._modules.values())
             position = 0
             while position < len(children):

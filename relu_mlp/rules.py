@@ -278,7 +278,7 @@ def dropouts_of(module: nn.Module, rule: Rule) -> list[Any]:
 def _described(value: Any) -> str:
     if isinstance(value, nn.Module):
         return type(value).__name__
-    return getattr(value, "__name__", None) or f"a {type(value).__name__}"
+    return getattr(value, "__name__", "None" if value is None else f"a {type(value).__name__}")
 
 
 # -- A call ------------------------------------------------------------------------------

@@ -620,6 +620,78 @@ def test_reasons():
     assert entry.reason == "has no missing, which its rule names"
 
 
+class Stubborn(Own):
+    """Refuses attributes, as some do that check what is set."""
+
+    def forward(self, x):
+        return self.fc2(F.relu(self.fc1(x)))
+
+    def __setattr__(self, name, value):
+        if name == "__class__":
+            raise AttributeError(name)
+        super().__setattr__(name, value)
+
+
+class Slotted(Own):
+    __slots__ = ("slot",)
+
+    def forward(self, x):
+        return self.fc2(F.relu(self.fc1(x)))
+
+
+class Childless(Own):
+    def forward(self, x):
+        return self.fc2(F.relu(self.fc1(x)))
+
+    def __init_subclass__(cls, *, needed):
+        pass
+
+
+class Disguised(Own):
+    __class__ = property(lambda self: Own)
+
+    def forward(self, x):
+        return self.fc2(F.relu(self.fc1(x)))
+
+
+class Lookups(Own):
+    def forward(self, x):
+        return self.fc2(F.relu(self.fc1(x)))
+
+    def __getattr__(self, name):
+        return super().__getattr__(name)
+
+
+REASONS = {
+    Stubborn: None,
+    Slotted: None,
+    Childless: "its class can't have a subclass: ",
+    Disguised: "its class can't be changed: ",
+    Lookups: "its class looks up attributes in a way of its own",
+}
+
+
+@pytest.mark.parametrize("kind", REASONS)
+def test_classes_that_are_hard_to_change(backend, kind):
+    register_fusion(kind, ["fc1", "fc2"])
+    model = nn.Sequential(kind(), nn.Hardtanh(-2, 2), nn.Linear(5, 3), nn.ReLU(), nn.Linear(3, 3))
+    x = integer_input(2, 3)
+    support.integers_(model)
+    expected = run_some(model, x)
+    report = fuse(model, report=True)
+    reason = REASONS[kind]
+    assert [entry.name for entry in report.replaced] == ["", "0"][: 1 + (reason is None)]
+    assert [entry.name for entry in report.left] == ["0"][: reason is not None]
+    if reason is not None:
+        assert report.left[0].reason.startswith(reason)
+    with support.count_calls() as calls:
+        actual = run_some(model, x)
+    assert calls["forward"] == calls["backward"] == 1 + (reason is None)
+    assert same(actual, expected)
+    unfuse(model)
+    assert type(model[0]) is kind
+
+
 @pytest.mark.parametrize("kind", LAYERS)
 def test_a_subclass_has_no_rule(kind):
     class Mine(kind):
