@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, NamedTuple, TypeVar, overload
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._jit_internal import _copy_to_script_wrapper, is_scripting
 
@@ -15,7 +16,9 @@ from .modules import ReluMLP, Run, _are_all_patched, _slice_or_child, find_run
 from .rules import (
     FusedModule,
     does_nothing,
+    dropouts_of,
     fused_class,
+    is_linear_like,
     may_do_nothing,
     problem_of,
     reason_to_leave,
@@ -27,6 +30,8 @@ M = TypeVar("M", bound=nn.Module)
 
 #: In the __dict__ of what was an `nn.Sequential` before `fuse`.
 _MARK = "_is_fused"
+
+_sequential_forward = nn.Sequential.forward
 
 
 class FusedSequential(Scriptable):
@@ -81,7 +86,12 @@ def _run_at(
     children: list[nn.Module], start: int, is_passed_over: Callable[[nn.Module], bool]
 ) -> tuple[Run | None, int]:
     """The run of two Linears or more from `start` on, or None; and where it ends."""
-    kept = [n for n in range(start, len(children)) if not is_passed_over(children[n])]
+    kept = []
+    for n in range(start, len(children)):
+        if children[n] is None:  # it can't be called, but that is for the call to say
+            break
+        if not is_passed_over(children[n]):
+            kept.append(n)
     run = find_run([children[n] for n in kept])
     if run is None or len(run.weights) < 2:
         return None, start
@@ -172,13 +182,23 @@ def fuse(model: M, report: bool = False) -> M | FuseReport[M]:
         TypeError: if `model` is not a module.
     """
     _check_model(model)
+    plans = [
+        (_plan_for_sequential if type(module) is nn.Sequential else _plan_for_other)(name, module)
+        for name, module in model.named_modules()
+    ]
     result: FuseReport[M] = FuseReport(model, [], [])
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Sequential:
-            replaced, left = _fuse_sequential(name, module)
-        else:
-            replaced, left = _fuse_other(name, module)
-        result.replaced.extend(replaced)
+    for plan in plans:
+        left = plan.left
+        if plan.replaced is not None:
+            try:
+                _set_class(plan.module, plan.module_class)
+            except (TypeError, AttributeError) as error:
+                name, kind, *_ = plan.replaced
+                left = [Left(name, kind, f"its class can't be changed: {error}")]
+            else:
+                result.replaced.append(plan.replaced)
+                if type(plan.module) in (ReluMLP, FusedSequential):
+                    plan.module.__dict__[_MARK] = True
         result.left.extend(left)
     return result if report else model
 
@@ -202,11 +222,11 @@ def unfuse(model: M) -> M:
     for module in model.modules():
         kind = type(module)
         if kind in (ReluMLP, FusedSequential) and _MARK in module.__dict__:
-            module.__class__ = nn.Sequential
+            _set_class(module, nn.Sequential)
             for name in (_MARK, "recompute"):
                 module.__dict__.pop(name, None)
         elif issubclass(kind, FusedModule) and "_original" in kind.__dict__:
-            module.__class__ = kind._original
+            _set_class(module, kind._original)
     return model
 
 
@@ -215,10 +235,26 @@ def _check_model(model: Any) -> None:
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
 
 
-def _fuse_sequential(name: str, module: nn.Sequential) -> tuple[list[Replaced], list[Left]]:
+def _set_class(module: nn.Module, module_class: type[nn.Module]) -> None:
+    """Gives a module another class, whatever its own class makes of `module.x = y`."""
+    object.__setattr__(module, "__class__", module_class)
+
+
+class _Plan(NamedTuple):
+    """What to do with a module."""
+
+    module: nn.Module
+    module_class: type[nn.Module]  #: that it is to have
+    replaced: Replaced | None  #: if that is another
+    left: list[Left]
+
+
+def _plan_for_sequential(name: str, module: nn.Module) -> _Plan:
     if "forward" in module.__dict__:
-        return [], [Left(name, "Sequential", "has a forward of its own")]
-    names, children = list(module._modules), list(module)
+        reason = "has a forward of its own"
+        return _Plan(module, nn.Sequential, None, [Left(name, "Sequential", reason)])
+    names = list(module._modules)
+    children: list[Any] = list(module._modules.values())
     runs: list[tuple[int, int]] = []
     end = 0
     for position, child in enumerate(children):
@@ -228,24 +264,24 @@ def _fuse_sequential(name: str, module: nn.Sequential) -> tuple[list[Replaced], 
         if run is not None and not any(map(problem_of, run.children)):
             runs.append((position, stop))
             end = stop
-    replaced = []
+    module_class: type[nn.Module] = nn.Sequential
+    replaced = None
     if runs:
         is_whole = runs == [(0, len(children))] and not any(map(may_do_nothing, children))
-        module.__class__ = ReluMLP if is_whole else FusedSequential
-        module.__dict__[_MARK] = True
+        module_class = ReluMLP if is_whole else FusedSequential
         spans = ", ".join(f"{names[start]} to {names[end - 1]}" for start, end in runs)
         inside = [child for start, end in runs for child in children[start:end]]
         note = f"{spans} as one operator{' each' * (len(runs) > 1)}{_when(inside)}"
-        replaced.append(Replaced(name, "Sequential", type(module).__name__, note))
+        replaced = Replaced(name, "Sequential", module_class.__name__, note)
     left = [
         Left(f"{name}.{names[n]}".lstrip("."), type(child).__name__, _why_not(children, n))
         for n, child in enumerate(children)
-        if isinstance(child, nn.Linear) and not any(start <= n < end for start, end in runs)
+        if is_linear_like(child) and not any(start <= n < end for start, end in runs)
     ]
-    return replaced, left if _has_linears(module) else []
+    return _Plan(module, module_class, replaced, left if _has_linears(module) else [])
 
 
-def _fuse_other(name: str, module: nn.Module) -> tuple[list[Replaced], list[Left]]:
+def _plan_for_other(name: str, module: nn.Module) -> _Plan:
     kind = type(module)
     rule = rule_for(kind)
     if isinstance(module, (ReluMLP, FusedSequential, FusedModule)):
@@ -253,28 +289,41 @@ def _fuse_other(name: str, module: nn.Module) -> tuple[list[Replaced], list[Left
     elif rule is not None:
         problem = reason_to_leave(module, rule)
         if problem is None:
-            module.__class__ = fused_class(kind, rule)
-            children = [module._modules.get(child or "") for child in (*rule.linears, rule.dropout)]
-            note = f"{', '.join(rule.linears)} as one operator{_when(children)}"
-            return [Replaced(name, kind.__name__, type(module).__name__, note)], []
+            module_class = fused_class(kind, rule)
+            note = f"{', '.join(rule.linears)} as one operator{_when(dropouts_of(module, rule))}"
+            replaced = Replaced(name, kind.__name__, module_class.__name__, note)
+            return _Plan(module, module_class, replaced, [])
         reason = problem
-    elif not _has_linears(module):
-        return [], []
+    elif _has_linears(module):
+        reason = _why_no_rule(module)
     else:
-        bases = [b for b in kind.__mro__[1:] if b is nn.Sequential or rule_for(b) is not None]
-        reason = f"is a subclass of {bases[0].__name__}" if bases else "has no rule for its class"
-    return [], [Left(name, kind.__name__, reason)]
+        return _Plan(module, kind, None, [])
+    return _Plan(module, kind, None, [Left(name, kind.__name__, reason)])
 
 
 def _has_linears(module: nn.Module) -> bool:
     """Whether there could be a network among its children."""
-    return sum(isinstance(child, nn.Linear) for child in module._modules.values()) >= 2
+    return sum(map(is_linear_like, module._modules.values())) >= 2
 
 
-def _when(children: Iterable[nn.Module | None]) -> str:
+def _why_no_rule(module: nn.Module) -> str:
+    for child in module._modules.values():
+        if is_linear_like(child) and type(child) is not nn.Linear:
+            return f"has a {type(child).__name__} that {problem_of(child)}"
+    for base in type(module).__mro__[1:]:
+        if base is nn.Sequential:
+            return "is a subclass of Sequential"
+        if rule_for(base) is not None:
+            return f"is a subclass of {base.__name__}: see register_fusion"
+    return "has no rule for its class: see register_fusion"
+
+
+def _when(functions: list[Any]) -> str:
     """What to say about the dropouts in a network that is fused."""
-    p = max((child.p for child in children if isinstance(child, nn.Dropout)), default=0)
-    return f"; natively in training, for a Dropout has p = {p:g}" if p else ""
+    p = max((function.p for function in functions if isinstance(function, nn.Dropout)), default=0)
+    if p:
+        return f"; natively in training, for a Dropout has p = {p:g}"
+    return "; natively where F.dropout drops something" if F.dropout in functions else ""
 
 
 def _why_not(children: list[nn.Module], position: int) -> str:

@@ -1,37 +1,47 @@
 """Rules for `fuse`: which Linears of a module of a given class are one network.
 
 A module whose class has a rule gets a subclass of that class, which differs in one
-method. There the original method runs, but it sees `self` through a `_View`, in which
-a `_Layer` stands for each Linear of the rule. The first hands on a `_Hidden` instead of
-a tensor: x, and how far the network has got. It passes through ReLU and through a
-dropout that does nothing, and the last Linear makes one call of the operators of it.
-Whatever else the method does with a `_Hidden`, the layers are computed natively then.
+method: there, what `recognition` finds in the source of the original to be one network
+is one call of the operators. A method in which it finds none is left as it is.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import inspect
 import types
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from . import functional
 from .checks import DTYPES
 from .functional import fused, is_plain, is_served
 from .modules import Run, _are_all_patched, _is_patched, find_run
+from .recognition import (
+    CAST,
+    METHODS,
+    NotRecognised,
+    Path,
+    Recognised,
+    is_computed,
+    recognise,
+    value_of,
+)
 
-#: What is ReLU when it is called as a function.
-RELUS = (F.relu, torch.relu)
+#: What is ReLU when it is called as a function, and as a method of the tensor.
+RELUS = (F.relu, torch.relu, torch.relu_)
+_relu = F.relu  # the only one that takes an argument: whether to work in place
+_relu_methods = [getattr(Tensor, name) for name in METHODS]
 
 #: Stands for an activation that is a function, and carries no hooks.
 _RELU = nn.ReLU()
 
+_dropout = F.dropout
 _dropout_forward = nn.Dropout.forward
 _identity_forward = nn.Identity.forward
 
@@ -66,9 +76,13 @@ def register_fusion(
         h = self.dropout(h)     # or none, or F.dropout(...)
         y = self.fc2(h)
 
-    and does not change `x` in place on the way. There may be more than two Linears. A
-    method that does something else with `h` gets what it would get without the rule,
-    by the native layers.
+    or the same in fewer statements, ``y = x + self.fc2(F.relu(self.fc1(x)))``. There may
+    be more than two Linears. `fuse` reads the source of the method, and serves what it
+    recognises whole: calls of these Linears in this order, with nothing but ReLU and
+    dropout in between, and hidden values that nothing else can see. Around that there may
+    be anything. A method without such calls, or whose source is not at hand, is left as
+    it is, and the report says why. In every call it is seen whether the Linears and the
+    functions between them are still what they were; if not, they are called one by one.
 
     Registering a class again replaces its rule for what is fused from then on.
 
@@ -77,9 +91,10 @@ def register_fusion(
             ``"package.module.Class"``; then nothing is imported. Subclasses have other
             methods, perhaps, and need a rule of their own.
         linears: the names of two or more children, in the order of the calls.
-        activation: the attribute that holds the ReLU, an `nn.ReLU` or the function;
-            None if the method calls `F.relu`, `torch.relu` or `h.relu()`.
-        dropout: the child that is the `nn.Dropout`; None if there is none, or the
+        activation: an attribute that has to hold the ReLU, an `nn.ReLU` or the function,
+            for a module to be fused; None if the method calls `F.relu`, `torch.relu` or
+            `h.relu()`.
+        dropout: a child that has to be an `nn.Dropout`; None if there is none, or the
             method calls `F.dropout`.
         method: the method that calls the Linears.
 
@@ -140,6 +155,7 @@ def does_nothing(child: nn.Module) -> bool:
             (not child.training or child.p == 0)
             and 0 <= child.p <= 1  # else it raises
             and nn.Dropout.forward is _dropout_forward
+            and F.dropout is _dropout
             and not _is_patched(child.__dict__)
         )
     return (
@@ -154,11 +170,21 @@ def may_do_nothing(child: nn.Module) -> bool:
     return type(child) in (nn.Dropout, nn.Identity) and not _is_patched(child.__dict__)
 
 
+def is_linear_like(child: Any) -> bool:
+    """Whether it is a Linear, of PyTorch or of somebody else."""
+    return isinstance(child, nn.Linear) or (
+        isinstance(child, nn.Module) and type(child).__name__.endswith("Linear")
+    )
+
+
 def problem_of(child: Any) -> str | None:
     """What keeps a Linear, an activation or a dropout from being fused, or None."""
     if isinstance(child, nn.Module) and _is_patched(child.__dict__):
         return "has a forward of its own" if "forward" in child.__dict__ else "carries a hook"
     if not isinstance(child, nn.Linear):
+        if is_linear_like(child):
+            kind = type(child)
+            return f"is no nn.Linear but of a class of its own, {kind.__module__}.{kind.__name__}"
         return None
     if hasattr(child, "parametrizations"):
         return "is parametrized"
@@ -175,14 +201,8 @@ def problem_of(child: Any) -> str | None:
     return None
 
 
-def _relu_of(module: nn.Module, rule: Rule) -> nn.ReLU | None:
-    """The ReLU between the Linears, or what stands for it; None if it is no ReLU."""
-    if rule.activation is None:
-        return _RELU
-    activation = getattr(module, rule.activation, None)
-    if type(activation) is nn.ReLU:
-        return activation
-    return _RELU if any(activation is relu for relu in RELUS) else None
+def _is_relu(function: Any) -> bool:
+    return type(function) is nn.ReLU or any(function is relu for relu in RELUS)
 
 
 def reason_to_leave(module: nn.Module, rule: Rule) -> str | None:
@@ -191,221 +211,136 @@ def reason_to_leave(module: nn.Module, rule: Rule) -> str | None:
         return f"has a {rule.method} of its own"
     if not callable(getattr(type(module), rule.method, None)):
         return f"has no {rule.method}, which its rule names"
+    names = filter(None, (*rule.linears, rule.activation, rule.dropout))
+    named = {name: _attribute(module, name) for name in names}
     for name in rule.linears:
-        linear = getattr(module, name, None)
+        linear = named[name]
         if not isinstance(linear, nn.Linear):
             return f"its {name} is no Linear but {_described(linear)}"
         if problem := problem_of(linear):
             return f"its {name} {problem}"
     for name in filter(None, (rule.activation, rule.dropout)):
-        if problem := problem_of(getattr(module, name, None)):
+        if problem := problem_of(named[name]):
             return f"its {name} {problem}"
-    if _relu_of(module, rule) is None:
-        return (
-            f"its {rule.activation} is {_described(getattr(module, rule.activation or '', None))}"
-        )
+    if rule.activation is not None and not _is_relu(named[rule.activation]):
+        return f"its {rule.activation} is {_described(named[rule.activation])}"
     if rule.dropout is not None:
-        dropout = getattr(module, rule.dropout, None)
+        dropout = named[rule.dropout]
         if not isinstance(dropout, nn.Module) or not may_do_nothing(dropout):
             return f"its {rule.dropout} is no Dropout but {_described(dropout)}"
+    try:
+        found = _fusion_of(type(module), rule).recognised
+    except NotRecognised as reason:
+        return str(reason)
+    reasons = [_problem_between(module, rule, found, network) for network in found.networks]
+    return None if None in reasons else reasons[0]
+
+
+def _attribute(module: nn.Module, name: str) -> Any:
+    """An attribute; the property itself if it is one, for to ask it may have effects."""
+    if is_computed(type(module), name):
+        return inspect.getattr_static(type(module), name)
+    return getattr(module, name, None)
+
+
+def _problem_between(
+    module: nn.Module, rule: Rule, found: Recognised, network: list[Path]
+) -> str | None:
+    """What in a network that a method calls is neither Linear nor ReLU nor dropout, or None."""
+    is_activated = True
+    for path in network:
+        if path[0] == "self" and path[1] in rule.linears:
+            if not is_activated:
+                return f"its {rule.method} calls no ReLU before {path[1]}"
+            is_activated = False
+        elif path[0] in METHODS:
+            is_activated = True
+        elif path[0] != CAST:
+            function = value_of(found.function, module, path)
+            if problem := problem_of(function):
+                return f"its {path[-1]} {problem}"
+            if _is_relu(function):
+                is_activated = True
+            elif function is not _dropout and not may_do_nothing(function):
+                return f"its {rule.method} calls {path[-1]}, which is {_described(function)}"
     return None
+
+
+def dropouts_of(module: nn.Module, rule: Rule) -> list[Any]:
+    """The dropouts in the networks of a module that `reason_to_leave` finds nothing against."""
+    found = _fusion_of(type(module), rule).recognised
+    values = [
+        value_of(found.function, module, path) for network in found.networks for path in network
+    ]
+    return [value for value in values if value is _dropout or type(value) is nn.Dropout]
 
 
 def _described(value: Any) -> str:
     if isinstance(value, nn.Module):
         return type(value).__name__
-    return getattr(value, "__name__", repr(value))
+    return getattr(value, "__name__", "None" if value is None else f"a {type(value).__name__}")
 
 
-def _run_of(module: nn.Module, rule: Rule, x: Any) -> Run | None:
-    """The network of a module if the operators may serve it for x, now and as it is."""
+# -- A call ------------------------------------------------------------------------------
+
+
+def _run_of(functions: tuple[Any, ...], x: Any) -> Run | None:
+    """The network that calling these functions is, the last first; None if it is none for the
+    operators, now and for this x."""
     if not is_served(x) or _are_all_patched():
         return None
-    relu = _relu_of(module, rule)
-    if relu is None:
-        return None
-    if rule.dropout is not None and not does_nothing(getattr(module, rule.dropout)):
-        return None
-    linears = [getattr(module, name) for name in rule.linears]
-    chain = [child for linear in linears for child in (linear, relu)][:-1]
+    chain: list[nn.Module] = []
+    is_cast = False
+    for function in reversed(functions):
+        arguments: tuple[Any, ...] = ()
+        keywords: dict[str, Any] = {}
+        if type(function) is tuple:
+            function, others = function
+            arguments, keywords = others()
+        if function is _dropout:
+            if not _drops_nothing(*arguments, **keywords):
+                return None
+        elif (arguments or keywords) and function is not _relu:
+            return None
+        elif type(function) in (nn.Linear, nn.ReLU):
+            chain.append(function)
+        elif type(function) is str:
+            if function == CAST:
+                is_cast = True
+            elif getattr(Tensor, function) is _relu_methods[METHODS.index(function)]:
+                chain.append(_RELU)
+            else:
+                return None
+        elif _is_relu(function):
+            chain.append(_RELU)
+        elif not isinstance(function, nn.Module) or not does_nothing(function):
+            return None
     run = find_run(chain)
     if run is None or len(run.children) < len(chain):
+        return None
+    if is_cast and not _casts_nothing(x, run):
         return None
     functional.check_empty_biases(run.weights, run.biases)
     return run
 
 
-# -- The network on its way -------------------------------------------------------------
+def _drops_nothing(p: Any = 0.5, training: Any = True, inplace: Any = False) -> bool:
+    """Whether `F.dropout` with these arguments returns its input."""
+    return 0 <= p <= 1 and (not training or p == 0)
 
 
-def _state_of(x: Tensor) -> tuple[int, bool, torch.dtype | None]:
-    """The version of x, whether gradients are enabled, and the dtype of autocast if it is on."""
-    autocast, device = None, x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        autocast = torch.get_autocast_dtype(device)
-    return _version_of(x), torch.is_grad_enabled(), autocast
+def _casts_nothing(x: Tensor, run: Run) -> bool:
+    """Whether it makes no difference if a hidden tensor is cast to its next weight's dtype.
 
-
-def _autocast_as(dtype: torch.dtype | None, device: str) -> AbstractContextManager[Any]:
-    if not torch.amp.is_autocast_available(device):
-        return nullcontext()
-    return torch.autocast(device, dtype, enabled=dtype is not None)
-
-
-class _Hidden:
-    """What the Linears of a rule hand on in place of a tensor: it has not been computed yet.
-
-    Args:
-        x: (*, in_features), the input of the network.
-        run: the network.
-        depth: the number of Linears that were called.
-        is_activated: whether ReLU was called after the last of them.
-        state: what must not change until the network is computed.
+    It does not if it has that dtype. Under autocast the Linear casts it back, and all that it
+    was is left if the dtype in between is float32.
     """
-
-    def __init__(self, x: Tensor, run: Run, depth: int, is_activated: bool, state: Any) -> None:
-        self.x = x
-        self.run = run
-        self.depth = depth
-        self.is_activated = is_activated
-        self.state = state
-        self.value: Tensor | None = None  #: once it was computed, natively
-
-    @classmethod
-    def first(cls, x: Tensor, run: Run) -> _Hidden:
-        return cls(x, run, 1, False, _state_of(x))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        _, _, autocast = self.state
-        return self.x.dtype if self.x.dtype is torch.float64 else autocast or self.x.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.x.device
-
-    def compute(self) -> Tensor:
-        """The tensor, by the native layers, as it would have been computed at first."""
-        if self.value is None:
-            version, with_grad, autocast = self.state
-            if _version_of(self.x) != version:
-                raise RuntimeError(
-                    "the input of a fused network was changed in place before its last Linear "
-                    "was called: a module that does this can't be fused, see register_fusion"
-                )
-            value = self.x
-            linears = self.run.children[: 2 * self.depth : 2]
-            with torch.set_grad_enabled(with_grad), _autocast_as(autocast, value.device.type):
-                for layer, linear in enumerate(linears):
-                    value = F.relu(linear(value)) if layer else linear(value)
-                self.value = F.relu(value) if self.is_activated else value
-        return self.value
-
-    def through(self, linear: nn.Module) -> Any:
-        """What a Linear makes of it: the output of the network after the last one."""
-        run, at = self.run, 2 * self.depth
-        if (
-            self.value is None
-            and self.is_activated
-            and at < len(run.children)
-            and run.children[at] is linear
-            and self.state == _state_of(self.x)
-            and is_served(self.x)
-        ):
-            if at < len(run.children) - 1:
-                return _Hidden(self.x, run, self.depth + 1, False, self.state)
-            return fused(self.x, run.weights, run.biases, run.activation, False)
-        return linear(self.compute())
-
-    def relu(self, inplace: bool = False) -> Any:
-        if self.value is not None:
-            return F.relu(self.value, inplace)
-        if inplace:
-            self.is_activated = True
-            return self
-        return _Hidden(self.x, self.run, self.depth, True, self.state)
-
-    def dropout(self, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
-        if self.value is None and (not training or p == 0) and 0 <= p <= 1:
-            return self
-        return F.dropout(self.compute(), p, training, inplace)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.compute(), name)
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if args and type(args[0]) is _Hidden:
-            if func in RELUS:
-                return args[0].relu(*args[1:], **kwargs)
-            if func is F.dropout:
-                return args[0].dropout(*args[1:], **kwargs)
-        args, kwargs = tree_map(_computed, (args, kwargs))
-        return func(*args, **kwargs)
-
-
-def _computed(value: Any) -> Any:
-    return value.compute() if type(value) is _Hidden else value
-
-
-def _operator(name: str) -> Callable[..., Any]:
-    def operator(self: _Hidden, *others: Any) -> Any:
-        return getattr(self.compute(), name)(*map(_computed, others))
-
-    return operator
-
-
-# Python looks these up in the class and not by `__getattr__`.
-for _name in ("add", "sub", "mul", "truediv", "pow", "matmul"):
-    for _kind in ("", "r", "i"):
-        setattr(_Hidden, f"__{_kind}{_name}__", _operator(f"__{_kind}{_name}__"))
-for _name in ("neg", "abs", "lt", "le", "gt", "ge", "eq", "ne", "getitem", "setitem", "len"):
-    setattr(_Hidden, f"__{_name}__", _operator(f"__{_name}__"))
-
-
-def _version_of(x: Tensor) -> int:
-    """Counts changes in place, where they are counted."""
-    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
-
-
-class _Layer:
-    """A Linear of a rule, as the method sees it."""
-
-    def __init__(self, module: nn.Module, rule: Rule, position: int) -> None:
-        self.module = module
-        self.rule = rule
-        self.position = position
-        self.linear = getattr(module, rule.linears[position])
-
-    def __call__(self, input: Any) -> Any:
-        if type(input) is _Hidden:
-            return input.through(self.linear)
-        if self.position == 0:
-            run = _run_of(self.module, self.rule, input)
-            if run is not None:
-                return _Hidden.first(input, run)
-        return self.linear(input)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.linear, name)
-
-
-class _View:
-    """A module as its own method sees it: only the Linears are others."""
-
-    _viewed: nn.Module
-
-    def __init__(self, module: nn.Module) -> None:
-        object.__setattr__(self, "_viewed", module)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._viewed, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._viewed, name, value)
+    dtypes = {weight.dtype for weight in run.weights}
+    device = x.device.type
+    is_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if is_autocast and torch.float64 not in {x.dtype, *dtypes}:
+        return dtypes <= {torch.float32, torch.get_autocast_dtype(device)}
+    return dtypes == {x.dtype}
 
 
 # -- The classes -------------------------------------------------------------------------
@@ -417,6 +352,38 @@ class FusedModule:
     #: The class that the module had, and has again after `unfuse`.
     _original: type[nn.Module]
 
+    # What a rewritten method calls. The functions are in the order in which a nested call
+    # evaluates them: the last first. One is a function, the name of a method of the tensor, or
+    # (a function, what returns its other arguments).
+
+    @staticmethod
+    def _relu_mlp_try(functions: tuple[Any, ...], input: Any) -> Tensor | None:
+        """What calling the functions makes of the input, if the operators can do it."""
+        run = _run_of(functions, input)
+        if run is None:
+            return None
+        return fused(input, run.weights, run.biases, run.activation, False)
+
+    @staticmethod
+    def _relu_mlp_natively(functions: tuple[Any, ...], input: Any) -> Any:
+        """What calling the functions makes of the input."""
+        for function in reversed(functions):
+            if type(function) is str:
+                input = getattr(input, function)()
+            elif type(function) is tuple:
+                function, others = function
+                arguments, keywords = others()
+                input = function(input, *arguments, **keywords)
+            else:
+                input = function(input)
+        return input
+
+    @staticmethod
+    def _relu_mlp_call(functions: tuple[Any, ...], input: Any) -> Any:
+        """The same, by the operators if they can do it."""
+        output = FusedModule._relu_mlp_try(functions, input)
+        return FusedModule._relu_mlp_natively(functions, input) if output is None else output
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Only the original class can be found by its name.
         reduced: Any = super().__reduce_ex__(max(2, protocol))
@@ -427,43 +394,71 @@ class FusedModule:
 
 
 def _new(original: type[nn.Module], *arguments: Any) -> nn.Module:
-    """A fused module without its state; one of the original class if that has no rule here."""
-    rule = rule_for(original)
-    module_class = original if rule is None else fused_class(original, rule)
+    """A fused module without its state; one of the original class if it can't be fused here."""
+    module_class, rule = original, rule_for(original)
+    if rule is not None:
+        with contextlib.suppress(NotRecognised):
+            module_class = fused_class(original, rule)
     return module_class.__new__(module_class, *arguments)
 
 
+class Fusion(NamedTuple):
+    """How the modules of a class are fused."""
+
+    module_class: type[nn.Module]  #: that they get
+    recognised: Recognised
+
+
 def fused_class(original: type[nn.Module], rule: Rule) -> type[nn.Module]:
-    """The subclass of a class of modules that follows a rule: one for all of them."""
-    known = _classes.get((original, rule))
-    # Of two threads, one gets the other's.
-    return known or _classes.setdefault((original, rule), _make_fused_class(original, rule))
+    """The subclass of a class of modules that follows a rule: one for all of them.
+
+    Raises:
+        NotRecognised: if there can't be one.
+    """
+    return _fusion_of(original, rule).module_class
 
 
-_classes: dict[tuple[type[nn.Module], Rule], type[nn.Module]] = {}
+def _fusion_of(original: type[nn.Module], rule: Rule) -> Fusion:
+    key = (original, rule, getattr(original, rule.method, None))
+    if key not in _fusions:
+        try:
+            made: Fusion | NotRecognised = _make_fusion(*key)
+        except NotRecognised as reason:
+            made = reason
+        _fusions.setdefault(key, made)  # of two threads, one gets the other's
+    fusion = _fusions[key]
+    if isinstance(fusion, NotRecognised):
+        raise NotRecognised(*fusion.args)
+    return fusion
 
 
-def _make_fused_class(original: type[nn.Module], rule: Rule) -> type[nn.Module]:
+_fusions: dict[tuple[type[nn.Module], Rule, Any], Fusion | NotRecognised] = {}
 
-    def layer(position: int) -> property:
-        return property(lambda view: _Layer(view._viewed, rule, position))
 
-    @functools.wraps(getattr(original, rule.method))
+def _make_fusion(original: type[nn.Module], rule: Rule, known: Any) -> Fusion:
+    recognised = recognise(original, known, rule.linears)
+
+    @functools.wraps(known)
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # Looked up now, because somebody may have replaced it.
-        return _computed(getattr(original, rule.method)(view_class(self), *args, **kwargs))
+        current = getattr(original, rule.method)
+        return (recognised.function if current is known else current)(self, *args, **kwargs)
 
-    layers = {name: layer(position) for position, name in enumerate(rule.linears)}
-    # A decorated method may compare itself with the one of its object's class.
-    view_class = type(f"_{original.__name__}View", (_View,), {**layers, rule.method: method})
-    name = f"Fused{original.__name__}"
     namespace = {
         rule.method: method,
         "_original": original,
         "__doc__": f"A {original.__name__} whose {', '.join(rule.linears)} are one operator.",
         "__module__": __name__,
     }
-    return types.new_class(name, (FusedModule, original), {}, lambda ns: ns.update(namespace))
+    name = f"Fused{original.__name__}"
+    try:
+        made = types.new_class(name, (FusedModule, original), {}, lambda ns: ns.update(namespace))
+    except Exception as error:
+        raise NotRecognised(f"its class can't have a subclass: {error}") from error
+    if recognised.knows_itself and made.__dict__[rule.method] is method:
+        # It may ask whether it is its object's method. The class has not decorated ours anew.
+        raise NotRecognised(f"its {rule.method} has a decorator that may do anything")
+    return Fusion(made, recognised)
 
 
 # -- The rules of this package ---------------------------------------------------------------

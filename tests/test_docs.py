@@ -13,6 +13,7 @@ In every Markdown file of the repository:
 
 import contextlib
 import io
+import linecache
 import re
 import shlex
 import textwrap
@@ -126,7 +127,9 @@ def run(page):
             assert cli.main(shlex.split(command)) == 0, command
         if block.language != "python" or block.path:
             continue
-        code = compile("\n" * block.line + block.text, str(page), "exec")
+        name, source = f"{page}:{block.line}", "\n" * block.line + block.text
+        linecache.cache[name] = (len(source), None, source.splitlines(True), name)
+        code = compile(source, name, "exec", dont_inherit=True)
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             exec(code, namespace)
         after = blocks[n + 1] if n + 1 < len(blocks) else None

@@ -381,7 +381,7 @@ def test_the_report():
           mine       MySequential        is a subclass of Sequential
           own        Sequential          has a forward of its own
           made       ReluMLP             is fused already
-          unknown    Bare                has no rule for its class""")  # noqa: E501
+          unknown    Bare                has no rule for its class: see register_fusion""")  # noqa: E501
     assert model.plain in [model.get_submodule(entry.name) for entry in report.replaced]
 
     again = fuse(model, report=True)
@@ -412,7 +412,9 @@ def test_the_report_on_one_module(model):
         assert text == "replaced: nothing\nleft as it was: nothing"
     else:
         expected = "replaced: nothing\nleft as it was: 1\n"
-        assert text == expected + "  (the model)  Bare  has no rule for its class"
+        assert (
+            text == expected + "  (the model)  Bare  has no rule for its class: see register_fusion"
+        )
 
 
 @pytest.mark.parametrize("how", ["itself", "deepcopy", "pickle", "fused twice", "state_dict"])
@@ -604,6 +606,75 @@ def test_stays_as_it_was(backend, what):
         return
     fused_like(model, integer_input(7, 3), runs=0)
     assert [type(m) for m in model.modules()] == kinds
+
+
+class OwnLinear(nn.Module):
+    """As some libraries have it: no subclass of nn.Linear."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(n_out, n_in))
+
+    def forward(self, x):
+        return x @ self.weight.T
+
+
+class OwnMLP(nn.Sequential):
+    def __init__(self, kind):
+        super().__init__(kind(3, 4), nn.ReLU(), kind(4, 3))
+
+
+class OwnList(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.lins = nn.ModuleList([kind(3, 4), kind(4, 3)])
+
+    def forward(self, x):
+        return self.lins[1](F.relu(self.lins[0](x)))
+
+
+@pytest.mark.parametrize("kind", [OwnLinear, MyLinear])
+@pytest.mark.parametrize("make", [OwnMLP, OwnList, lambda kind: nn.Sequential(*OwnMLP(kind))])
+def test_the_report_names_linears_of_another_class(make, kind):
+    model = make(kind)
+    report = fuse(model, report=True)
+    assert not report.replaced
+    assert report.left
+    for entry in report.left:
+        if kind is OwnLinear:
+            assert (
+                f"is no nn.Linear but of a class of its own, {__name__}.OwnLinear" in entry.reason
+            )
+        else:
+            assert "is a subclass of Linear" in entry.reason
+
+
+@pytest.mark.parametrize("position", [0, 1, 2, 3])
+def test_a_child_that_is_none(backend, position):
+    model = nn.Sequential(mlp(3, 4, 3), nn.Sequential(*mlp(3, 4, 3), nn.Flatten()), mlp(3, 4, 3))
+    model[1].register_module(str(position), None)
+    fuse(model)
+    assert type(model[0]) is type(model[2]) is ReluMLP
+    assert type(model[1]) is (FusedSequential if position == 3 else nn.Sequential)
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+        model(integer_input(2, 3))
+    unfuse(model)
+    assert {type(m) for m in model} == {nn.Sequential}
+
+
+def test_an_exception_leaves_the_model_as_it_was():
+    model = nn.Sequential(mlp(3, 4, 3), with_dropout())
+    model[1][2].p = "a"
+    kinds = [type(m) for m in model.modules()]
+    with pytest.raises(TypeError):
+        fuse(model)
+    assert [type(m) for m in model.modules()] == kinds
+
+
+def test_a_sequential_whose_class_somebody_patched_is_called(backend, monkeypatch):
+    model, x = fuse(support.integers_(with_dropout().eval())), integer_input(7, 3)
+    monkeypatch.setattr(nn.Sequential, "forward", lambda self, x: 2 * x)
+    assert torch.equal(model(x), 2 * x)
 
 
 def test_gelu_stays(backend):

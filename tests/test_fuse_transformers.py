@@ -105,6 +105,43 @@ def test_t5_with_one_layer_kept_in_float32(backend):
     assert calls["forward"] == 1
 
 
+@pytest.mark.parametrize("make", [t5, opt])
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16])
+def test_autocast(backend, make, kept):
+    # T5 casts to the dtype of wo and back, which changes nothing: bits that are native in both
+    model = make().float()
+    for module in model.modules():
+        for name in ("wo", "fc2"):
+            getattr(module, name, model).to(kept)
+    arguments = {"decoder_input_ids": TOKENS} if make is t5 else {}
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    with autocast:
+        expected = run(model, TOKENS, **arguments)
+    assert len(fuse(model, report=True).replaced) == (4 if make is t5 else 2)
+    with autocast, support.count_calls() as calls:
+        actual = run(model, TOKENS, **arguments)
+    assert calls["forward"] == calls["backward"] == (4 if make is t5 else 2)
+    assert same(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_autocast_where_the_cast_of_t5_matters(backend, dtype):
+    # a float16 can't hold what a bfloat16 can; a float64 is left alone by autocast
+    config = transformers.T5Config(d_model=3, d_ff=5, dropout_rate=0.0, feed_forward_proj="relu")
+    model = T5.T5DenseActDense(config)
+    model.wo.to(dtype)
+    x = 1e6 * torch.randn(2, 4, 3)
+    outputs = []
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16), support.count_calls() as calls:
+            outputs.append(model(x))
+        assert calls["forward"] == 0
+        fuse(model)
+    assert type(model) is not T5.T5DenseActDense
+    assert outputs[0].isfinite().all() == (dtype is torch.float64)
+    torch.testing.assert_close(*outputs, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("first", [True, False])
 def test_opt(backend, first, dropout):
@@ -176,7 +213,8 @@ def test_a_subclass_has_no_rule():
         pass
 
     (entry,) = fuse(Mine(transformers.T5Config(d_model=8, d_ff=16)), report=True).left
-    assert entry == ("", "Mine", "is a subclass of T5DenseActDense")
+    reason = "is a subclass of T5DenseActDense: see register_fusion"
+    assert entry == ("", "Mine", reason)
 
 
 def test_torch_compile_of_t5(backend):
