@@ -10,11 +10,15 @@ same major version is found. FORCE_CUDA=1 makes them a must, 0 leaves them out.
 TORCH_CUDA_ARCH_LIST names the architectures; unset, they are those of the GPUs
 that are there, and without one those of DEFAULT_ARCHITECTURES. MAX_JOBS limits the
 compilers that run at once.
+
+The flags in CFLAGS, CXXFLAGS and the like count, except for those that make the
+library compute wrongly. Two builds of the same sources are equal, wherever they stand.
 """
 
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -40,6 +44,36 @@ FLAGS = [
     # The oldest PyTorch whose stable ABI the library asks for: one binary
     # serves it and every later one.
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
+]
+
+#: Where setuptools, PyTorch and nvcc take a person's own flags from.
+FLAG_VARIABLES = ("CC", "CXX", "LDSHARED", "CPPFLAGS", "CFLAGS", "CXXFLAGS", "LDFLAGS")
+NVCC_VARIABLES = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
+
+#: Flags by which NaN, infinity, -0 or subnormal numbers come out wrong. Some link
+#: code that flushes subnormals to 0 in the whole process, so the linker must not
+#: see them either.
+UNSAFE = re.compile(
+    r"-Ofast|-ffast-math|-funsafe-math-optimizations|-ffinite-math-only|-fassociative-math"
+    r"|-freciprocal-math|-fno-signed-zeros|-fno-honor-(nans|infinities)"
+    r"|-fapprox-func|-fcx-limited-range|-fdenormal-fp-math(-f32)?=.*|-mdaz-ftz"
+    r"|-ffp-model=(fast|aggressive)|-fp-model[= ]?fast.*|-?-use_fast_math|-?-ftz=true"
+    r"|-?-prec-(div|sqrt)=false"
+)
+
+#: Flags that choose the instructions of an x86 processor. The library chooses when it
+#: runs, and the set named baseline has to run on every one.
+INSTRUCTIONS = re.compile(r"-march=.*|-m(no-)?(sse|ssse|avx|amx|fma|f16c|bmi|gfni|vaes)[\w.-]*")
+
+#: The same, by its opposite: such a flag may also stand in CXX or in Python's own flags.
+#: What follows on the command line counts.
+SAFE = [
+    "-fno-fast-math",
+    "-fno-unsafe-math-optimizations",
+    "-fno-finite-math-only",
+    "-fno-associative-math",
+    "-fno-reciprocal-math",
+    "-fsigned-zeros",
 ]
 
 
@@ -102,7 +136,10 @@ def cuda_extension(sources: list[str], flags: list[str], **arguments):
     extension = CUDAExtension(
         "relu_mlp._C",
         sources + [str(path) for path in sorted(Path("csrc/cuda").glob("*.c*")) if is_source(path)],
-        extra_compile_args={"cxx": flags + defines, "nvcc": FLAGS},
+        extra_compile_args={
+            "cxx": flags + defines,
+            "nvcc": [*FLAGS, *(f"-Xcompiler={flag}" for flag in without_builders_paths())],
+        },
         # libtorch.so brings libtorch_cuda.so where there is one. Its symbols are
         # weak here, and the CUDA runtime is linked in: so the library loads with a
         # PyTorch without CUDA, too.
@@ -119,6 +156,56 @@ def is_source(path: Path) -> bool:
     return path.suffix in (".cpp", ".cu") and path.name != "plan.cpp"
 
 
+def find_compiler() -> str | None:
+    """The command of the C++ compiler, which CXX names if it is not c++; None if there is none."""
+    named = os.environ.get("CXX", "").split()
+    if named:
+        found = all(map(shutil.which, named[: 2 if is_launcher(named) else 1]))
+        return " ".join(named) if found else None
+    os.environ.pop("CXX", None)  # blank, it would be taken for a command
+    command = next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    if command not in (None, "c++"):
+        os.environ["CXX"] = command
+    return command
+
+
+def is_launcher(command: list[str]) -> bool:
+    """Whether the first word runs the compiler that the second one names."""
+    return len(command) > 1 and Path(command[0]).name in ("ccache", "sccache", "distcc", "icecc")
+
+
+def leave_out_unsafe_flags() -> None:
+    """Takes out of the person's flags what makes the library compute wrongly; says so."""
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
+    for variable in (*FLAG_VARIABLES, *NVCC_VARIABLES):
+        flags = os.environ.get(variable, "").split()
+        kept = [flag for flag in flags if not UNSAFE.fullmatch(flag)]
+        unsafe = [flag for flag in flags if UNSAFE.fullmatch(flag)]
+        if unsafe:
+            say(f"{variable}: without {' '.join(unsafe)}, which breaks NaN or subnormal numbers")
+        if is_x86 and variable in FLAG_VARIABLES:
+            chosen = [flag for flag in kept if INSTRUCTIONS.fullmatch(flag)]
+            kept = [flag for flag in kept if flag not in chosen]
+            if chosen:
+                say(
+                    f"{variable}: without {' '.join(chosen)}; the library has kernels for each "
+                    "instruction set, and chooses when it runs"
+                )
+        if len(kept) < len(flags):
+            os.environ[variable] = " ".join(kept)
+
+
+def without_builders_paths() -> list[str]:
+    """Flags by which two builds of the same sources are equal, wherever they stand.
+
+    What makes a message names the file that it is in, PyTorch's headers too.
+    """
+    from torch.utils.cpp_extension import include_paths
+
+    roots = [f"{os.getcwd()}/", *(f"{path}/" for path in include_paths())]
+    return [f"-ffile-prefix-map={root}=" for root in roots]
+
+
 def extension_arguments() -> dict:
     """The arguments of setup() that build relu_mlp/_C.abi3.so."""
     wanted = os.environ.get("RELU_MLP_EXTENSION", "auto")
@@ -128,9 +215,13 @@ def extension_arguments() -> dict:
     builds = {"build_ext", "build", "bdist_wheel", "editable_wheel", "install", "develop"}
     if wanted == "0" or not builds.intersection(sys.argv):
         return {}
-    compiler = os.environ.get("CXX", "c++").split()[0]
-    if wanted == "auto" and not any(map(shutil.which, (compiler, "g++", "clang++"))):
-        say("no C++ compiler found; building without the extension")
+    compiler = find_compiler()
+    if compiler is None:
+        named = os.environ.get("CXX", "").strip()
+        reason = f"no C++ compiler found{f': CXX is {named!r}' if named else ''}"
+        if wanted == "1":
+            sys.exit(f"relu_mlp: RELU_MLP_EXTENSION=1, but {reason}. Install g++ or clang++.")
+        say(f"{reason}; building without the extension")
         return {}
     try:
         import torch
@@ -140,7 +231,9 @@ def extension_arguments() -> dict:
 
     # ninja lies beside the Python that runs this, even in an environment that
     # is not activated.
-    os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
+    path = os.environ.get("PATH", os.defpath)
+    os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), path])
+    leave_out_unsafe_flags()
 
     # Paths relative to this file, as setuptools wants them in an sdist. Plans for
     # CUDA are in every build.
@@ -151,7 +244,7 @@ def extension_arguments() -> dict:
         "py_limited_api": True,
     }
     # Python's own flags may ask for debug information.
-    flags = [*FLAGS, "-g0", "-fvisibility=hidden"]
+    flags = [*FLAGS, *SAFE, "-g0", "-fvisibility=hidden", *without_builders_paths()]
     say(f"PyTorch {torch.__version__}, compiler {compiler}, MAX_JOBS {os.environ.get('MAX_JOBS')}")
     if builds_cuda():
         extension = cuda_extension(flags=flags, **arguments)

@@ -17,6 +17,7 @@ It writes OUT/digits.png and the checkpoint OUT/digits.pt.
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 import time
 from collections.abc import Callable
@@ -35,6 +36,8 @@ from tqdm import tqdm
 
 import relu_mlp
 from relu_mlp import ReluMLP, loss_and_grads
+from relu_mlp.cli import Problem
+from relu_mlp.cli.files import make_folder, write
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -296,7 +299,9 @@ def check_gradients(dtype: torch.dtype, digits: Digits, options: argparse.Namesp
 
 def check_checkpoint(path: Path, net: nn.Module, digits: Digits) -> None:
     """Saves the network, loads it into a plain nn.Sequential, and compares the two."""
-    torch.save(net.state_dict(), path)
+    buffer = io.BytesIO()
+    torch.save(net.state_dict(), buffer)
+    write(path, buffer.getvalue())
     plain = make_sequential(torch.float32)
     plain.load_state_dict(torch.load(path, weights_only=True))
     with torch.no_grad():
@@ -363,7 +368,9 @@ def draw(path: Path, runs: dict[torch.dtype, dict[str, Run]]) -> None:
         right.legend(loc="lower right")
         for axes in (left, middle, right):
             axes.set(xlabel="epoch", xlim=(0, epochs + 0.5))
-        figure.savefig(path, dpi=150)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=150)
+        write(path, buffer.getvalue())
         plt.close(figure)
 
 
@@ -385,7 +392,7 @@ def parse_options() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_options()
-    options.out.mkdir(parents=True, exist_ok=True)
+    make_folder(options.out)
     # A network of this size has nothing for a second thread to do.
     torch.set_num_threads(1)
     print(f"PyTorch {torch.__version__}; ReluMLP runs as: {relu_mlp.build_info().runs_on_cpu}")
@@ -419,3 +426,8 @@ if __name__ == "__main__":
         main()
     except Failure as failure:
         sys.exit(f"FAILED: {failure}")
+    except Problem as problem:
+        print(f"digits.py: error: {problem}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -369,7 +369,7 @@ def test_a_killed_training_has_saved_by_the_way(table, monkeypatch):
         raise Killed
 
     monkeypatch.setattr(train, "SECONDS_BETWEEN_SAVES", 0)
-    monkeypatch.setattr(train, "write", killed)
+    monkeypatch.setattr(train, "write_all", killed)
     with pytest.raises(Killed):
         run(*SMALL)
     assert load()["epoch"] == 4
@@ -391,11 +391,10 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch, table, capsys)
     run(*SMALL, "--epochs", 1)
     before = (tmp_path / "run/model.pt").read_bytes()
 
-    def full(saved, path):
-        path.write_bytes(b"half")
+    def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(os, "fsync", full)
     line = problem(capsys, "--data", table, "--resume", "--epochs", 2)
     assert line == "run/model.pt can't be written: No space left on device"
     assert (tmp_path / "run/model.pt").read_bytes() == before

@@ -52,7 +52,8 @@ def _step(rows: int, candidate: str, threads: int) -> int:
 def _resident_bytes(field: str) -> int:
     status = Path("/proc/self/status").read_text()
     match = re.search(rf"{field}:\s*(\d+) kB", status)
-    assert match is not None, f"/proc/self/status has no {field}"
+    if match is None:
+        raise RuntimeError(f"/proc/self/status has no {field}")
     return int(match[1]) * 1024
 
 

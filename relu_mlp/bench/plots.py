@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from ..cli.files import write
 from .report import Row, read_suite
 
 COLORS = {
@@ -110,7 +112,7 @@ def draw_roofline(rows: Sequence[Row], path: Path) -> None:
 
 def draw_lines(source: Path, column: str, label: str, title: str) -> None:
     """A column over the number of rows, a line for each candidate, as SOURCE.png."""
-    with source.open(newline="") as file:
+    with source.open(newline="", encoding="utf-8") as file:
         records = list(csv.DictReader(file))
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
@@ -158,4 +160,6 @@ def save(figure: Figure, path: Path) -> None:
     figure.legend(
         list(handles.values()), list(handles), loc="outside lower center", ncols=len(handles)
     )
-    figure.savefig(path, dpi=110)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    write(path, buffer.getvalue())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from ..cli.files import write
 from .candidates import SHAPES, name_of
 
 #: The small and the narrow shapes come first, and have a mean of their own too.
@@ -64,17 +66,16 @@ class MemoryRow:
 
 
 def write_csv(path: Path, rows: Sequence[Row | LengthRow | MemoryRow]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(
-            file, [field.name for field in fields(rows[0])], lineterminator="\n"
-        )
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+    file = io.StringIO()
+    writer = csv.DictWriter(file, [field.name for field in fields(rows[0])], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    write(path, file.getvalue().encode())
 
 
 def read_suite(path: Path) -> list[Row]:
     """The rows of suite.csv."""
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         return [_row(record) for record in csv.DictReader(file)]
 
 
@@ -182,7 +183,7 @@ def markdown(directory: Path) -> str:
             speed.append([f"geometric mean of {which} {count}", *bold])
     head = ["rows x in-hidden-out", *(f"{case} {dtype}" for case, dtype in cases)]
     others = [row.against for row in cases.get(("loss_and_grads", "float32"), []) if row.against]
-    about = json.loads((directory / "suite.json").read_text())["suite.csv"]
+    about = json.loads((directory / "suite.json").read_text("utf-8"))["suite.csv"]
     exception = f" (loss_and_grads: over {' or '.join(dict.fromkeys(others))})" if others else ""
     parts = [
         f"Speed-up over the better of eager and `torch.compile`{exception} "

@@ -18,6 +18,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -25,6 +26,7 @@ import torch
 from torch import nn
 
 from .. import ReluMLP
+from ..cli.files import write
 from . import memory, report, roofline
 from .candidates import (
     WIDE,
@@ -68,13 +70,15 @@ def run(plan: Plan, directory: Path) -> None:
     if load > 0.5:
         print(f"load average {load:.1f}: where other programs run, figures are worth little")
     suite: list[Row] = []
-    for job in jobs(plan):
-        progress(job)
-        suite += measured(job, plan.rounds)
-    if suite:
-        lines = report.summary(suite)
-        print("", *lines, "", sep="\n")
-        keep(directory, "suite.csv", suite, jax=version_of("jax"), load=load, summary=lines)
+    try:
+        for job in jobs(plan):
+            progress(job)
+            suite += measured(job, plan.rounds)
+    finally:  # also what an interrupted run has measured
+        if suite:
+            lines = report.summary(suite)
+            print("", *lines, "", sep="\n")
+            keep(directory, "suite.csv", suite, jax=version_of("jax"), load=load, summary=lines)
     if "rows" in plan.cases:
         keep(directory, "rows.csv", over_lengths(plan, progress))
     if "memory" in plan.cases and not memory.CAN_BE_MEASURED:
@@ -250,9 +254,11 @@ def keep(
     """Writes a CSV file, and what it was measured on under its name in suite.json."""
     report.write_csv(directory / name, rows)
     path = directory / "suite.json"
-    about = json.loads(path.read_text()) if path.exists() else {}
+    about: dict[str, object] = {}
+    with suppress(OSError, ValueError, TypeError):  # none yet, or not readable: it is replaced
+        about = dict(json.loads(path.read_text("utf-8")))
     about[name] = {**machine(), **more}
-    path.write_text(json.dumps(about, indent=1) + "\n")
+    write(path, (json.dumps(about, indent=1) + "\n").encode())
 
 
 def version_of(package: str) -> str | None:

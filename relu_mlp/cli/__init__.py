@@ -1,20 +1,23 @@
 """The command line: ``relu-mlp info`` and the rest, also as ``python -m relu_mlp``.
 
-A command is a module beside this one, with a docstring that becomes its help, an
-`EXAMPLE`, `add_arguments(parser)` and `run(options)`, which returns the exit
-status. What needs an optional package imports it with `needs`, when it runs. What
-the person at the terminal can mend is a `Problem`: one line and exit status 2.
+A command is a module beside this one, with a `DESCRIPTION` that becomes its help (a
+docstring is gone under `python -OO`), an `EXAMPLE`, `add_arguments(parser)` and
+`run(options)`, which returns the exit status. What needs an optional package imports
+it with `needs`, when it runs. What the person at the terminal can mend is a
+`Problem`: one line and exit status 2.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from .._version import __version__
+from .terminal import forgiving
 
 #: In the order in which `relu-mlp --help` lists them.
 COMMANDS = ("info", "check", "train", "predict", "bench")
@@ -24,33 +27,45 @@ class Problem(Exception):
     """What the person at the terminal can mend; the text says how, in one line."""
 
 
+class Missing(Problem):
+    """A package that is not installed."""
+
+
 def needs(package: str, extra: str, purpose: str) -> Any:
-    """Imports an optional package; a `Problem` that names the extra if it is missing."""
+    """Imports an optional package; `Missing`, which names the extra, if it is not there."""
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:
         if error.name is None or not package.startswith(error.name):
             raise
-        raise Problem(
+        raise Missing(
             f"{purpose} needs {error.name}, which is not installed: "
             f"pip install 'relu-mlp[{extra}]', or {error.name} by itself"
         ) from None
 
 
+class Parser(argparse.ArgumentParser):
+    """Refuses in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        message = " ".join(message.split())
+        self.exit(2, f"{self.prog}: error: {message}; usage: {self.prog} --help\n")
+
+
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="relu-mlp",
         description="A fused multilayer perceptron for PyTorch, at the terminal.",
         epilog="`relu-mlp COMMAND --help` shows an example of each.",
     )
     top.add_argument("--version", action="version", version=f"relu-mlp {__version__}")
-    commands = top.add_subparsers(title="commands", dest="command", required=True, metavar="")
+    commands = top.add_subparsers(title="commands", dest="command", metavar="COMMAND")
     for name in COMMANDS:
         module: Any = importlib.import_module(f".{name}", __name__)
         command = commands.add_parser(
             name,
-            help=module.__doc__.splitlines()[0].rstrip("."),
-            description=module.__doc__,
+            help=module.DESCRIPTION.splitlines()[0].rstrip("."),
+            description=module.DESCRIPTION,
             epilog=f"example:\n  {module.EXAMPLE}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
@@ -62,17 +77,58 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status.
 
+    Whatever goes wrong is one line on the standard error and status 2. (1 is for
+    `relu-mlp check`: something is beyond its limit.) With RELU_MLP_TRACEBACK=1, an
+    error that no command expects is raised instead.
+
     Args:
         arguments: without the program's name; by default those of the process.
 
     Raises:
-        SystemExit: with status 2 where argparse refuses the arguments.
+        SystemExit: with status 2 where argparse refuses the arguments, 0 after --help.
     """
-    options = parser().parse_args(arguments)
-    try:
-        return int(options.run(options))
-    except Problem as problem:
-        print(f"relu-mlp {options.command}: error: {problem}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    with forgiving() as output:
+        name = "relu-mlp"
+        try:
+            top = parser()
+            try:
+                options = top.parse_args(arguments)
+            except SystemExit as stop:
+                if not stop.code:  # --help
+                    output.check()
+                raise
+            if options.command is None:
+                top.error(f"expected a command, one of {', '.join(COMMANDS)}")
+            name = f"relu-mlp {options.command}"
+            status = int(options.run(options))
+            output.check()
+            return status
+        except KeyboardInterrupt:
+            return 130
+        except Exception as error:
+            if not is_expected(error) and os.environ.get("RELU_MLP_TRACEBACK") == "1":
+                raise
+            print(f"{name}: error: {in_one_line(error)}", file=sys.stderr)
+            return 2
+
+
+#: In the message of a RuntimeError, which is what PyTorch raises.
+NO_MEMORY = ("allocate memory", "not enough memory", "out of memory")
+
+
+def is_expected(error: Exception) -> bool:
+    return isinstance(error, (Problem, OSError, MemoryError))
+
+
+def in_one_line(error: Exception) -> str:
+    """What to tell the person at the terminal."""
+    if isinstance(error, Problem):
+        text = str(error)
+    elif isinstance(error, OSError) and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"
+    elif isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
+        text = "there is not enough memory for this"
+    else:  # no more than a line of PyTorch's, below which its frames may stand
+        first = next(iter(str(error).splitlines()), "")
+        text = f"{type(error).__name__}: {first} (RELU_MLP_TRACEBACK=1 shows where)"
+    return " ".join(text.splitlines())

@@ -1,16 +1,4 @@
-"""Compare eager, torch.compile and this package side by side, on the CPU.
-
-Training steps and inference of the networks of the suite, or of the sizes given,
-against nn.Sequential and torch.compile of it; loss_and_grads against JAX where it
-is installed, else against eager; and for the suite also the time per row and the
-memory over the number of rows, and what recompute=True costs. They take turns in
-one process on the same tensors. The figure is the median of the ratios round by
-round with its 95 % confidence interval. "eager again" is a second copy of the
-baseline: its distance from 1 is what noise can do.
-
-Writes CSV files, suite.json, which says on what machine, and pictures, which need
-matplotlib.
-"""
+"""`relu-mlp bench`: `DESCRIPTION` says what it does."""
 
 from __future__ import annotations
 
@@ -27,8 +15,23 @@ import torch
 from ..bench import memory, report, suite
 from ..bench.candidates import SHAPES, Shape
 from ..bench.plan import FEWEST_ROUNDS, LENGTHS, OTHER_CASES, ROUNDS, SHAPE_CASES, Plan
-from . import Problem, needs
+from . import Missing, Problem, needs
 from .info import checked_build_info
+
+DESCRIPTION = """\
+Compare eager, torch.compile and this package side by side, on the CPU.
+
+Training steps and inference of the networks of the suite, or of the sizes given,
+against nn.Sequential and torch.compile of it; loss_and_grads against JAX where it
+is installed, else against eager; and for the suite also the time per row and the
+memory over the number of rows, and what recompute=True costs. They take turns in
+one process on the same tensors. The figure is the median of the ratios round by
+round with its 95 % confidence interval. "eager again" is a second copy of the
+baseline: its distance from 1 is what noise can do.
+
+Writes CSV files, suite.json, which says on what machine, and pictures, which need
+matplotlib.
+"""
 
 EXAMPLE = "relu-mlp bench --shape 256,64,64,8 --case training --dtype float32 --threads 1"
 
@@ -58,10 +61,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--dtype", choices=list(DTYPES), action="append", help="may be repeated; both unless told")
     add("--input-grad", action="store_true", help="the input of a training step needs a gradient")
-    add("--threads", type=_positive, metavar="N", help="of PyTorch; JAX has its own")
+    add("--threads", type=_threads, metavar="N", help="of PyTorch; JAX has its own")
     add(
         "--rounds",
-        type=_positive,
+        type=_rounds,
         metavar="N",
         help=f"at most; {ROUNDS} unless told, {FEWEST_ROUNDS} if slow",
     )
@@ -81,8 +84,8 @@ def run(options: argparse.Namespace) -> int:
     try:
         needs("matplotlib", "bench", "drawing")
         draws = True
-    except Problem as problem:  # said now, while there is time to install it
-        print(f"without pictures: {problem}")
+    except Missing as missing:  # said now, while there is time to install it
+        print(f"without pictures: {missing}")
         draws = False
     suite.run(plan, options.out)
     for name in PICTURES:  # of what may no longer be there
@@ -171,6 +174,18 @@ def _positive(text: str) -> int:
     if not (text.isdecimal() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
     return int(text)
+
+
+def _rounds(text: str) -> int:
+    if (rounds := _positive(text)) >= 2**31:
+        raise argparse.ArgumentTypeError(f"expected an integer below 2**31, got {text!r}")
+    return rounds
+
+
+def _threads(text: str) -> int:
+    if (threads := _positive(text)) > 1024:  # the system may refuse more, and end the process
+        raise argparse.ArgumentTypeError(f"expected at most 1024 threads, got {text!r}")
+    return threads
 
 
 def _shape(text: str) -> Shape:

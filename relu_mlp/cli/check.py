@@ -1,12 +1,4 @@
-"""Hold every backend, dtype and output activation on this processor against float64.
-
-One random network, and the largest error of its outputs and of its gradients
-(loss_and_grads, sum of squared errors), each in units in the last place of the
-largest entry of its tensor. "limit" is what rounding may do at worst, "native" the
-error of PyTorch's own layers and autograd. float64 is held against PyTorch's
-layers. Then the gradients of a small network by hand, by autograd and by
-differences, side by side. The exit status is 1 if anything is beyond its limit.
-"""
+"""`relu-mlp check`: `DESCRIPTION` says what it does."""
 
 from __future__ import annotations
 
@@ -25,6 +17,17 @@ from ..gradient_report import ulp
 from . import Problem, rounding
 from .rounding import Arithmetic, Bounded
 
+DESCRIPTION = """\
+Hold every backend, dtype and output activation on this processor against float64.
+
+One random network, and the largest error of its outputs and of its gradients
+(loss_and_grads, sum of squared errors), each in units in the last place of the
+largest entry of its tensor. "limit" is what rounding may do at worst, "native" the
+error of PyTorch's own layers and autograd. float64 is held against PyTorch's
+layers. Then the gradients of a small network by hand, by autograd and by
+differences, side by side. The exit status is 1 if anything is beyond its limit.
+"""
+
 EXAMPLE = "relu-mlp check --network 8 16 16 4 --rows 256"
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -41,12 +44,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="in_features, hidden widths, out_features (8 16 16 4 unless told)",
     )
     parser.add_argument("--rows", type=_size, default=256, help="of the input (256 unless told)")
-    parser.add_argument("--seed", type=int, default=0, help="of the network and its data")
+    parser.add_argument("--seed", type=_seed, default=0, help="of the network and its data")
 
 
 def _size(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
+    if int(text) >= 2**31:
+        raise argparse.ArgumentTypeError(f"expected an integer below 2**31, got {text!r}")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.removeprefix("-").isdecimal() or not -(2**63) <= int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"expected an integer of 64 bits, got {text!r}")
     return int(text)
 
 

@@ -3,37 +3,59 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import secrets
+import stat
+import sys
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from . import Problem
 
 
 def read_bytes(path: Path) -> bytes:
+    """What a file or a pipe holds; a `Problem` for what has no end, as /dev/zero."""
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            if (stat.S_ISCHR(mode) and not file.isatty()) or stat.S_ISBLK(mode):
+                raise Problem(f"{path} can't be read: it is a device")
+            return file.read()
     except OSError as error:
-        raise Problem(f"{path} can't be read: {error.strerror}") from None
+        raise Problem(f"{path} can't be read: {error.strerror or error}") from None
 
 
 def read_text(path: Path) -> str:
     """The text of a file in UTF-8, with or without a byte order mark."""
     data = read_bytes(path)
     try:
-        return data.decode("utf-8-sig")
+        text, bad = data.decode("utf-8-sig"), data.find(0)  # UTF-8, but no text has it
     except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
+        text, bad = "", error.start
+    if bad >= 0:
+        line = data[:bad].count(b"\n") + 1
         raise Problem(
-            f"{path}, line {line}: expected text in UTF-8, got the byte 0x{data[error.start]:02x}"
-        ) from None
+            f"{path}, line {line}: expected text in UTF-8, got the byte 0x{data[bad]:02x}"
+        )
+    return text
 
 
 def check_absent(paths: Iterable[Path], remedy: str) -> None:
-    """A `Problem` that ends in the remedy, if one of the files is there."""
+    """A `Problem` that ends in the remedy, if one of the files is there.
+
+    A device or a pipe is no file that could be lost.
+    """
     for path in paths:
-        if path.exists():
+        try:
+            mode = path.stat().st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise Problem(f"{path} can't be written: {error.strerror or error}") from None
+        if stat.S_ISREG(mode):
             raise Problem(f"{path} exists; {remedy}")
+        if stat.S_ISDIR(mode):
+            raise Problem(f"{path} can't be written: Is a directory")
 
 
 def make_folder(path: Path) -> None:
@@ -41,19 +63,65 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise Problem(f"the folder {path} can't be made: {error.strerror}") from None
+        raise Problem(f"the folder {path} can't be made: {error.strerror or error}") from None
     if not os.access(path, os.W_OK | os.X_OK):
         raise Problem(f"the folder {path} can't be written to")
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, whose file takes the place of `path` if nothing was raised."""
-    temporary = path.with_name(f".{path.name}.partial")
+def write(path: Path, data: bytes) -> None:
+    """Puts a file with these bytes in the place of `path`: whole, or not at all.
+
+    It is written under a name of its own beside it, which no other process has,
+    flushed to the disk and renamed. A link stays, and what it points to is replaced.
+    What is no regular file, a device or a pipe, is written to as it is.
+
+    Raises:
+        Problem: if it can't be written; what was there is as it was.
+    """
     try:
-        yield temporary
-        os.replace(temporary, path)
+        descriptor = _descriptor_of(path)
+        if descriptor is not None:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+        else:
+            _replace(Path(os.path.realpath(path)), data)
     except OSError as error:
         raise Problem(f"{path} can't be written: {error.strerror or error}") from None
+
+
+def _descriptor_of(path: Path) -> int | None:
+    """Of an open file to write to, where `path` is nothing to be replaced; else None."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISREG(status.st_mode):
+        return os.open(path, os.O_WRONLY)
+    for descriptor in (1, 2):  # /dev/stdout in front of a file
+        with suppress(OSError):
+            if os.path.samestat(status, os.fstat(descriptor)):
+                sys.stdout.flush()
+                return os.dup(descriptor)
+    if not os.access(path, os.W_OK):  # the rename would not ask
+        raise PermissionError(13, "Permission denied")
+    return None
+
+
+def _replace(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".relu-mlp.{secrets.token_hex(8)}.partial")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            if path.exists():
+                os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
+        os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    with suppress(OSError):  # the name as well; not every file system can
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

@@ -1,4 +1,4 @@
-"""Say what was built, what will run, and what to do if that is less than it could be."""
+"""`relu-mlp info`: `DESCRIPTION` says what it does."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import argparse
 
 from ..info import BuildInfo, build_info
 from . import Problem
+
+DESCRIPTION = "Say what was built, what will run, and what to do if that is less than it could be."
 
 EXAMPLE = "relu-mlp info"
 

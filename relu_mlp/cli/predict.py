@@ -1,10 +1,4 @@
-"""Predict the target of another CSV table with what `relu-mlp train` has learnt.
-
-The table must have the columns that the network was trained on, under the same
-names; others do not matter. The predictions stand in the order of its rows: a number
-for each target, or a class and the probability of each. If the table has the target
-too, says how good they are.
-"""
+"""`relu-mlp predict`: `DESCRIPTION` says what it does."""
 
 from __future__ import annotations
 
@@ -17,10 +11,19 @@ from torch import Tensor
 
 from . import Problem
 from .checkpoint import Checkpoint
-from .files import check_absent, replacing
+from .files import check_absent, write
 from .info import checked_build_info
 from .table import Table, pandas
 from .task import outputs_of
+
+DESCRIPTION = """\
+Predict the target of another CSV table with what `relu-mlp train` has learnt.
+
+The table must have the columns that the network was trained on, under the same
+names; others do not matter. The predictions stand in the order of its rows: a number
+for each target, or a class and the probability of each. If the table has the target
+too, says how good they are.
+"""
 
 EXAMPLE = "relu-mlp predict --model run/model.pt --data new_houses.csv --out predictions.csv"
 
@@ -53,8 +56,7 @@ def run(options: argparse.Namespace) -> int:
     table.require(checkpoint.features, f"which {options.model} was trained on")
     outputs = predict(checkpoint, table)
     columns = as_columns(checkpoint, outputs)
-    with replacing(options.out) as temporary:
-        pandas().DataFrame(columns).to_csv(temporary, index=False)
+    write(options.out, pandas().DataFrame(columns).to_csv(index=False).encode())
     print(f"Wrote {options.out}: {', '.join(columns)} of {len(table)} row(s)")
     if set(checkpoint.targets) <= set(table.names):
         print_scores(checkpoint, table, outputs)

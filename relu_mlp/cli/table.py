@@ -33,12 +33,20 @@ def listed(values: Sequence[Any], most: int = 8) -> str:
 
 
 def records(text: str) -> Iterator[tuple[int, list[str]]]:
-    """(number of its first line, fields) of each record that is not blank."""
+    """(number of its first line, fields) of each record that is not blank, as pandas counts."""
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))
-    reader = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True)
+    last = ""
+
+    def lines() -> Iterator[str]:
+        nonlocal last
+        for physical in io.StringIO(text, newline=""):
+            last = physical
+            yield physical
+
+    reader = csv.reader(lines(), skipinitialspace=True)
     line = 1
     for fields in reader:
-        if fields and fields != [""]:
+        if last.strip(" \t\r\n"):  # a pair of quotes is an empty value, no blank line
             yield line, fields
         line = reader.line_num + 1
 
@@ -68,6 +76,11 @@ class Table:
         if len(header) == 1 and any(separator in header[0] for separator in ";\t|"):
             raise Problem(f"{path}: expected commas between the names, got {header[0]!r}")
         names = [name.strip() for name in header]
+        if len(names) != cells.shape[1]:  # a lone \r, which not all take for the end of a line
+            raise Problem(
+                f"{path}: expected a CSV table, got: {len(names)} or {cells.shape[1]} names in "
+                "its first line, depending on how lines end"
+            )
         for name, count in Counter(names).items():
             if name and count > 1:
                 raise Problem(

@@ -1,4 +1,27 @@
-"""Train a network on a CSV table, for regression or classification.
+"""`relu-mlp train`: `DESCRIPTION` says what it does."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from . import Missing, Problem, needs
+from .checkpoint import Checkpoint
+from .files import check_absent, make_folder, write
+from .info import checked_build_info
+from .settings import DEFAULTS, DTYPES, FIXED, OPTIMIZERS, REAL, WHOLE
+from .table import Table, listed, pandas
+from .task import Task, choose_classes
+from .training import Training, check_device
+
+DESCRIPTION = """\
+Train a network on a CSV table, for regression or classification.
 
 The first line of the table names its columns. All but the target are features and
 must hold numbers (true and false count as 1 and 0), unless --columns or --ignore
@@ -10,45 +33,9 @@ Writes model.pt, curves.csv and curves.png into the folder --out. With --resume,
 what is not said anew is as it was, and --epochs counts from the very beginning.
 """
 
-from __future__ import annotations
-
-import argparse
-import math
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, NamedTuple
-
-from . import Problem, needs
-from .checkpoint import Checkpoint
-from .files import check_absent, make_folder, replacing
-from .info import checked_build_info
-from .table import Table, listed, pandas
-from .task import Task, choose_classes
-from .training import OPTIMIZERS, Training, check_device
-
 EXAMPLE = "relu-mlp train --data houses.csv --target price --hidden 64 64 --epochs 200"
 
 MODEL = "model.pt"
-
-DTYPES = ("float32", "float64", "bfloat16", "float16")
-
-#: None: the optimizer's own
-DEFAULTS: dict[str, Any] = {
-    "hidden": [64, 64],
-    "dtype": "float32",
-    "optimizer": "adam",
-    "seed": 0,
-    "validation": 0.2,
-    "epochs": 100,
-    "batch_size": 32,
-    "lr": None,
-    "weight_decay": None,
-}
-
-#: What a training that is resumed can't change: what its parameters and its rows depend on.
-FIXED = ("hidden", "dtype", "optimizer", "seed", "validation")
 
 #: A run that is killed loses this much, and the epoch that it was in.
 SECONDS_BETWEEN_SAVES = 10
@@ -60,11 +47,13 @@ SECONDS_BETWEEN_SAVES = 10
 def at_least_one(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
+    if int(text) > (most := WHOLE["epochs"][1]):
+        raise argparse.ArgumentTypeError(f"expected a whole number up to {most}, got {text!r}")
     return int(text)
 
 
 def seed(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**63:
+    if not text.isdecimal() or int(text) > WHOLE["seed"][1]:
         raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2**63, got {text!r}")
     return int(text)
 
@@ -81,15 +70,15 @@ def number(text: str, least: float, most: float) -> float:
 
 
 def learning_rate(text: str) -> float:
-    return number(text, 1e-30, 1e6)
+    return number(text, *REAL["lr"])
 
 
 def weight_decay(text: str) -> float:
-    return number(text, 0, 1e6)
+    return number(text, *REAL["weight_decay"])
 
 
 def fraction(text: str) -> float:
-    return number(text, 0.001, 0.999)
+    return number(text, *REAL["validation"])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -179,7 +168,7 @@ def run(options: argparse.Namespace) -> int:
         raise
     finally:  # also when the training diverged, or was interrupted
         if training.last is not None:
-            write(training.last, files)
+            write_all(training.last, files)
     return 0
 
 
@@ -304,8 +293,8 @@ def progress(done: int, epochs: int) -> Iterator[Callable[[dict[str, float]], No
         bar = needs("tqdm", "cli", "a progress bar").tqdm(
             total=epochs, initial=done, unit="epoch", disable=None
         )
-    except Problem as problem:
-        print(f"Progress in lines: {problem}")
+    except Missing as missing:
+        print(f"Progress in lines: {missing}")
         bar = None
     every = math.ceil((epochs - done) / 10)
 
@@ -336,21 +325,20 @@ def in_words(scores: dict[str, float]) -> str:
     return text
 
 
-def write(checkpoint: Checkpoint, files: Files) -> None:
-    checkpoint.save(files.model)
-    written = [files.model, files.curves]
-    with replacing(files.curves) as temporary:
-        pandas().DataFrame(checkpoint.history).to_csv(temporary, index=False)
-    try:
-        draw(checkpoint, files.picture)
-        written.append(files.picture)
-    except Problem as problem:
-        files.picture.unlink(missing_ok=True)  # it would be another training's
-        print(f"No {files.picture}: {problem}")
+def write_all(checkpoint: Checkpoint, files: Files) -> None:
     best = min(checkpoint.history, key=lambda scores: scores["validation_loss"])
     print(f"After {checkpoint.epoch} epochs: {in_words(checkpoint.history[-1])}")
     if best is not checkpoint.history[-1]:
         print(f"The validation loss was lowest after epoch {best['epoch']}: {in_words(best)}")
+    checkpoint.save(files.model)
+    written = [files.model, files.curves]
+    write(files.curves, pandas().DataFrame(checkpoint.history).to_csv(index=False).encode())
+    try:
+        draw(checkpoint, files.picture)
+        written.append(files.picture)
+    except Missing as missing:
+        files.picture.unlink(missing_ok=True)  # it would be another training's
+        print(f"No {files.picture}: {missing}")
     print(f"Wrote {', '.join(map(str, written))}")
 
 
@@ -376,5 +364,6 @@ def draw(checkpoint: Checkpoint, path: Path) -> None:
         axes.grid(color="#e5e5e5")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    write(path, buffer.getvalue())

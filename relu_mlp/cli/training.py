@@ -9,14 +9,9 @@ from torch import Tensor
 
 from . import Problem
 from .checkpoint import Checkpoint, fingerprint, make_network
+from .settings import OPTIMIZERS
 from .table import Table
 from .task import Standardization, Task, is_constant, outputs_of
-
-OPTIMIZERS: dict[str, tuple[Any, dict[str, float]]] = {
-    "adam": (torch.optim.Adam, {"lr": 1e-3, "weight_decay": 0}),
-    "adamw": (torch.optim.AdamW, {"lr": 1e-3, "weight_decay": 1e-2}),
-    "sgd": (torch.optim.SGD, {"lr": 1e-2, "weight_decay": 0, "momentum": 0.9}),
-}
 
 
 def check_device(device: str, dtype: str) -> None:
@@ -56,14 +51,14 @@ class Training:
             if settings["dtype"] in ("bfloat16", "float16")
             else []
         )
-        kind, options = OPTIMIZERS[settings["optimizer"]]
+        kind, options, _ = OPTIMIZERS[settings["optimizer"]]
         chosen = {name: settings[name] for name in ("lr", "weight_decay")}
         options = options | {name: value for name, value in chosen.items() if value is not None}
         self.optimizer = kind(self.master_weights or parameters, **options)
         self.history: list[dict[str, float]] = []
         self.last = resumed  #: the state after the last epoch
         if resumed:
-            self.restore(resumed, options)
+            self.restore(resumed)
 
     def read(self, resumed: Checkpoint | None) -> None:
         """The rows of the table, standardized: some to train, some to validate on."""
@@ -96,12 +91,12 @@ class Training:
         self.train = Part(x[train], targets[train].to(self.device))
         self.validation = Part(x[validation], targets[validation].to(self.device))
 
-    def restore(self, checkpoint: Checkpoint, options: dict[str, float]) -> None:
+    def restore(self, checkpoint: Checkpoint) -> None:
         for weight, saved in zip(self.master_weights, checkpoint.master_weights, strict=True):
             weight.copy_(saved)
-        self.optimizer.load_state_dict(copied(checkpoint.optimizer))  # or it would change them
-        for group in self.optimizer.param_groups:
-            group.update(options)
+        # Its state; the settings are those of this training.
+        state = {**self.optimizer.state_dict(), "state": copied(checkpoint.optimizer["state"])}
+        self.optimizer.load_state_dict(state)
         self.generator.set_state(checkpoint.generator)
         self.history = list(checkpoint.history)
 

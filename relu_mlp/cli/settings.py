@@ -1,0 +1,60 @@
+"""What `relu-mlp train` can be told, by the names of its flags, and which values there are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+#: Their classes, their own settings, and what they keep for each parameter.
+OPTIMIZERS: dict[str, tuple[Any, dict[str, float], tuple[str, ...]]] = {
+    "adam": (torch.optim.Adam, {"lr": 1e-3, "weight_decay": 0}, ("exp_avg", "exp_avg_sq")),
+    "adamw": (torch.optim.AdamW, {"lr": 1e-3, "weight_decay": 1e-2}, ("exp_avg", "exp_avg_sq")),
+    "sgd": (
+        torch.optim.SGD,
+        {"lr": 1e-2, "weight_decay": 0, "momentum": 0.9},
+        ("momentum_buffer",),
+    ),
+}
+
+#: None: the optimizer's own
+DEFAULTS: dict[str, Any] = {
+    "hidden": [64, 64],
+    "dtype": "float32",
+    "optimizer": "adam",
+    "seed": 0,
+    "validation": 0.2,
+    "epochs": 100,
+    "batch_size": 32,
+    "lr": None,
+    "weight_decay": None,
+}
+
+#: What a training that is resumed can't change: what its parameters and its rows depend on.
+FIXED = ("hidden", "dtype", "optimizer", "seed", "validation")
+
+#: The least and the largest of what is a number.
+WHOLE = {"seed": (0, 2**63 - 1), "epochs": (1, 2**31 - 1), "batch_size": (1, 2**31 - 1)}
+REAL = {"validation": (0.001, 0.999), "lr": (1e-30, 1e6), "weight_decay": (0.0, 1e6)}
+
+
+def is_setting(name: str, value: Any) -> bool:
+    """Whether a training can have that value under that name; of a file, any object may come."""
+    if name == "hidden":
+        return isinstance(value, list) and all(is_whole(width, 1, 2**31 - 1) for width in value)
+    if name == "dtype":
+        return value in DTYPES
+    if name == "optimizer":
+        return value in tuple(OPTIMIZERS)
+    if name in WHOLE:
+        return is_whole(value, *WHOLE[name])
+    least, most = REAL[name]
+    return (value is None and DEFAULTS[name] is None) or (
+        type(value) in (int, float) and least <= value <= most
+    )
+
+
+def is_whole(value: Any, least: int, most: int) -> bool:
+    return type(value) is int and least <= value <= most
