@@ -77,3 +77,58 @@ def check_like_output(name: str, tensor: Tensor, x: Tensor, shape: torch.Size) -
             f"{name} must have the output's shape {tuple(shape)}, got {tuple(tensor.shape)}"
         )
     check_like_x(name, tensor, x)
+
+
+def check_needs(operator: str, needs: str, layers: int | None = None) -> None:
+    """Raises RuntimeError unless `needs` has a character for x, every weight and every bias."""
+    if len(needs) < 3 or len(needs) % 2 == 0 or not set(needs) <= {"0", "1"}:
+        raise RuntimeError(
+            f"relu_mlp::{operator}: needs must be 1 + 2 L characters '0' or '1', got {needs!r}"
+        )
+    if layers is not None and len(needs) != 1 + 2 * layers:
+        raise RuntimeError(
+            f"relu_mlp::{operator}: needs must have {1 + 2 * layers} characters, got {needs!r}"
+        )
+
+
+def check_grad_output(operator: str, grad_output: Tensor) -> None:
+    if grad_output.dim() < 1:
+        raise RuntimeError(
+            f"relu_mlp::{operator}: grad_output must have at least one dimension, got shape ()"
+        )
+
+
+def check_operands(
+    grad_output: Tensor,
+    y: Tensor | None,
+    weights: Sequence[Tensor | None],
+    inputs: Sequence[Tensor | None],
+) -> None:
+    """Raises RuntimeError unless what was saved for a backward pass chains; all are matrices."""
+
+    def check(tensor: Tensor | None, rows: int, cols: int, name: str, layer: int) -> None:
+        if tensor is None:
+            return
+        if tuple(tensor.shape) != (rows, cols) or tensor.dtype != grad_output.dtype:
+            raise RuntimeError(
+                f"relu_mlp::backward: {name} of layer {layer} must be "
+                f"{name_of(grad_output.dtype)} of shape ({rows}, {cols}), "
+                f"got {name_of(tensor.dtype)} of shape {tuple(tensor.shape)}"
+            )
+
+    rows, features = grad_output.shape
+    check(y, rows, features, "the output", len(weights) - 1)
+    for layer in reversed(range(len(weights))):
+        weight, layer_input = weights[layer], inputs[layer]
+        has_width = layer_input if weight is None else weight
+        if has_width is None:
+            continue
+        if has_width.dim() != 2:
+            raise RuntimeError(
+                "relu_mlp::backward: saved must have matrices, "
+                f"got shape {tuple(has_width.shape)}"
+            )
+        width = has_width.shape[1]
+        check(weight, features, width, "the weight", layer)
+        check(layer_input, rows, width, "the input", layer)
+        features = width

@@ -222,6 +222,8 @@ def current_backend() -> str:
 
 def implementation_for(x: Tensor) -> Implementation:
     """What serves a call on the device of `x`, under the backend in force."""
+    if x is None:  # an operator takes it for a tensor, as PyTorch's own do
+        raise TypeError("the first argument must be a Tensor, got None")
     name = _thread.backend
     if name == "auto" or name == "extension":
         if LIBRARY_PATH is not None and (x.is_cpu or (HAS_CUDA and x.is_cuda)):

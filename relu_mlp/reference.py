@@ -164,8 +164,14 @@ def is_kept(output_activation: str, needs: str) -> list[bool]:
 def unpack(saved: Sequence[Any], output_activation: str, needs: str) -> tuple[Any, Any, Any]:
     """y, the weights, and the inputs of the layers x, a_1, ..., a_{L-1}; None where not kept."""
     layers = len(needs) // 2
+    kept = is_kept(output_activation, needs)
+    if len(saved) != sum(kept):
+        raise RuntimeError(
+            f"relu_mlp::backward: needs {needs} asks for {sum(kept)} tensors in saved, "
+            f"got {len(saved)}"
+        )
     remaining = iter(saved)
-    x, y, *rest = [next(remaining) if kept else None for kept in is_kept(output_activation, needs)]
+    x, y, *rest = [next(remaining) if is_there else None for is_there in kept]
     return y, rest[:layers], [x, *rest[layers:]]
 
 
@@ -190,19 +196,26 @@ def backward(
     Returns:
         The wanted gradients, in the order of `needs`, and no others.
     """
+    checks.check_needs("backward", needs)
+    checks.check_grad_output("backward", grad_output)
     layers = len(needs) // 2
-    y, weights, inputs = unpack(saved, output_activation, needs)
     needs_x, needs_weight, needs_bias = needs[0], needs[1 : 1 + layers], needs[1 + layers :]
     lowest = lowest_layer(needs)
     if lowest == layers:
         return []
+    checks.check_name("output_activation", output_activation, ACTIVATIONS)
+    y, weights, inputs = unpack(saved, output_activation, needs)
+    grad, y = as_matrix(grad_output), None if y is None else as_matrix(y)
+    if inputs[0] is not None:
+        inputs[0] = as_matrix(inputs[0])
+    checks.check_operands(grad, y, weights, inputs)
     grad_weights: list[Tensor] = []
     grad_biases: list[Tensor] = []
 
-    delta = as_matrix(ACTIVATION_BACKWARDS[output_activation](grad_output, y))
+    delta = ACTIVATION_BACKWARDS[output_activation](grad, y)
     for layer in reversed(range(lowest, layers)):
         if needs_weight[layer] == "1":
-            grad_weights.append(delta.T @ as_matrix(inputs[layer]))
+            grad_weights.append(delta.T @ inputs[layer])
         if needs_bias[layer] == "1":
             grad_biases.append(delta.sum(0))
         if layer > lowest or needs_x == "1":
@@ -227,6 +240,9 @@ def recompute_backward(
     needs: str,
 ) -> list[Tensor]:
     """The backward pass of those who kept nothing but x and the parameters."""
+    checks.check_layers(x, weights, biases)
+    checks.check_needs("recompute_backward", needs, len(weights))
+    checks.check_grad_output("recompute_backward", grad_output)
     y, hidden = forward(x, weights, biases, output_activation, True)
     checks.check_like_output("grad_output", grad_output, x, y.shape)
     kept = is_kept(output_activation, needs)
