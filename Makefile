@@ -13,7 +13,7 @@ OTHERS ?=
 CROSS ?= aarch64-linux-gnu-g++
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench overhead abi fuzz sanitize cross cuda-check build dist clean FORCE
+.PHONY: help demo test torch-suite lint format bench overhead abi fuzz sanitize cross cuda-check build dist clean FORCE
 .NOTPARALLEL:
 # ninja would look there for a jobserver that nobody passes on to it.
 unexport MAKEFLAGS
@@ -39,6 +39,9 @@ demo: $(call needs,demo) build/extension  ## train on handwritten digits, next t
 # One process for each core; each computes on one thread unless a test asks for more.
 test: $(call needs,test) build/extension  ## run the tests
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 8 $(ARGS)
+
+torch-suite: $(call needs,torch-suite) build/extension  ## run PyTorch's generic tests on our entries and native controls
+	PYTHONPATH=. $(PYTHON) tests/torch_suite $(ARGS)
 
 lint: $(call needs,dev)  ## run ruff and mypy
 	$(PYTHON) -m ruff check
