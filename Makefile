@@ -13,7 +13,7 @@ OTHERS ?=
 CROSS ?= aarch64-linux-gnu-g++
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test torch-suite lint format bench overhead abi fuzz sanitize cross cuda-check build dist clean FORCE
+.PHONY: help demo test torch-suite lint format bench overhead abi fuzz sanitize cross cuda-check gpu-wheel build dist clean FORCE
 .NOTPARALLEL:
 # ninja would look there for a jobserver that nobody passes on to it.
 unexport MAKEFLAGS
@@ -87,6 +87,15 @@ cross: $(call needs,torch)  ## compile the plain kernels for AArch64 with CROSS,
 # MAX_JOBS compilers at once, 2 if it is not set. Nothing runs on a GPU.
 cuda-check: $(call needs,torch)  ## compile the CUDA kernels with nvcc for sm_80, sm_90 and PTX, link and load them; no GPU needed
 	$(PYTHON) tools/cuda_check.py
+
+# PyTorch as it is on that machine: its CUDA packages are gigabytes. Written for GPU_ARCH alone.
+GPU_TORCH ?= torch==2.11.0
+GPU_ARCH ?= 9.0
+gpu-wheel:  ## a wheel with kernels for GPU_ARCH, built against GPU_TORCH, in build/gpu; needs nvcc and no GPU
+	$(PYTHON3) -m venv build/gpu/venv
+	build/gpu/venv/bin/pip install -q $(GPU_TORCH) 'setuptools>=77' ninja
+	rm -f build/gpu/*.whl
+	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=$(GPU_ARCH) build/gpu/venv/bin/pip wheel -q --no-deps --no-build-isolation -w build/gpu .
 
 build: $(call needs,torch)  ## build the extension in place, even if it seems up to date
 	$(PYTHON) setup.py --quiet build_ext --inplace

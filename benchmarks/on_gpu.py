@@ -175,8 +175,10 @@ def peak_of(step: Step, device: torch.device) -> int | None:
 
 
 def measure(
-    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, rounds: int
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, rounds: int, seconds: float
 ) -> Iterator[dict[str, object]]:
+    """Training and inference of all candidates, in `rounds` rounds or as many as half of the
+    seconds allow for each, but three at least."""
     rows, *widths = shape
     n_in, *hidden, n_out = widths
     torch.manual_seed(0)
@@ -202,7 +204,10 @@ def measure(
         peaks = {name: (step(), peak_of(step, device))[1] for name, step in candidates.items()}
         times: dict[str, list[float]] = {name: [] for name in candidates}
         names = list(candidates)
+        end = time.monotonic() + seconds / 2
         for turn in range(rounds):
+            if turn >= 3 and time.monotonic() > end:
+                break
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 times[name].append(seconds_of(candidates[name], device))
         for name, mine in times.items():
@@ -212,6 +217,7 @@ def measure(
                 "dtype": str(dtype).removeprefix("torch."),
                 "case": case,
                 "candidate": name,
+                "rounds": len(mine),
                 "microseconds": round(statistics.median(mine) * 1e6, 2),
                 "times_eager": round(ratio, 4),
                 "low": round(low, 4),
@@ -261,20 +267,29 @@ def main() -> None:
     )
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="instead of both")
     parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="for all; fewer rounds, if it must be"
+    )
     parser.add_argument("--device", default="cuda", help="cpu tries this program, and says nothing")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     device = torch.device(arguments.device)
+    cases = [
+        (dtype, shape) for shape in arguments.shape or SHAPES for dtype in arguments.dtype or DTYPES
+    ]
+    end = time.monotonic() + arguments.seconds
     lines = []
-    for dtype in arguments.dtype or DTYPES:
-        for shape in arguments.shape or SHAPES:
-            for line in measure(shape, DTYPES[dtype], device, arguments.rounds):
-                print(*line.values(), sep="  ", flush=True)
-                lines.append(line | about(device))
-    with (arguments.out / "cuda.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, lines[0])
-        writer.writeheader()
-        writer.writerows(lines)
+    for n, (dtype, shape) in enumerate(cases):
+        # Compiling takes its share before a round is measured.
+        seconds = (end - time.monotonic()) / (len(cases) - n) - 4
+        for line in measure(shape, DTYPES[dtype], device, arguments.rounds, seconds):
+            print(*line.values(), sep="  ", flush=True)
+            lines.append(line | about(device))
+        # After every case, because a GPU may be taken back at any moment.
+        with (arguments.out / "cuda.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, lines[0])
+            writer.writeheader()
+            writer.writerows(lines)
     draw(lines, arguments.out / "cuda.png")
 
 

@@ -125,8 +125,7 @@ def check_operands(
             continue
         if has_width.dim() != 2:
             raise RuntimeError(
-                "relu_mlp::backward: saved must have matrices, "
-                f"got shape {tuple(has_width.shape)}"
+                f"relu_mlp::backward: saved must have matrices, got shape {tuple(has_width.shape)}"
             )
         width = has_width.shape[1]
         check(weight, features, width, "the weight", layer)

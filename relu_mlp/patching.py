@@ -31,8 +31,6 @@ M = TypeVar("M", bound=nn.Module)
 #: In the __dict__ of what was an `nn.Sequential` before `fuse`.
 _MARK = "_is_fused"
 
-_sequential_forward = nn.Sequential.forward
-
 
 class FusedSequential(Scriptable):
     """What `fuse` makes of an `nn.Sequential` that has runs among its children.

@@ -1,50 +1,74 @@
 #!/usr/bin/env bash
-# What is to be done on the day that there is a GPU:
+# All that needs a GPU, by the clock:
 #
-#     tools/on_gpu.sh [STEP ...]        build, check, bench, sanitize, suite; all, unless some are named
+#     tools/on_gpu.sh [STAGE ...]        smoke check speed suite sanitize; all, unless some are named
+#     REHEARSE=1 tools/on_gpu.sh         tries the script without a GPU
 #
-# Needs PyTorch with CUDA, nvcc of the same major version, pytest and, for the sanitizer,
-# compute-sanitizer. Logs and results go to $OUT, build/on_gpu unless it is set. But for the build, a
-# step that fails keeps no other from running: a GPU may be lent for minutes. The last lines say
-# how each step went, and how long it took.
+# Needs PyTorch with CUDA, pytest and pytest-xdist, and the library: WHEEL names a wheel that
+# `make gpu-wheel` built (build/gpu/*.whl unless it is set), whose library is unpacked into the
+# checkout; without one the library in the checkout serves. Every stage has a budget in seconds,
+# is killed past it, leaves its log in $OUT (build/on_gpu unless it is set) and stops no other.
+# The last lines say how each stage went and how long it took.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=${OUT:-build/on_gpu}
 mkdir -p "$out"
-python=${PYTHON:-python3}
-export PYTHONPATH=. PYTHONUNBUFFERED=1
+export python=${PYTHON:-python3} out PYTHONPATH=. PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1
+export device=cuda shapes='' processes=8 RELU_MLP_TEST_DEVICE=cuda
+if [ -n "${REHEARSE:-}" ]; then
+    device=cpu RELU_MLP_TEST_DEVICE=cpu processes=2
+    shapes='--shape 64,8,8 --shape 16,64,64,64,64'
+fi
+export sanitizer=$(command -v compute-sanitizer)
 
-build() {
-    nvidia-smi &&
-        FORCE_CUDA=1 "$python" setup.py build_ext --inplace &&
-        "$python" -m relu_mlp info
+smoke() { # loads, and one step of each regime and dtype against float64
+    "$python" -m relu_mlp info && "$python" tools/gpu_smoke.py --device "$device"
 }
-check() {
-    "$python" -m pytest -q tests/test_cuda.py
+check() { # the kernels' own tests
+    "$python" -m pytest -q -n "$processes" tests/test_cuda*.py
 }
-bench() {
-    "$python" benchmarks/on_gpu.py --out "$out"
+speed() { # by CUDA events, beside eager, torch.compile and what else can be imported
+    "$python" benchmarks/on_gpu.py --out "$out" --device "$device" --seconds 130 $shapes
 }
-sanitize() {
+suite() { # the tests of what goes through the layer, most telling first
+    "$python" -m pytest -q -n "$processes" --maxfail 200 -k 'not reference' \
+        tests/test_values.py tests/test_gradcheck.py tests/test_autograd_semantics.py \
+        tests/test_transforms.py tests/test_training.py tests/test_autocast.py \
+        tests/test_batching.py tests/test_recompute.py tests/test_loss_and_grads.py \
+        tests/test_jacobian.py tests/test_linearization.py tests/test_module.py
+}
+sanitize() { # one case of each kernel
     local tool failed=0
-    for tool in memcheck racecheck initcheck; do
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \
-            "$python" -m pytest -q tests/test_cuda.py -k "test_exact and 77 and not 4096" || failed=1
+    for tool in memcheck racecheck; do
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 ${sanitizer:+timeout 55 "$sanitizer" --tool "$tool" --error-exitcode 1} \
+            "$python" tools/gpu_smoke.py --small --device "$device" || failed=1
     done
+    [ -n "$sanitizer" ] || echo "no compute-sanitizer was found: nothing was watched"
     return "$failed"
 }
-suite() {
-    "$python" -m pytest -q -n auto
-}
+declare -A budget=([smoke]=30 [check]=150 [speed]=150 [suite]=240 [sanitize]=120)
 
-[ $# -gt 0 ] || set -- build check bench sanitize suite
+[ $# -gt 0 ] || set -- smoke check speed suite sanitize
+for stage; do
+    [ -n "${budget[$stage]:-}" ] || { echo "no stage '$stage': ${!budget[*]}" >&2; exit 2; }
+done
+for wheel in ${WHEEL:-build/gpu/*.whl}; do
+    [ ! -f "$wheel" ] || "$python" -m zipfile -e "$wheel" "$out/wheel" &&
+        cp "$out"/wheel/relu_mlp/_C*.so relu_mlp/
+done
+nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2> /dev/null
 status=0
 : > "$out/report.txt"
-for step; do
+for stage; do
+    export -f "${stage?}"
     started=$SECONDS
-    if "$step" 2>&1 | tee "$out/$step.log"; then how=passed; else how=FAILED status=1; fi
-    echo "$step: $how, $((SECONDS - started)) s" >> "$out/report.txt"
-    if [ "$step $how" = "build FAILED" ]; then break; fi
+    timeout --kill-after 5 "${budget[$stage]}" bash -c "$stage" 2>&1 | tee "$out/$stage.log"
+    case ${PIPESTATUS[0]} in
+        0) how=passed ;;
+        124 | 137) how="KILLED at its budget of ${budget[$stage]} s" status=1 ;;
+        *) how=FAILED status=1 ;;
+    esac
+    echo "$stage: $how, $((SECONDS - started)) s" >> "$out/report.txt"
 done
 cat "$out/report.txt"
 exit "$status"
