@@ -28,7 +28,7 @@ OUTPUT_ACTIVATIONS: dict[type[Any], OutputActivation] = {
 _strided = torch.strided
 _is_compiling = torch.compiler.is_compiling
 _operator = torch.ops.relu_mlp.relu_mlp.default
-_children_in_order = nn.Sequential.__iter__
+_iterate = interception.iterate
 
 _are_all_patched = interception.are_layers_replaced
 
@@ -303,7 +303,7 @@ class ReluMLP(Scriptable):
                 result = self._traced_forward(input)
                 if result is not None:
                     return result
-            if is_served(input) and type(self).__iter__ is _children_in_order:
+            if is_served(input) and type(self).__iter__ is _iterate:
                 network = _network_of(self._modules)
                 if network is not None and not _are_all_patched():
                     weights, biases, activation = network

@@ -9,7 +9,7 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar, overload
 from torch import Tensor, nn
 from torch._jit_internal import _copy_to_script_wrapper, is_scripting
 
-from . import functional
+from . import functional, interception
 from .functional import fused, is_served
 from .modules import ReluMLP, Run, _are_all_patched, _slice_or_child, find_run
 from .rules import (
@@ -41,7 +41,7 @@ class FusedSequential(Scriptable):
         if is_scripting():
             return self._scripted_forward(input)
         else:
-            if _are_all_patched() or type(self).__iter__ is not nn.Sequential.__iter__:
+            if _are_all_patched() or type(self).__iter__ is not interception.iterate:
                 return super().forward(input)
             children = list(self._modules.values())
             position = 0
