@@ -172,11 +172,12 @@ def is_served(x: Tensor) -> bool:
     see what the native path does: there it is taken.
     """
     return (
-        (type(x) in PLAIN or _is_exported(x))
+        # First, because a mode sees it if somebody reads an attribute.
+        not ((function_modes() or dispatch_modes()) and is_under_a_mode())
+        and (type(x) in PLAIN or _is_exported(x))
         and x.dtype in DTYPES
         and x.layout is _strided
         and not x.is_nested
-        and not ((function_modes() or dispatch_modes()) and is_under_a_mode())
     )
 
 
@@ -244,6 +245,7 @@ def has_other_dtype(x: Tensor) -> bool:
     """
     return (
         type(x) in PLAIN
+        and not is_under_a_mode()
         and x.dtype not in DTYPES
         and _get_tracing_state() is None
         # Autocast makes something else of a float8 first.

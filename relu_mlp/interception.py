@@ -152,6 +152,9 @@ def _is_something_in_the_way() -> bool:
     )
 
 
+#: How a Sequential goes through its children, which a subclass may do otherwise.
+(iterate,) = _by_pytorch((Sequential.__iter__,))
+
 _FUNCTIONS = _by_pytorch(_functions())
 _LAYERS = () if _is_something_in_the_way() else _by_pytorch(_layers())
 _OUTPUT_ACTIVATIONS: dict[type[Module], tuple[Any, ...]] = {

@@ -28,7 +28,7 @@ OUTPUT_ACTIVATIONS: dict[type[Any], OutputActivation] = {
 _strided = torch.strided
 _is_compiling = torch.compiler.is_compiling
 _operator = torch.ops.relu_mlp.relu_mlp.default
-_children_in_order = nn.Sequential.__iter__
+_iterate = interception.iterate
 
 _are_all_patched = interception.are_layers_replaced
 
@@ -259,17 +259,22 @@ class ReluMLP(Scriptable):
     def from_sequential(cls, sequential: nn.Sequential, recompute: bool = False) -> ReluMLP:
         """A `ReluMLP` that holds the same children under the same names.
 
+        What else `sequential` has comes along: its mode, its hooks (in lists of their own),
+        parameters and buffers of its own, and attributes.
+
         Args:
             sequential: Linear, ReLU, ..., Linear, and at most one of ReLU,
                 Sigmoid and Tanh at the end.
 
         Raises:
             TypeError: if `sequential` is not an `nn.Sequential`.
-            ValueError: if its children are others.
+            ValueError: if its children are others, or carry hooks or parametrizations; or if
+                something would be lost: a `forward` of its own, what a subclass defines, or a
+                hook that belongs to this one module.
         """
         if not isinstance(sequential, nn.Sequential):
             raise TypeError(f"sequential must be an nn.Sequential, got {type(sequential).__name__}")
-        children = list(sequential)
+        children = list(sequential._modules.values())
         run = find_run(children)
         position = len(run.children) if run else 0
         if run is None or position < len(children):
@@ -278,10 +283,15 @@ class ReluMLP(Scriptable):
                 "sequential must have the children Linear, ReLU, ..., Linear and at most an "
                 f"output activation, without hooks or parametrizations; got {got}"
             )
+        if lost := _lost_by_another_class(sequential):
+            raise ValueError(f"sequential must have nothing that a ReluMLP can't keep, got {lost}")
         result = cls.__new__(cls)
         nn.Sequential.__init__(result)
-        result._modules.update(sequential._modules)
-        result.train(sequential.training)
+        for name, value in sequential.__dict__.items():
+            # Of what nn.Module manages, a copy: to edit one is not to edit the other.
+            is_managed = name in result.__dict__ and isinstance(value, (dict, set))
+            result.__dict__[name] = value.copy() if is_managed else value
+        result.__dict__.pop("_is_fused", None)  # which `fuse` has said of the other one
         result.recompute = bool(recompute)
         return result
 
@@ -295,7 +305,7 @@ class ReluMLP(Scriptable):
                 result = self._traced_forward(input)
                 if result is not None:
                     return result
-            if is_served(input) and type(self).__iter__ is _children_in_order:
+            if is_served(input) and type(self).__iter__ is _iterate:
                 network = _network_of(self._modules)
                 if network is not None and not _are_all_patched():
                     weights, biases, activation = network
@@ -365,6 +375,28 @@ def _slice_or_child(sequential: nn.Sequential, index: Any) -> Any:
     if isinstance(index, slice):
         return nn.Sequential(OrderedDict(list(sequential._modules.items())[index]))
     return nn.Sequential.__getitem__(sequential, index)
+
+
+def _lost_by_another_class(sequential: nn.Sequential) -> str | None:
+    """What a module of another class with the same `__dict__` would do otherwise, or None."""
+    for name in ("forward", "_call_impl", "_compiled_call_impl"):
+        if name in sequential.__dict__:
+            return f"a {name} of its own"
+    if sequential._load_state_dict_pre_hooks:
+        return "a hook for load_state_dict, which knows its module"
+    for kind in itertools.takewhile(
+        lambda kind: kind is not nn.Sequential, type(sequential).__mro__
+    ):
+        is_ours = kind.__module__.partition(".")[0] == __name__.partition(".")[0]
+        defined = [name for name in vars(kind) if name not in _OF_EVERY_CLASS]
+        if defined and not is_ours:
+            return f"the {defined[0]} of its class {kind.__name__}"
+    return None
+
+
+#: What a class has that defines nothing but how its objects are made.
+_OF_EVERY_CLASS = {*vars(type("_", (), {})), "__init__", "__annotations__", "__annotate__"}
+_OF_EVERY_CLASS |= {"__firstlineno__", "__static_attributes__", "__annotate_func__"}
 
 
 def _checked_size(name: str, value: Any) -> int:
