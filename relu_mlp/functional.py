@@ -10,6 +10,7 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
+from torch.overrides import is_tensor_like
 
 from . import autocast, autograd, checks, reference
 from .checks import DTYPES
@@ -94,7 +95,7 @@ def checked_parameters(
     Checks what the operators can't, because it never reaches them: types,
     lengths, and biases without elements, which mean none to an operator.
     """
-    if not isinstance(x, Tensor):
+    if not isinstance(x, Tensor) and not is_tensor_like(x):
         raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
     weights = _list_of_tensors("weights", weights)
     if not weights:
@@ -119,8 +120,8 @@ def check_empty_biases(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> N
     To an operator it would mean that there is no bias.
     """
     for layer, bias in enumerate(biases):
-        # In a TorchScript trace numel() is a tensor, nbytes is not.
-        if bias is not NO_TENSOR and bias.nbytes == 0 and bias.shape != weights[layer].shape[:1]:
+        # In a TorchScript trace numel() is a tensor, nbytes is not. What is symbolic is not True.
+        if bias is not NO_TENSOR and (bias.nbytes == 0) is True and bias.shape != weights[layer].shape[:1]:
             raise RuntimeError(
                 f"biases[{layer}] must have shape ({weights[layer].shape[0]},), "
                 f"got {tuple(bias.shape)}"
@@ -136,7 +137,8 @@ def _list_of_tensors(argument: str, value: object, or_none: bool = False) -> lis
     if PLAIN.issuperset(map(type, items)):  # the usual case, at the speed of C
         return items
     for n, item in enumerate(items):
-        if not (isinstance(item, Tensor) or (or_none and item is None)):
+        # torch.fx traces with what is like a tensor.
+        if not (isinstance(item, Tensor) or is_tensor_like(item) or (or_none and item is None)):
             raise TypeError(f"{argument}[{n}] must be a Tensor, got {type(item).__name__}")
     return items
 
