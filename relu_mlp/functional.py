@@ -121,7 +121,11 @@ def check_empty_biases(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> N
     """
     for layer, bias in enumerate(biases):
         # In a TorchScript trace numel() is a tensor, nbytes is not. What is symbolic is not True.
-        if bias is not NO_TENSOR and (bias.nbytes == 0) is True and bias.shape != weights[layer].shape[:1]:
+        if (
+            bias is not NO_TENSOR
+            and (bias.nbytes == 0) is True
+            and bias.shape != weights[layer].shape[:1]
+        ):
             raise RuntimeError(
                 f"biases[{layer}] must have shape ({weights[layer].shape[0]},), "
                 f"got {tuple(bias.shape)}"
