@@ -95,7 +95,8 @@ def checked_parameters(
     Checks what the operators can't, because it never reaches them: types,
     lengths, and biases without elements, which mean none to an operator.
     """
-    if not isinstance(x, Tensor) and not is_tensor_like(x):
+    is_symbolic = not isinstance(x, Tensor)  # as in a trace of torch.fx
+    if is_symbolic and not is_tensor_like(x):
         raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
     weights = _list_of_tensors("weights", weights)
     if not weights:
@@ -110,7 +111,8 @@ def checked_parameters(
         raise ValueError(
             f"biases must have one entry for each of the {len(weights)} weights, got {len(present)}"
         )
-    check_empty_biases(weights, present)
+    if not is_symbolic:
+        check_empty_biases(weights, present)
     return weights, present
 
 
@@ -120,12 +122,8 @@ def check_empty_biases(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> N
     To an operator it would mean that there is no bias.
     """
     for layer, bias in enumerate(biases):
-        # In a TorchScript trace numel() is a tensor, nbytes is not. What is symbolic is not True.
-        if (
-            bias is not NO_TENSOR
-            and (bias.nbytes == 0) is True
-            and bias.shape != weights[layer].shape[:1]
-        ):
+        # In a TorchScript trace numel() is a tensor, nbytes is not.
+        if bias is not NO_TENSOR and bias.nbytes == 0 and bias.shape != weights[layer].shape[:1]:
             raise RuntimeError(
                 f"biases[{layer}] must have shape ({weights[layer].shape[0]},), "
                 f"got {tuple(bias.shape)}"
@@ -141,7 +139,6 @@ def _list_of_tensors(argument: str, value: object, or_none: bool = False) -> lis
     if PLAIN.issuperset(map(type, items)):  # the usual case, at the speed of C
         return items
     for n, item in enumerate(items):
-        # torch.fx traces with what is like a tensor.
         if not (isinstance(item, Tensor) or is_tensor_like(item) or (or_none and item is None)):
             raise TypeError(f"{argument}[{n}] must be a Tensor, got {type(item).__name__}")
     return items
