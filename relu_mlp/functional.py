@@ -10,6 +10,7 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
+from torch.overrides import is_tensor_like
 
 from . import autocast, autograd, checks, reference
 from .checks import DTYPES
@@ -106,7 +107,8 @@ def checked_parameters(
     Checks what the operators can't, because it never reaches them: types,
     lengths, and biases without elements, which mean none to an operator.
     """
-    if not isinstance(x, Tensor):
+    is_symbolic = not isinstance(x, Tensor)  # as in a trace of torch.fx
+    if is_symbolic and not is_tensor_like(x):
         raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
     weights = _list_of_tensors("weights", weights)
     if not weights:
@@ -121,7 +123,8 @@ def checked_parameters(
         raise ValueError(
             f"biases must have one entry for each of the {len(weights)} weights, got {len(present)}"
         )
-    check_empty_biases(weights, present)
+    if not is_symbolic:
+        check_empty_biases(weights, present)
     return weights, present
 
 
@@ -148,7 +151,7 @@ def _list_of_tensors(argument: str, value: object, or_none: bool = False) -> lis
     if PLAIN.issuperset(map(type, items)):  # the usual case, at the speed of C
         return items
     for n, item in enumerate(items):
-        if not (isinstance(item, Tensor) or (or_none and item is None)):
+        if not (isinstance(item, Tensor) or is_tensor_like(item) or (or_none and item is None)):
             raise TypeError(f"{argument}[{n}] must be a Tensor, got {type(item).__name__}")
     return items
 

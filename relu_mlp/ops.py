@@ -176,7 +176,8 @@ class backend:
 
     Args:
         name: ``"extension"``: the compiled library; RuntimeError where it is
-            absent or can't serve the device. ``"reference"``: the same
+            absent or can't serve the device. Around `torch.export` or a trace it puts the
+            operator into the graph, not the layers. ``"reference"``: the same
             mathematics in Python. ``"auto"``: the extension where it can serve
             the call, and the reference elsewhere.
 

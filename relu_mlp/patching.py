@@ -204,7 +204,8 @@ def fuse(model: M, report: bool = False) -> M | FuseReport[M]:
 def unfuse(model: M) -> M:
     """Undoes `fuse`: every module gets back the class that it had.
 
-    What was never fused stays as it is, a `ReluMLP` that somebody made too. A fused
+    What was never fused stays as it is, a `ReluMLP` that somebody made too: of that,
+    ``net[:]`` is the `nn.Sequential` of the same children. A fused
     module that got yet another class since, by `fully_shard` for example, keeps it.
 
     Args:
