@@ -420,6 +420,14 @@ def test_a_source_that_is_another_now():
     assert not fuse(kind(), report=True).replaced  # it is asked once for a method
 
 
+def test_a_method_of_tensors_that_somebody_patched(backend, monkeypatch):
+    model = module_of("return self.fc2(self.fc1(x).relu())")
+    monkeypatch.setattr(torch.Tensor, "relu", lambda self: 2 * F.relu(self))
+    x = torch.randint(-2, 3, (2, 3)).float()
+    expected = model(x)
+    assert torch.equal(fuse(model)(x), expected)
+
+
 def test_no_source():
     namespace = {"Base": Base, "F": F, "__name__": __name__}
     code = "class Mine(Base):\n    def forward(self, x): return self.fc2(F.relu(self.fc1(x)))"
