@@ -84,7 +84,7 @@ _GUARDS = tuple(
     getattr(ast, name) for name in ("Try", "TryStar", "With", "AsyncWith") if hasattr(ast, name)
 )
 #: What a function could read its own variables by.
-_READERS = {"locals", "vars", "dir", "eval", "exec", "_getframe", "currentframe", "stack"}
+_READERS = {"locals", "vars", "dir", "eval", "exec", "inspect", "_getframe", "currentframe"}
 #: `from __future__ import annotations` and the like, which a notebook takes from another cell.
 _FUTURE = functools.reduce(
     operator.or_, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)

@@ -186,6 +186,7 @@ IDIOMS = {
         "    h = self.fc2(h)\n    h.nothing()\nreturn h",
         None,
     ),
+    "a name of nothing": ("h = F.relu(self.fc1(x))\nreturn torch.stack([self.fc2(h)])", 1),
     # - something else happens on the way
     "isinstance": (
         "return self.fc2(h) if isinstance(h := F.relu(self.fc1(x)), torch.Tensor) else x",
@@ -475,7 +476,7 @@ def hook_that_activates(module):
 
 
 def method_of_the_class(module):
-    original = getattr(type(module), "_original", type(module))
+    original = getattr(type(module), "_relu_mlp_original", type(module))
     original.forward = lambda self, x: self.fc1(x) + 1
 
 
@@ -484,7 +485,7 @@ class ReLU6:
 
 
 def relu_of_the_module(module):
-    original = getattr(type(module), "_original", type(module))
+    original = getattr(type(module), "_relu_mlp_original", type(module))
     original.forward.__globals__["F"] = ReLU6
 
 
