@@ -224,8 +224,8 @@ def unfuse(model: M) -> M:
             _set_class(module, nn.Sequential)
             for name in (_MARK, "recompute"):
                 module.__dict__.pop(name, None)
-        elif issubclass(kind, FusedModule) and "_original" in kind.__dict__:
-            _set_class(module, kind._original)
+        elif issubclass(kind, FusedModule) and "_relu_mlp_original" in kind.__dict__:
+            _set_class(module, kind._relu_mlp_original)
     return model
 
 
@@ -290,6 +290,9 @@ def _plan_for_other(name: str, module: nn.Module) -> _Plan:
         if problem is None:
             module_class = fused_class(kind, rule)
             note = f"{', '.join(rule.linears)} as one operator{_when(dropouts_of(module, rule))}"
+            dtypes = {getattr(module, linear).weight.dtype for linear in rule.linears}
+            if len(dtypes) > 1:
+                note += "; natively without autocast, for the dtypes of the Linears differ"
             replaced = Replaced(name, kind.__name__, module_class.__name__, note)
             return _Plan(module, module_class, replaced, [])
         reason = problem

@@ -38,7 +38,6 @@ import builtins
 import copy
 import functools
 import inspect
-import itertools
 import linecache
 import operator
 import types
@@ -85,7 +84,7 @@ _GUARDS = tuple(
     getattr(ast, name) for name in ("Try", "TryStar", "With", "AsyncWith") if hasattr(ast, name)
 )
 #: What a function could read its own variables by.
-_READERS = {"locals", "vars", "dir", "eval", "exec", "_getframe", "currentframe", "stack"}
+_READERS = {"locals", "vars", "dir", "eval", "exec", "inspect", "_getframe", "currentframe"}
 #: `from __future__ import annotations` and the like, which a notebook takes from another cell.
 _FUTURE = functools.reduce(
     operator.or_, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
@@ -437,8 +436,7 @@ class _Rewriter(ast.NodeTransformer):
         others = [*arguments[1:], *(keyword.value for keyword in keywords)]
         if not others:
             return _Step(path, callee, arguments[0])
-        is_linear = path[0] == "self" and path[1] in self.linears
-        if is_linear or not all(keyword.arg for keyword in keywords):
+        if not all(keyword.arg for keyword in keywords):
             return None
         if not all(isinstance(other, ast.Constant) or self._path(other) for other in others):
             return None
@@ -468,10 +466,8 @@ class _Rewriter(ast.NodeTransformer):
         return None if is_computed(self.module_class, names[0]) else ("self", *names)
 
     def _is_network(self, steps: list[_Step], is_whole: bool = True) -> bool:
-        """Whether the Linears are called in order, with something after each but the last.
-
-        The beginning of a network is one if `is_whole` is False.
-        """
+        """Whether these are all Linears in order, from the first to the last; or without the
+        last ones, if `is_whole` is False."""
         positions: dict[Path, int] = {("self", name): n for n, name in enumerate(self.linears)}
         numbers = [positions.get(step.path) for step in steps]
         called = [n for n in numbers if n is not None]
@@ -480,7 +476,6 @@ class _Rewriter(ast.NodeTransformer):
             and called == list(range(len(called)))
             and (len(called) == len(self.linears)) == is_whole
             and (not is_whole or numbers[-1] is not None)
-            and not any(a is not None and b is not None for a, b in itertools.pairwise(numbers))
         )
 
     # - Statements

@@ -350,7 +350,7 @@ class FusedModule:
     """What the classes made by rules have in common."""
 
     #: The class that the module had, and has again after `unfuse`.
-    _original: type[nn.Module]
+    _relu_mlp_original: type[nn.Module]
 
     # What a rewritten method calls. The functions are in the order in which a nested call
     # evaluates them: the last first. One is a function, the name of a method of the tensor, or
@@ -389,7 +389,7 @@ class FusedModule:
         reduced: Any = super().__reduce_ex__(max(2, protocol))
         function, arguments, *state = reduced
         if arguments[:1] == (type(self),):
-            function, arguments = _new, (self._original, *arguments[1:])
+            function, arguments = _new, (type(self)._relu_mlp_original, *arguments[1:])
         return (function, arguments, *state)
 
 
@@ -446,7 +446,7 @@ def _make_fusion(original: type[nn.Module], rule: Rule, known: Any) -> Fusion:
 
     namespace = {
         rule.method: method,
-        "_original": original,
+        "_relu_mlp_original": original,
         "__doc__": f"A {original.__name__} whose {', '.join(rule.linears)} are one operator.",
         "__module__": __name__,
     }

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import functools
 import io
+import linecache
 
 import pytest
 import torch
@@ -52,6 +53,16 @@ class Base(nn.Module):
         """fc2, and another one the next time."""
         self.steps.append("shaky")
         return self._modules["fc2" if len(self.steps) == 1 else "fc3"]
+
+    @property
+    def counted(self):
+        """The activation, counted."""
+        self.steps.append("counted")
+        return self.act
+
+    def double(self):
+        self.fc2.weight.data.mul_(2)
+        return 0
 
     def note(self, x):
         self.steps.append(x.sum().item())
@@ -144,6 +155,7 @@ IDIOMS = {
     "locals": ("h = F.relu(self.fc1(x))\ny = self.fc2(h)\nreturn y, looks(locals())", None),
     "eval": ("h = F.relu(self.fc1(x))\ny = self.fc2(h)\nreturn y, eval('h.sum()')", None),
     "a closure": ("f = lambda: h\nh = F.relu(self.fc1(x))\ny = self.fc2(h)\nreturn y, f()", None),
+    "a closure over x": ("f = lambda: x\nx = F.relu(self.fc1(x))\ny = self.fc2(x)\nreturn y, f()", None),
     "a global": ("global h\nh = F.relu(self.fc1(x))\nreturn self.fc2(h)", None),
     "a loop that reads them again": (
         "h = torch.zeros(4)\nfor _ in range(2):\n    x = x + h.sum()\n"
@@ -174,6 +186,7 @@ IDIOMS = {
         "    h = self.fc2(h)\n    h.nothing()\nreturn h",
         None,
     ),
+    "a name of nothing": ("h = F.relu(self.fc1(x))\nreturn torch.stack([self.fc2(h)])", 1),
     # - something else happens on the way
     "isinstance": (
         "return self.fc2(h) if isinstance(h := F.relu(self.fc1(x)), torch.Tensor) else x",
@@ -247,6 +260,15 @@ IDIOMS = {
     "an effect before": ("h = F.relu(self.fc1(x))\nreturn self.note(x) + self.fc2(h)", None),
     "an effect in the input": ("return self.fc2(F.relu(self.fc1(self.note(x))))", 1),
     "an effect after": ("h = F.relu(self.fc1(x))\nreturn self.fc2(h) + self.note(x)", 1),
+    "an effect in a target": (
+        "y = [x * 1]\nh = F.relu(self.fc1(x))\ny[self.double()] += self.fc2(h)\nreturn y[0]",
+        None,
+    ),
+    "an effect in a target later": (
+        "y = [x]\nh = F.relu(self.fc1(x))\ny[self.double()] = self.fc2(h)\nreturn y[0]",
+        1,
+    ),
+    "a property between": ("return self.fc2(self.counted(self.fc1(x)))", None),
     "a property": ("return self.noted(F.relu(self.fc1(x)))", None),
     "a property in a row": ("h = F.relu(self.fc1(x))\nreturn self.shaky(h)", None),
     "a Linear replaced": (
@@ -387,6 +409,44 @@ def test_idiom(backend, idiom):
         assert same(a, e)
 
 
+def test_a_source_that_is_another_now():
+    kind = support.class_from_source(Base, "return self.fc2(F.relu(self.fc1(x))) + 1")
+    register_fusion(kind, ["fc1", "fc2"])
+    name = kind.forward.__code__.co_filename
+    size, time, lines, path = linecache.cache[name]
+    linecache.cache[name] = (size, time, [line.replace(" + 1", " + 2") for line in lines], path)
+    (entry,) = (entry for entry in fuse(kind(), report=True).left if not entry.name)
+    assert entry.reason == "the source of its forward is not at hand"
+    linecache.cache[name] = (size, time, lines, path)
+    assert not fuse(kind(), report=True).replaced  # it is asked once for a method
+
+
+def test_a_method_of_tensors_that_somebody_patched(backend, monkeypatch):
+    model = module_of("return self.fc2(self.fc1(x).relu())")
+    monkeypatch.setattr(torch.Tensor, "relu", lambda self: 2 * F.relu(self))
+    x = torch.randint(-2, 3, (2, 3)).float()
+    expected = model(x)
+    assert torch.equal(fuse(model)(x), expected)
+
+
+def test_no_source():
+    namespace = {"Base": Base, "F": F, "__name__": __name__}
+    code = "class Mine(Base):\n    def forward(self, x): return self.fc2(F.relu(self.fc1(x)))"
+    exec(compile(code, "nowhere.py", "exec"), namespace)
+    register_fusion(namespace["Mine"], ["fc1", "fc2"])
+    (entry,) = (entry for entry in fuse(namespace["Mine"](), report=True).left if not entry.name)
+    assert entry.reason == "the source of its forward is not at hand"
+
+
+def test_linears_in_another_order():
+    body = "return self.fc2(F.relu(self.fc3(F.relu(self.fc1(x)))))"
+    kind = support.class_from_source(Base, body)
+    register_fusion(kind, ["fc1", "fc2", "fc3"])
+    model = kind()
+    model.fc3 = nn.Linear(4, 4)
+    assert not fuse(model, report=True).replaced
+
+
 def module_of(body):
     kind = support.class_from_source(Base, body, **NAMES)
     register_fusion(kind, ["fc1", "fc2"])
@@ -416,7 +476,7 @@ def hook_that_activates(module):
 
 
 def method_of_the_class(module):
-    original = getattr(type(module), "_original", type(module))
+    original = getattr(type(module), "_relu_mlp_original", type(module))
     original.forward = lambda self, x: self.fc1(x) + 1
 
 
@@ -425,7 +485,7 @@ class ReLU6:
 
 
 def relu_of_the_module(module):
-    original = getattr(type(module), "_original", type(module))
+    original = getattr(type(module), "_relu_mlp_original", type(module))
     original.forward.__globals__["F"] = ReLU6
 
 
