@@ -196,6 +196,7 @@ def backward(
     lowest = lowest_layer(needs)
     if lowest == layers:
         return []
+    checks.check_saved(saved, grad_output)
     grad_weights: list[Tensor] = []
     grad_biases: list[Tensor] = []
 
