@@ -36,6 +36,7 @@ SCHEMAS = (
     "loss_and_grads(Tensor x, Tensor target, Tensor[] weights, "
     "Tensor[] biases, str loss, str output_activation) -> (Tensor, Tensor[])",
     "_build_info() -> str",
+    "_instruction_set() -> int",
     "_supported_instruction_sets() -> str",
     "_choose_instruction_set(str name) -> ()",
     "_strategy(int rows, int[] widths, bool is_narrow, str pairs, int panel, "

@@ -455,6 +455,8 @@ def broken_tensor(case: Case, t: Tensor) -> Any:
     how = r.choice(
         ["dtype", "dtype", "meta", "shape", "shape", "shape", "memory", "memory", "layout", "none"]
     )
+    if t.numel() == 0 and how in ("dtype", "layout"):
+        how = "shape"  # what is not there may be of any dtype
     if how == "dtype":
         return t.to(r.choice([*OTHER_DTYPES, *DTYPES]))
     if how == "meta":
@@ -778,8 +780,6 @@ def public_relu_mlp(case: Case) -> str:
             raise Wrong(f"{found!r}, natively {expected!r}")
         return "refused"
     if isinstance(expected, Refused):
-        if found[0].numel() == 0:
-            return "without elements"  # what is not there may be of any dtype
         raise Wrong(f"answered with {describe(found)}, natively {expected!r}")
     dtype = found[0].dtype if isinstance(found[0], Tensor) else net.dtype
     lowest = min((dtype, net.dtype), key=lambda t: PRECISION.get(t, 0))
