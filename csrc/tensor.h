@@ -5,6 +5,7 @@
 // than the arithmetic. Here a tensor has one owner.
 #pragma once
 
+#include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>
@@ -13,6 +14,7 @@
 #include <array>
 #include <optional>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -46,10 +48,16 @@ class Tensor {
     return std::exchange(handle_, nullptr);
   }
 
+  // To ask for memory to write into ends a lazy copy (torch._lazy_clone): PyTorch
+  // then makes it. So a const T asks for memory to read.
   template <typename T>
   T* data() const {
-    void* pointer;
-    check_call(aoti_torch_get_data_ptr(handle_, &pointer));
+    std::conditional_t<std::is_const_v<T>, const void*, void*> pointer;
+    if constexpr (std::is_const_v<T>) {
+      check_call(torch_get_const_data_ptr(handle_, &pointer));
+    } else {
+      check_call(torch_get_mutable_data_ptr(handle_, &pointer));
+    }
     if (!pointer && numel() > 0) {
       fail("a tensor has elements, but no memory");
     }
