@@ -226,8 +226,12 @@ def fused(
     if _is_grad_enabled():
         call = (implementation, activation, recompute, len(weights))
         return autograd.apply(call, x, *weights, *biases)[0]
-    with below_autograd():
+    # To enter and to leave it as a context takes longer than to make it, which enters it already.
+    guard = below_autograd()
+    try:
         return implementation.relu_mlp(x, weights, biases, activation)
+    finally:
+        del guard
 
 
 def refuse_transforms(function: str, *arguments: Any) -> None:

@@ -136,7 +136,8 @@ def _by_pytorch(code: tuple[Any, ...]) -> tuple[Any, ...]:
 def _is_by_pytorch(item: Any) -> bool:
     if isinstance(item, (int, BuiltinFunctionType)):
         return True
-    return _home_of(item).startswith("torch.nn.")
+    home = _home_of(item)
+    return home.startswith("torch.") and not home.startswith("torch.fx.")
 
 
 def _home_of(function: Any) -> str:

@@ -29,6 +29,7 @@ _strided = torch.strided
 _is_compiling = torch.compiler.is_compiling
 _operator = torch.ops.relu_mlp.relu_mlp.default
 _iterate = interception.iterate
+_function_modes = interception.function_modes
 
 _are_all_patched = interception.are_layers_replaced
 
@@ -337,7 +338,7 @@ class ReluMLP(Scriptable):
                 return None
         if (
             activation is None
-            or (interception.function_modes() and interception.is_under_a_mode())
+            or (_function_modes() and interception.is_under_a_mode())
             or type(input) is not torch.Tensor
             or input.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
             or len(biases) not in (0, len(weights))
