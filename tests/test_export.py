@@ -153,6 +153,20 @@ def test_the_program_of_a_fused_model_is_that_of_the_model():
     assert nodes(exported(unfuse(model))) == expected
 
 
+def test_a_module_with_a_rule():
+    layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).eval()
+    x = torch.randn(2, 3, 4)
+    linears = count(torch.export.export(layer, (x,)), LINEAR)
+    fuse(layer)
+    program = torch.export.export(layer, (x,))
+    assert (count(program, OPERATOR), count(program, LINEAR)) == (0, linears)
+    torch.testing.assert_close(program.module()(x), layer(x))
+    if "extension" in support.BACKENDS:
+        with relu_mlp.backend("extension"):
+            program = torch.export.export(layer, (x,))
+        assert (count(program, OPERATOR), count(program, LINEAR)) == (1, linears - 2)
+
+
 @pytest.mark.parametrize("way", ["joint", "fake", "tied", "no_grad", "keyword"])
 def test_other_ways_of_export(way):
     """Each gives what it gives for the `nn.Sequential`."""
