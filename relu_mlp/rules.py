@@ -141,8 +141,12 @@ def register_fusion(
 
 def rule_for(module_class: type[nn.Module]) -> Rule | None:
     """The rule of exactly this class."""
-    path = f"{module_class.__module__}.{module_class.__qualname__}"
-    return _rules.get(module_class) or _rules.get(path)
+    return _rules.get(module_class) or _rules.get(path_of(module_class))
+
+
+def path_of(module_class: type) -> str:
+    """Where a class is found, as text."""
+    return f"{module_class.__module__}.{module_class.__qualname__}"
 
 
 # -- What is untouched, and what is not ----------------------------------------------------
@@ -183,8 +187,7 @@ def problem_of(child: Any) -> str | None:
         return "has a forward of its own" if "forward" in child.__dict__ else "carries a hook"
     if not isinstance(child, nn.Linear):
         if is_linear_like(child):
-            kind = type(child)
-            return f"is no nn.Linear but of a class of its own, {kind.__module__}.{kind.__name__}"
+            return f"is no nn.Linear but a {path_of(type(child))}"
         return None
     if hasattr(child, "parametrizations"):
         return "is parametrized"
@@ -444,17 +447,18 @@ def _fusion_of(original: type[nn.Module], rule: Rule) -> Fusion:
     key = (original, rule, getattr(original, rule.method, None))
     if key not in _fusions:
         try:
-            made: Fusion | NotRecognised = _make_fusion(*key)
+            made: Fusion | str = _make_fusion(*key)
         except NotRecognised as reason:
-            made = reason
+            made = str(reason)
         _fusions.setdefault(key, made)  # of two threads, one gets the other's
     fusion = _fusions[key]
-    if isinstance(fusion, NotRecognised):
-        raise NotRecognised(*fusion.args)
+    if isinstance(fusion, str):
+        raise NotRecognised(fusion)
     return fusion
 
 
-_fusions: dict[tuple[type[nn.Module], Rule, Any], Fusion | NotRecognised] = {}
+#: What was made for a class, its rule and its method, or why nothing was.
+_fusions: dict[tuple[type[nn.Module], Rule, Any], Fusion | str] = {}
 
 
 def _make_fusion(original: type[nn.Module], rule: Rule, known: Any) -> Fusion:
