@@ -364,8 +364,11 @@ class _Rewriter(ast.NodeTransformer):
         self.networks: list[list[Path]] = []
 
     def rewrite(self) -> list[list[Path]]:
-        if self.bound.count(self.me) != 1 or self._asks_for_its_class():
-            return []
+        name = self.function.__name__
+        if self.bound.count(self.me) != 1:
+            raise NotRecognised(f"its {name} may give the name of its object to something else")
+        if self._asks_for_its_class():
+            raise NotRecognised(f"its {name} asks for the class of its object")
         if _READERS.isdisjoint(_names_in(self.node)):
             for found in reversed(list(self._in_statements())):
                 found.block[found.start : found.stop] = found.replacement

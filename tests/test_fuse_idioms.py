@@ -434,6 +434,23 @@ def test_a_method_of_tensors_that_somebody_patched(backend, monkeypatch):
     assert torch.equal(fuse(model)(x), expected)
 
 
+@pytest.mark.parametrize(
+    ("body", "before", "reason"),
+    [
+        ("return type(self)", "", "its forward asks for the class of its object"),
+        ("self = self", "", "its forward may give the name of its object to something else"),
+        ("return x", "@functools.lru_cache", "its forward is no plain function"),
+        ("return x", "@unknown_decorator", "its forward has a decorator that may do anything"),
+        ("return x", "@self_aware_decorator", "its forward computes no self.fc2(relu(self.fc1"),
+    ],
+)
+def test_reasons(body, before, reason):
+    kind = support.class_from_source(Base, body, before=before, **NAMES)
+    register_fusion(kind, ["fc1", "fc2"])
+    (entry,) = (entry for entry in fuse(kind(), report=True).left if not entry.name)
+    assert entry.reason.startswith(reason)
+
+
 def test_no_source():
     namespace = {"Base": Base, "F": F, "__name__": __name__}
     code = "class Mine(Base):\n    def forward(self, x): return self.fc2(F.relu(self.fc1(x)))"
