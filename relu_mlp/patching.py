@@ -317,6 +317,8 @@ def _why_no_rule(module: nn.Module) -> str:
             return "is a subclass of Sequential"
         if rule_for(base) is not None:
             return f"is a subclass of {base.__name__}: see register_fusion"
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return "is called by another module: see register_fusion for Linears that are attributes"
     return "has no rule for its class: see register_fusion"
 
 

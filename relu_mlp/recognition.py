@@ -50,9 +50,9 @@ from torch import nn
 #: Dotted names; the first is "self" for the object whose method it is.
 Path = tuple[str, ...]
 
-#: Steps that are no functions: methods of the hidden tensor, and its cast as in `_CAST`.
-METHODS = ("relu", "relu_")
-CAST = "cast"
+#: Steps that are no calls of functions: of methods of the hidden tensor, and `_CAST`.
+METHODS = (".relu", ".relu_")
+CAST = ".cast"
 
 #: How T5 calls its second Linear, which may be kept in another dtype.
 _CAST = """
@@ -364,8 +364,11 @@ class _Rewriter(ast.NodeTransformer):
         self.networks: list[list[Path]] = []
 
     def rewrite(self) -> list[list[Path]]:
-        if self.bound.count(self.me) != 1 or self._asks_for_its_class():
-            return []
+        name = self.function.__name__
+        if self.bound.count(self.me) != 1:
+            raise NotRecognised(f"its {name} may give the name of its object to something else")
+        if self._asks_for_its_class():
+            raise NotRecognised(f"its {name} asks for the class of its object")
         if _READERS.isdisjoint(_names_in(self.node)):
             for found in reversed(list(self._in_statements())):
                 found.block[found.start : found.stop] = found.replacement
@@ -427,9 +430,9 @@ class _Rewriter(ast.NodeTransformer):
             return None
         callee, arguments, keywords = node.func, node.args, node.keywords
         if not arguments and not keywords:  # h.relu()
-            if not isinstance(callee, ast.Attribute) or callee.attr not in METHODS:
+            if not isinstance(callee, ast.Attribute) or f".{callee.attr}" not in METHODS:
                 return None
-            return _Step((callee.attr,), ast.Constant(callee.attr), callee.value)
+            return self._special_step(f".{callee.attr}", callee.value)
         path = self._path(callee)
         if path is None or not arguments or isinstance(arguments[0], ast.Starred):
             return None
@@ -442,14 +445,19 @@ class _Rewriter(ast.NodeTransformer):
             return None
         keys: list[Any] = [ast.Constant(keyword.arg) for keyword in keywords]
         values = [keyword.value for keyword in keywords]
-        (pair,) = self._filled(
-            "(FUNCTION, lambda: (ARGUMENTS, KEYWORDS))",
+        (call,) = self._filled(
+            "ME._relu_mlp_with(FUNCTION, lambda: (ARGUMENTS, KEYWORDS))",
             node,
             FUNCTION=callee,
             ARGUMENTS=ast.Tuple(arguments[1:], ast.Load()),
             KEYWORDS=ast.Dict(keys, values),
         )
-        return _Step(path, pair.value, arguments[0])
+        return _Step(path, call.value, arguments[0])
+
+    def _special_step(self, kind: str, argument: ast.expr | None) -> _Step:
+        name = f"_relu_mlp_{kind[1:]}"
+        function = ast.Attribute(ast.Name(self.me, ast.Load()), name, ast.Load())
+        return _Step((kind,), function, argument)
 
     def _path(self, node: Any) -> Path | None:
         """Dotted names of `self` or of a global variable, whose lookup has no effects."""
@@ -516,7 +524,7 @@ class _Rewriter(ast.NodeTransformer):
             target, value = _assigned(block[at])
             more = self._steps(value, name) if target else []
             if self._is_cast(block[at], name, steps):
-                steps.append(_Step((CAST,), ast.Constant(CAST), None))
+                steps.append(self._special_step(CAST, None))
             elif more and more[-1].path != ("self", self.linears[-1]):
                 steps += more
                 hidden.append(name := target)

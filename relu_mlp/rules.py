@@ -11,7 +11,7 @@ import contextlib
 import functools
 import inspect
 import types
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -33,10 +33,10 @@ from .recognition import (
     value_of,
 )
 
-#: What is ReLU when it is called as a function, and as a method of the tensor.
+#: What is ReLU when it is called as a function.
 RELUS = (F.relu, torch.relu, torch.relu_)
 _relu = F.relu  # the only one that takes an argument: whether to work in place
-_relu_methods = [getattr(Tensor, name) for name in METHODS]
+_relu_methods = Tensor.relu, Tensor.relu_
 
 #: Stands for an activation that is a function, and carries no hooks.
 _RELU = nn.ReLU()
@@ -141,8 +141,12 @@ def register_fusion(
 
 def rule_for(module_class: type[nn.Module]) -> Rule | None:
     """The rule of exactly this class."""
-    path = f"{module_class.__module__}.{module_class.__qualname__}"
-    return _rules.get(module_class) or _rules.get(path)
+    return _rules.get(module_class) or _rules.get(path_of(module_class))
+
+
+def path_of(module_class: type) -> str:
+    """Where a class is found, as text."""
+    return f"{module_class.__module__}.{module_class.__qualname__}"
 
 
 # -- What is untouched, and what is not ----------------------------------------------------
@@ -183,8 +187,7 @@ def problem_of(child: Any) -> str | None:
         return "has a forward of its own" if "forward" in child.__dict__ else "carries a hook"
     if not isinstance(child, nn.Linear):
         if is_linear_like(child):
-            kind = type(child)
-            return f"is no nn.Linear but of a class of its own, {kind.__module__}.{kind.__name__}"
+            return f"is no nn.Linear but a {path_of(type(child))}"
         return None
     if hasattr(child, "parametrizations"):
         return "is parametrized"
@@ -284,6 +287,31 @@ def _described(value: Any) -> str:
 # -- A call ------------------------------------------------------------------------------
 
 
+class _With:
+    """A function with arguments besides the first, which are evaluated when it is called."""
+
+    def __init__(self, function: Any, others: Callable[[], tuple[Any, Any]]) -> None:
+        self.function = function
+        self.others = others
+
+    def __call__(self, input: Any) -> Any:
+        arguments, keywords = self.others()
+        return self.function(input, *arguments, **keywords)
+
+
+def _call_relu(input: Any) -> Any:
+    return input.relu()
+
+
+def _call_relu_(input: Any) -> Any:
+    return input.relu_()
+
+
+def _cast(input: Any) -> Any:
+    """Stands for a cast to the dtype of the next weight. It is only looked at, not called."""
+    raise NotImplementedError
+
+
 def _run_of(functions: tuple[Any, ...], x: Any) -> Run | None:
     """The network that calling these functions is, the last first; None if it is none for the
     operators, now and for this x."""
@@ -292,27 +320,23 @@ def _run_of(functions: tuple[Any, ...], x: Any) -> Run | None:
     chain: list[nn.Module] = []
     is_cast = False
     for function in reversed(functions):
-        arguments: tuple[Any, ...] = ()
-        keywords: dict[str, Any] = {}
-        if type(function) is tuple:
-            function, others = function
-            arguments, keywords = others()
-        if function is _dropout:
-            if not _drops_nothing(*arguments, **keywords):
-                return None
-        elif (arguments or keywords) and function is not _relu:
-            return None
-        elif type(function) in (nn.Linear, nn.ReLU):
+        if type(function) is nn.Linear or type(function) is nn.ReLU:
             chain.append(function)
-        elif type(function) is str:
-            if function == CAST:
-                is_cast = True
-            elif getattr(Tensor, function) is _relu_methods[METHODS.index(function)]:
-                chain.append(_RELU)
-            else:
+        elif function is _call_relu or function is _call_relu_:
+            if _relu_methods != (Tensor.relu, Tensor.relu_):
                 return None
+            chain.append(_RELU)
         elif _is_relu(function):
             chain.append(_RELU)
+        elif type(function) is _With:
+            arguments, keywords = function.others()
+            if function.function is _relu:
+                _takes_inplace(*arguments, **keywords)
+                chain.append(_RELU)
+            elif function.function is not _dropout or _drops(*arguments, **keywords):
+                return None
+        elif function is _cast:
+            is_cast = True
         elif not isinstance(function, nn.Module) or not does_nothing(function):
             return None
     run = find_run(chain)
@@ -324,9 +348,13 @@ def _run_of(functions: tuple[Any, ...], x: Any) -> Run | None:
     return run
 
 
-def _drops_nothing(p: Any = 0.5, training: Any = True, inplace: Any = False) -> bool:
-    """Whether `F.dropout` with these arguments returns its input."""
-    return 0 <= p <= 1 and (not training or p == 0)
+def _drops(p: Any = 0.5, training: Any = True, inplace: Any = False) -> bool:
+    """Whether `F.dropout` with these arguments does not return its input."""
+    return not 0 <= p <= 1 or (training and p != 0)
+
+
+def _takes_inplace(inplace: Any = False) -> None:
+    """TypeError where `F.relu` raises it."""
 
 
 def _casts_nothing(x: Tensor, run: Run) -> bool:
@@ -353,8 +381,12 @@ class FusedModule:
     _relu_mlp_original: type[nn.Module]
 
     # What a rewritten method calls. The functions are in the order in which a nested call
-    # evaluates them: the last first. One is a function, the name of a method of the tensor, or
-    # (a function, what returns its other arguments).
+    # evaluates them: the last first.
+
+    _relu_mlp_with = _With
+    _relu_mlp_relu = staticmethod(_call_relu)
+    _relu_mlp_relu_ = staticmethod(_call_relu_)
+    _relu_mlp_cast = staticmethod(_cast)
 
     @staticmethod
     def _relu_mlp_try(functions: tuple[Any, ...], input: Any) -> Tensor | None:
@@ -368,14 +400,7 @@ class FusedModule:
     def _relu_mlp_natively(functions: tuple[Any, ...], input: Any) -> Any:
         """What calling the functions makes of the input."""
         for function in reversed(functions):
-            if type(function) is str:
-                input = getattr(input, function)()
-            elif type(function) is tuple:
-                function, others = function
-                arguments, keywords = others()
-                input = function(input, *arguments, **keywords)
-            else:
-                input = function(input)
+            input = function(input)
         return input
 
     @staticmethod
@@ -422,17 +447,18 @@ def _fusion_of(original: type[nn.Module], rule: Rule) -> Fusion:
     key = (original, rule, getattr(original, rule.method, None))
     if key not in _fusions:
         try:
-            made: Fusion | NotRecognised = _make_fusion(*key)
+            made: Fusion | str = _make_fusion(*key)
         except NotRecognised as reason:
-            made = reason
+            made = str(reason)
         _fusions.setdefault(key, made)  # of two threads, one gets the other's
     fusion = _fusions[key]
-    if isinstance(fusion, NotRecognised):
-        raise NotRecognised(*fusion.args)
+    if isinstance(fusion, str):
+        raise NotRecognised(fusion)
     return fusion
 
 
-_fusions: dict[tuple[type[nn.Module], Rule, Any], Fusion | NotRecognised] = {}
+#: What was made for a class, its rule and its method, or why nothing was.
+_fusions: dict[tuple[type[nn.Module], Rule, Any], Fusion | str] = {}
 
 
 def _make_fusion(original: type[nn.Module], rule: Rule, known: Any) -> Fusion:
