@@ -38,12 +38,8 @@ from .functional import (
     native,
 )
 from .gradient_report import GradientReport, ParameterReport
+from .gradient_rounding import dense, effects_of_inputs, effects_of_operations
 from .ops import NO_TENSOR
-
-#: |by hand - autograd| may be this fraction of the parameter's largest gradient
-#: plus that fraction of loss / parameter. Rounding makes some 1e-13 of it, and a
-#: wrong term far more than 1e-9.
-OF_GRADIENT, OF_LOSS = 2.0**-30, 2.0**-33
 
 Backward = Callable[..., Any]
 Inputs = Mapping[str, Tensor] | Sequence[Tensor]
@@ -105,6 +101,10 @@ def check_gradients(
     it may be off, and whether the function has a kink there, where it means
     nothing. Of a parameter with more than 4096 elements, so many get one.
 
+    By hand and autograd agree to rounding, however large the function's value is: they
+    may be apart by 1e-9 of the element, or by what a few dozen roundings make of it
+    where its terms cancel.
+
     Args:
         x, target, weights, biases, loss, output_activation: as in `loss_and_grads`.
         function: takes the inputs and returns a tensor of one element, made of
@@ -113,8 +113,8 @@ def check_gradients(
             by their names. Those of floating point are checked; they reach both
             functions in float64.
         backward: takes the same inputs and returns their gradients in the same
-            order or under the same names, None for one that was not derived.
-            With one input, the gradient alone will do.
+            order or under the same names, None for one that was not derived; not
+            for all of them. With one input, the gradient alone will do.
         eps: the step; by default the cube root of float64's precision, 6e-6.
 
     Returns:
@@ -196,7 +196,7 @@ def _check_function(
         return callee(**dict(zip(named, tensors, strict=True))) if by_name else callee(*tensors)
 
     def listed_backward(*tensors: Tensor) -> list[Tensor | None]:
-        return _listed(call(backward, tensors), list(named))
+        return _listed(call(backward, tensors), named)
 
     subject = f"{getattr(function, '__name__', type(function).__name__)}({', '.join(named)})"
     return _report(subject, lambda *tensors: call(function, tensors), named, listed_backward, eps)
@@ -225,9 +225,18 @@ def _named(function: Function, inputs: Inputs) -> dict[str, Tensor]:
     return named
 
 
-def _listed(grads: Any, names: Sequence[str]) -> list[Tensor | None]:
-    """What a backward function returned, in the order of the inputs."""
-    if isinstance(grads, Tensor) or grads is None:
+def _listed(grads: Any, inputs: Mapping[str, Tensor]) -> list[Tensor | None]:
+    """What a backward function returned, in the order of the inputs.
+
+    Only for an input of floating point, a gradient is held against anything.
+    """
+    names = list(inputs)
+    if grads is None:
+        raise ValueError(
+            f"backward must return one gradient for each of {', '.join(names)}; got 1, which is "
+            "None. Was its return forgotten?"
+        )
+    if isinstance(grads, Tensor):
         grads = [grads]
     if isinstance(grads, Mapping):
         unknown = [name for name in grads if name not in names]
@@ -247,6 +256,20 @@ def _listed(grads: Any, names: Sequence[str]) -> list[Tensor | None]:
             raise TypeError(
                 f"backward's gradient of {name} must be a Tensor, got {type(grad).__name__}"
             )
+        if grad is not None and grad.is_complex():
+            raise TypeError(
+                f"backward's gradient of {name} must be real, got {checks.name_of(grad.dtype)}"
+            )
+        if grad is not None and inputs[name].is_complex():
+            raise TypeError(
+                f"the input {name} must be real to be checked, got "
+                f"{checks.name_of(inputs[name].dtype)}; return None for its gradient"
+            )
+    checked = [name for name in names if inputs[name].is_floating_point()]
+    if all(grads[names.index(name)] is None for name in checked):
+        raise ValueError(
+            f"backward must return a gradient of {' or '.join(checked)} to be checked; got none"
+        )
     return list(grads)
 
 
@@ -283,14 +306,14 @@ def _report(
     differences = {
         name: by_differences(function, tensors, name, loss, spread, eps) for name in checked
     }
-    tolerances = _tolerances(tensors, loss, gradients, differences)
+    tolerances = _tolerances(function, tensors, gradients, differences)
     parameters = []
     for name, grad in gradients.items():
         hand, found = given[name], differences[name]
         parameters.append(
             ParameterReport(
                 name,
-                None if hand is None else hand.detach().double(),
+                None if hand is None else dense(hand.detach()).double(),
                 grad,
                 found.numerical,
                 found.uncertainty,
@@ -302,31 +325,29 @@ def _report(
 
 
 def _tolerances(
+    function: Function,
     tensors: Mapping[str, Tensor],
-    loss: float,
     gradients: Mapping[str, Tensor],
     differences: Mapping[str, Differences],
 ) -> dict[str, float]:
     """How far by hand and autograd may be apart by rounding, for each input.
 
-    Rounding every input by u moves a gradient by the second derivatives times u, also
-    where the gradient is 0. Near a minimum those obey |f_ij|^2 <= f_ii f_jj.
+    Not by how large the loss is, of which a part may be constant, but by how much the
+    gradient moves where what it is computed from does; see gradient_rounding.py.
     """
-    moved = math.sqrt(
-        sum(
-            _largest((differences[name].curvature * tensors[name] ** 2).sum()) for name in gradients
-        )
-    )
-    tolerances = {}
-    for name, grad in gradients.items():
-        steepest = math.sqrt(_largest(differences[name].curvature))
-        tolerances[name] = (
-            UNIT_ROUNDOFF
-            + OF_GRADIENT * _largest(grad)
-            + OF_LOSS * _largest(torch.tensor(loss)) / max(1.0, _largest(tensors[name]))
-            + ROUNDINGS * UNIT_ROUNDOFF * steepest * moved
-        )
-    return tolerances
+    names = list(gradients)
+    by_operations = effects_of_operations(function, tensors, names, list(gradients.values()))
+    by_inputs = effects_of_inputs(function, tensors, names)
+    if by_inputs is None:
+        # The differences know the diagonal, and near a minimum |f_ij|^2 <= f_ii f_jj.
+        sizes = {name: tensors[name].abs().clamp(min=1) for name in names}
+        curvatures = {name: differences[name].curvature for name in names}
+        total = sum(_largest((curvatures[n] * sizes[n] ** 2).sum()) for n in names)
+        by_inputs = [(curvatures[n] * total).sqrt() for n in names]
+    return {
+        name: ROUNDINGS * UNIT_ROUNDOFF * sum(map(_largest, (gradients[name], *effects)))
+        for name, *effects in zip(names, by_operations, by_inputs, strict=True)
+    }
 
 
 def _largest(tensor: Tensor) -> float:
@@ -366,7 +387,7 @@ def _by_autograd(
             f"{loss.item()!r} and then {again!r}. Seed what is random inside it."
         )
     return loss.item(), [
-        torch.zeros_like(leaves[name]) if grad is None else grad.detach()
+        torch.zeros_like(leaves[name]) if grad is None else dense(grad.detach())
         for name, grad in zip(checked, grads, strict=True)
     ]
 

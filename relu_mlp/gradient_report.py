@@ -8,6 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+#: |by hand - autograd| may be this fraction of the element, beside the tolerance of its
+#: parameter. Rounding makes some 1e-13 of it, and a wrong term far more than 1e-9.
+OF_ELEMENT = 2.0**-30
+
 
 @dataclass(frozen=True)
 class Element:
@@ -47,7 +51,9 @@ class ParameterReport:
     numerical: Tensor  #: NaN where it was not computed
     uncertainty: Tensor  #: how far the numerical value may be off
     is_at_kink: Tensor  #: bool: where the numerical value means nothing
-    tolerance: float  #: the largest |by hand - autograd| that is taken for rounding
+    #: the largest |by hand - autograd| that is taken for rounding, beside `OF_ELEMENT` of
+    #: autograd's value
+    tolerance: float
 
     @property
     def has_shape(self) -> bool:
@@ -76,13 +82,14 @@ class ParameterReport:
     @property
     def is_wrong(self) -> Tensor:
         """bool: where by hand and autograd differ by more than rounding."""
-        return self.difference.abs() > self.tolerance
+        return self.difference.abs() > allowed(self.autograd, self.tolerance)
 
     @property
     def is_disputed(self) -> Tensor:
         """bool: where the numerical value contradicts autograd's, beyond all uncertainty."""
         gap = (self.numerical - self.autograd).abs()
-        return (gap > self.uncertainty) & ~self.is_at_kink
+        rounding = allowed(self.autograd, self.tolerance)
+        return (gap > self.uncertainty + rounding) & ~self.is_at_kink
 
     @property
     def ok(self) -> bool:
@@ -192,11 +199,18 @@ def ulp(tensor: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     return info.eps * torch.exp2(torch.frexp(magnitude).exponent.double() - 1)
 
 
+def allowed(gradient: Tensor, tolerance: float) -> Tensor:
+    """How far another may be from each element of a gradient."""
+    return tolerance + OF_ELEMENT * gradient.abs().nan_to_num(0, 0, 0)
+
+
 def diagnosis(by_hand: Tensor, autograd: Tensor, tolerance: float) -> str:
     """What a wrong gradient looks like, next to the right one; to find the mistake by."""
 
     def is_close(left: Tensor, right: Tensor) -> bool:
-        return left.shape == right.shape and bool(((left - right).abs() <= tolerance).all())
+        return left.shape == right.shape and bool(
+            ((left - right).abs() <= allowed(right, tolerance)).all()
+        )
 
     if by_hand.shape != autograd.shape:
         shapes = f"it has shape {tuple(by_hand.shape)} instead of {tuple(autograd.shape)}"
@@ -220,7 +234,7 @@ def diagnosis(by_hand: Tensor, autograd: Tensor, tolerance: float) -> str:
     factor = float((by_hand * autograd).sum() / autograd.square().sum())
     if is_close(by_hand, factor * autograd):
         return f"it is {in_words(factor)} autograd's"
-    return where_it_is_wrong(error > tolerance)
+    return where_it_is_wrong(error > allowed(autograd, tolerance))
 
 
 def in_words(factor: float) -> str:

@@ -551,10 +551,7 @@ def test_no_mistake_is_missed(seed):
     torch.manual_seed(seed)
     net = Perceptron(*(r.choice([1, 2, 3, 5]) for _ in range(4)))
     right = net.backward(**net.inputs)
-    value = net.loss(**net.inputs).item()
-    # Not of a unit that is always off; nor where a millionth of the gradient is nothing
-    # next to the loss, whose roundings reach 2⁻³³ of it.
-    names = [n for n, g in right.items() if 1e-6 * g.abs().max() > 2 * 2.0**-33 * value]
+    names = [n for n, g in right.items() if g.any()]  # not of a unit that is always off
     assert names
     name = r.choice(names)
     index = tuple(r.randrange(size) for size in right[name].shape)
@@ -566,6 +563,157 @@ def test_no_mistake_is_missed(seed):
     assert (worst.parameter, worst.index) == (name, index)
     assert worst.difference == pytest.approx(by, rel=1e-6)
     assert f"{name}[{', '.join(map(str, index))}] " in str(report)
+
+
+# -- What is rounding and what is not --------------------------------------------
+
+CASES = [(seed, offset, scale) for seed in range(4) for offset in (0, 1e12) for scale in (1, 1e-20)]
+
+
+class LeastSquares:
+    """scale * (sum (x w - t)² + offset), with targets of any size, and its gradient."""
+
+    def __init__(self, seed, offset, scale):
+        torch.manual_seed(seed)
+        self.offset, self.scale = offset, scale
+        self.x, self.w = draw(30, 3), draw(3)
+        self.t = [1, 1e3, 1e6][seed % 3] * draw(30)
+
+    def loss(self, w):
+        return self.scale * ((self.x @ w - self.t).square().sum() + self.offset)
+
+    def backward(self, w):
+        return 2 * self.scale * self.x.T @ (self.x @ w - self.t)
+
+
+@pytest.mark.parametrize(("seed", "offset", "scale"), CASES)
+def test_a_wrong_gradient_beside_any_loss(seed, offset, scale):
+    """By hand and autograd agree to rounding, which the size of the loss says nothing about."""
+    net = LeastSquares(seed, offset, scale)
+    assert check_gradients(net.loss, [net.w], net.backward).ok
+    report = check_gradients(net.loss, [net.w], lambda w: -net.backward(w))
+    assert wrong(report) == {"w": "it is minus autograd's"}
+    assert report.ok is False
+    for factor in (1 + 1e-6, 0, 2):
+        factors = torch.tensor([1, factor, 1], dtype=torch.float64)
+        report = check_gradients(net.loss, [net.w], lambda w: factors * net.backward(w))  # noqa: B023
+        assert of(report)["w"].is_wrong.tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(("seed", "offset", "scale"), CASES)
+def test_a_right_gradient_whose_terms_cancel(seed, offset, scale):
+    """At the minimum it is made of the rounding errors of large residuals; in three orders."""
+    net = LeastSquares(seed, offset, scale)
+    x, t = net.x, net.t
+    best = torch.linalg.lstsq(x, t[:, None]).solution[:, 0]
+
+    def exactly(w):  # but for the rounding of the residuals
+        terms = (x * (x @ w - t)[:, None]).T.tolist()
+        sums = [math.fsum(column) for column in terms]
+        return 2 * scale * torch.tensor(sums, dtype=torch.float64)
+
+    def expanded(w):
+        return 2 * scale * (x.T @ x @ w - x.T @ t)
+
+    for backward in (net.backward, expanded, exactly):
+        report = check_gradients(net.loss, [best], backward)
+        assert report.ok and not of(report)["w"].is_wrong.any(), str(report)
+
+
+def far(p):
+    return ((p + 1e9) ** 2).sum() - ((p + 1e9) ** 2).sum() + p.sum()
+
+
+CANCELLING = {
+    "softmax": (lambda p: (3 * p.softmax(0)).sum(), None),
+    "standardized": (lambda p: ((p - p.mean()) / p.std()).sum(), None),
+    "log_softmax": (lambda p: -p.log_softmax(0).sum(), lambda p: len(p) * p.softmax(0) - 1),
+    "a difference": (lambda p: 1e9 * p.sum() - 1e9 * p.sum() + p.sum(), torch.ones_like),
+    "a difference of squares": (far, torch.ones_like),
+}
+
+
+@pytest.mark.parametrize("offset", [0, 1e12])
+@pytest.mark.parametrize(("function", "derivative"), CANCELLING.values(), ids=list(CANCELLING))
+def test_a_backward_pass_that_cancels(function, derivative, offset):
+    """By hand is what the terms come to in exact arithmetic."""
+    for _ in range(5):
+        report = check_gradients(
+            lambda p: function(p) + offset, [5 * draw(4)], derivative or torch.zeros_like
+        )
+        assert report.ok, str(report)
+
+
+def test_a_sum_over_rows_that_cancels():
+    half = 1e8 * draw(50, 3)
+    rows = torch.cat([half, -half.flip(0)])
+    for loss in (lambda w: (rows @ w).sum(), lambda w: (rows * w).sum() + 1e12):
+        report = check_gradients(loss, [draw(3)], torch.zeros_like)
+        assert report.ok, str(report)
+
+
+def test_a_small_element_beside_a_large_one():
+    factors = torch.tensor([1e12, 1, 1], dtype=torch.float64)
+    signs = torch.tensor([1.0, -1, 1], dtype=torch.float64)
+    report = check_gradients(
+        lambda p: (factors * p * p).sum(), [draw(3)], lambda p: 2 * signs * factors * p
+    )
+    assert not report.ok and of(report)["p"].is_wrong.tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1, 1e20])
+def test_gradients_of_any_size(scale):
+    report = check_gradients(lambda p: scale * p.sum(), [draw(3)], lambda p: -scale * p.sign() ** 2)
+    assert wrong(report) == {"p": "it is minus autograd's"}
+    right = check_gradients(lambda p: scale * p.sum(), [draw(3)], lambda p: scale * p.sign() ** 2)
+    assert right.ok
+
+
+def test_a_mask_that_is_wrong_where_a_sum_is_exactly_0():
+    """To find out what rounding does never takes a function over its kink."""
+    x = torch.tensor([[1.0, 2.0]], dtype=torch.float64)
+    w = torch.tensor([2.0, -1.0], dtype=torch.float64)
+    for loss in (lambda w: torch.relu(x @ w).sum(), lambda w: (x @ w).clamp(max=0).sum()):
+        report = check_gradients(loss, [w], lambda w: torch.zeros(2))
+        right = of(report)["w"].autograd
+        assert check_gradients(loss, [w], lambda w: right).ok  # noqa: B023
+        report = check_gradients(loss, [w], lambda w: x[0] - right)  # noqa: B023
+        assert not report.ok and of(report)["w"].is_wrong.all()
+
+
+class Once(torch.autograd.Function):
+    """A square without a second derivative, whose backward pass writes and wants Python."""
+
+    @staticmethod
+    def forward(ctx, p):
+        ctx.save_for_backward(p)
+        return p.square()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (p,) = ctx.saved_tensors
+        result = grad.clone()
+        result[: len(p) // 2] *= 2
+        result[len(p) // 2 :] *= 2
+        return result.mul_(p)
+
+
+@pytest.mark.parametrize("offset", [0, 1e12])
+def test_a_function_without_a_second_derivative(offset):
+    loss = lambda p: Once.apply(p + 1e6).sum() + offset  # noqa: E731
+    p = draw(5)
+    assert check_gradients(loss, [p], lambda p: 2 * (p + 1e6)).ok
+    assert not check_gradients(loss, [p], lambda p: -2 * (p + 1e6)).ok
+
+
+def test_the_random_numbers_of_the_caller_are_left_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    p = torch.ones(3)
+    check_gradients(lambda p: p.square().sum(), [p], lambda p: 2 * p)
+    assert torch.equal(torch.rand(4), expected)
 
 
 # -- What it is measured in ------------------------------------------------------
@@ -900,6 +1048,13 @@ RESULTS = {
     "few": (lambda a, b: (a,), ValueError, ["backward", "a, b", "got 1"]),
     "one tensor": (lambda a, b: a, ValueError, ["backward", "a, b", "got 1"]),
     "nothing": (lambda a, b: None, ValueError, ["backward", "a, b", "got 1"]),
+    "none at all": (lambda a, b: (None, None), ValueError, ["backward", "a or b", "got none"]),
+    "an empty mapping": (lambda a, b: {}, ValueError, ["backward", "a or b", "got none"]),
+    "a complex one": (
+        lambda a, b: (b, a * 1j),
+        TypeError,
+        ["backward", "b", "real", "complex128"],
+    ),
     "many": (lambda a, b: (a, b, a), ValueError, ["backward", "a, b", "got 3"]),
     "unknown": (lambda a, b: {"a": a, "c": b}, ValueError, ["backward", "a, b", "['c']"]),
 }
@@ -909,6 +1064,38 @@ RESULTS = {
 def test_bad_results_of_backward(backward, error, words):
     inputs = [draw(3), draw(3)]
     raised(lambda: check_gradients(lambda a, b: (a * b).sum(), inputs, backward), error, words)
+
+
+def test_a_backward_without_its_return():
+    def backward(p):
+        2 * p
+
+    call = lambda: check_gradients(lambda p: p.square().sum(), [draw(3)], backward)  # noqa: E731
+    raised(call, ValueError, ["backward", "gradient", "p", "None", "return"])
+    by_name = lambda: check_gradients(torch.sum, {"input": draw(3)}, lambda input: None)  # noqa: E731
+    raised(by_name, ValueError, ["backward", "input", "None"])
+
+
+def test_only_what_is_of_floating_point_is_checked():
+    """A gradient of an integer alone is none; one of a complex input can't be held to anything."""
+    inputs = [draw(3), torch.arange(3), torch.ones(3, dtype=torch.complex128)]
+
+    def loss(a, k, c):
+        return (a * k * c.real).sum()
+
+    call = lambda *grads: lambda: check_gradients(loss, inputs, lambda a, k, c: grads)  # noqa: E731
+    raised(call(None, inputs[0], None), ValueError, ["backward", "a", "got none"])
+    raised(call(inputs[1], None, inputs[0]), TypeError, ["input c", "real", "complex128", "None"])
+    assert call(inputs[1], None, None)().ok
+
+
+def test_a_sparse_gradient():
+    places = torch.tensor([2, 0, 2])
+    loss = lambda table: torch.nn.functional.embedding(places, table, sparse=True).sum()  # noqa: E731
+    right = torch.tensor([[1.0], [0], [2], [0]]).expand(4, 2)
+    for by_hand in (right, right.to_sparse()):
+        assert check_gradients(loss, [draw(4, 2)], lambda table: by_hand).ok  # noqa: B023
+        assert not check_gradients(loss, [draw(4, 2)], lambda table: -by_hand).ok  # noqa: B023
 
 
 INPUTS = {
