@@ -477,6 +477,21 @@ def test_words_are_those_of_the_native_layers(backend):
     assert said[0] == said[1]
 
 
+def test_class_of_a_want_of_memory_on_a_gpu():
+    """torch.OutOfMemoryError, which programs catch; anything else stays what it was."""
+    for said, kind in {
+        "CUDA out of memory. Tried to allocate 2.00 GiB.": torch.OutOfMemoryError,
+        "x must be on cuda:0 like y, got CUDA out of memory": RuntimeError,
+    }.items():
+
+        def fail(*arguments, said=said):
+            raise RuntimeError(said)
+
+        with pytest.raises(RuntimeError) as error:
+            ops.raising_out_of_memory(fail)(1, 2)
+        assert type(error.value) is kind and str(error.value) == said
+
+
 @needs_library
 def test_workspace_that_cannot_be_had():
     """The results fit, what the kernels need beside them does not."""
