@@ -416,11 +416,13 @@ def _backward_kernel(
         return implementation.backward(grad_output, saved, output_activation, needs)
 
 
+_library = ops.kernels_of(__name__)
+
 for _name, _kernel, _rule in (
     ("relu_mlp", _relu_mlp_kernel, batching.relu_mlp),
     ("forward", _forward_kernel, batching.forward),
     ("backward", _backward_kernel, batching.backward),
 ):
-    ops._library.impl(_name, _kernel, "Autograd")
+    _library.impl(_name, _kernel, "Autograd")
     _operator = getattr(torch.ops.relu_mlp, _name).default
-    ops._library.impl(_name, batching.kernel_of(_operator, _rule), "FuncTorchBatched")
+    _library.impl(_name, batching.kernel_of(_operator, _rule), "FuncTorchBatched")
