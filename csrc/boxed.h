@@ -448,6 +448,16 @@ void loss_and_grads(StableIValue* stack) {
   stack[1] = give(std::move(gradients));
 }
 
+// The same pass with its tensor at the head of its list.
+template <void (*pass)(StableIValue*)>
+void as_list(StableIValue* stack) {
+  pass(stack);
+  auto first = take<Tensor>(stack[0]);
+  auto list = take<std::vector<Tensor>>(stack[1]);
+  list.insert(list.begin(), std::move(first));
+  stack[0] = give(std::move(list));
+}
+
 inline void define_passes(torch::stable::detail::StableLibrary& m) {
   m.def(
       "relu_mlp(Tensor x, Tensor[] weights, Tensor[] biases, "
@@ -471,6 +481,27 @@ inline void define_passes(torch::stable::detail::StableLibrary& m) {
       "loss_and_grads(Tensor x, Tensor target, Tensor[] weights, "
       "Tensor[] biases, str loss, str output_activation) "
       "-> (Tensor, Tensor[])");
+  // The same for graphs that Inductor writes in C++, which put these in their place
+  // (relu_mlp/ops.py). They get no kernel in Python on the Autograd key: a package of
+  // AOTInductor holds a lock while it calls them, and a thread that has Python's lock
+  // and waits for that one would never meet it. Such graphs have no place for a tensor
+  // and a list, hence one list of both.
+  m.def(
+      "_relu_mlp_in_cpp(Tensor x, Tensor[] weights, Tensor[] biases, "
+      "str output_activation=\"none\") -> Tensor");
+  m.def(
+      "_forward_in_cpp(Tensor x, Tensor[] weights, Tensor[] biases, "
+      "str output_activation, bool save_hidden) -> Tensor[]");
+  m.def(
+      "_backward_in_cpp(Tensor grad_output, Tensor[] saved, "
+      "str output_activation, str needs) -> Tensor[]");
+  m.def(
+      "_recompute_backward_in_cpp(Tensor grad_output, Tensor x, "
+      "Tensor[] weights, Tensor[] biases, str output_activation, str needs) "
+      "-> Tensor[]");
+  m.def(
+      "_loss_and_grads_in_cpp(Tensor x, Tensor target, Tensor[] weights, "
+      "Tensor[] biases, str loss, str output_activation) -> Tensor[]");
 }
 
 template <const Passes& on>
@@ -480,6 +511,11 @@ void register_passes(torch::stable::detail::StableLibrary& m) {
   m.impl("backward", &guarded<&backward<on>>);
   m.impl("recompute_backward", &guarded<&recompute_backward<on>>);
   m.impl("loss_and_grads", &guarded<&loss_and_grads<on>>);
+  m.impl("_relu_mlp_in_cpp", &guarded<&differentiable<on>>);
+  m.impl("_forward_in_cpp", &guarded<&as_list<forward<on>>>);
+  m.impl("_backward_in_cpp", &guarded<&backward<on>>);
+  m.impl("_recompute_backward_in_cpp", &guarded<&recompute_backward<on>>);
+  m.impl("_loss_and_grads_in_cpp", &guarded<&as_list<loss_and_grads<on>>>);
 }
 
 } // namespace relu_mlp

@@ -1,5 +1,7 @@
 // The operators: their schemas, and what serves them on each device.
 
+#include <optional>
+
 #include "boxed.h"
 #include "cpu/isa.h"
 #include "cpu/mlp.h"
@@ -155,13 +157,12 @@ int64_t cuda_columns_at_once(
       rows, cols, recompute, {int(device.at(0)), 0, 0});
 }
 
-} // namespace
-} // namespace relu_mlp
+using torch::stable::detail::StableLibrary;
 
 // relu_mlp/ops.py has the same schemas, for the case that this library is not
 // there.
-STABLE_TORCH_LIBRARY(relu_mlp, m) {
-  relu_mlp::define_passes(m);
+void define(StableLibrary& m) {
+  define_passes(m);
   m.def("_build_info() -> str");
   m.def("_instruction_set() -> int");
   m.def("_supported_instruction_sets() -> str");
@@ -183,28 +184,74 @@ STABLE_TORCH_LIBRARY(relu_mlp, m) {
       "-> int");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(relu_mlp, CompositeExplicitAutograd, m) {
-  m.impl("_build_info", relu_mlp::boxed<relu_mlp::build_info>);
-  m.impl("_instruction_set", relu_mlp::boxed<relu_mlp::instruction_set>);
-  m.impl(
-      "_supported_instruction_sets",
-      relu_mlp::boxed<relu_mlp::supported_instruction_sets>);
-  m.impl(
-      "_choose_instruction_set", relu_mlp::boxed<relu_mlp::choose_instruction_set>);
-  m.impl("_strategy", relu_mlp::boxed<relu_mlp::strategy>);
-  m.impl("_cuda_plan", relu_mlp::boxed<relu_mlp::cuda_plan>);
-  m.impl("_is_for_cublaslt", relu_mlp::boxed<relu_mlp::is_for_cublaslt>);
-  m.impl("_cuda_columns", relu_mlp::boxed<relu_mlp::cuda_columns>);
-  m.impl(
-      "_cuda_columns_at_once", relu_mlp::boxed<relu_mlp::cuda_columns_at_once>);
+void register_questions(StableLibrary& m) {
+  m.impl("_build_info", boxed<build_info>);
+  m.impl("_instruction_set", boxed<instruction_set>);
+  m.impl("_supported_instruction_sets", boxed<supported_instruction_sets>);
+  m.impl("_choose_instruction_set", boxed<choose_instruction_set>);
+  m.impl("_strategy", boxed<strategy>);
+  m.impl("_cuda_plan", boxed<cuda_plan>);
+  m.impl("_is_for_cublaslt", boxed<is_for_cublaslt>);
+  m.impl("_cuda_columns", boxed<cuda_columns>);
+  m.impl("_cuda_columns_at_once", boxed<cuda_columns_at_once>);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(relu_mlp, CPU, m) {
-  relu_mlp::register_passes<relu_mlp::cpu::passes>(m);
-}
-
+// Registers the operators, unless they are there: from another copy of this library,
+// or from Python. Then this copy serves nothing. (STABLE_TORCH_LIBRARY asks for no
+// error code and would go on with a handle that nobody has set.)
+class Registration {
+ public:
+  Registration() {
+    if (aoti_torch_library_init_def("relu_mlp", file, 0, &name_space_) !=
+        TORCH_SUCCESS) {
+      name_space_ = nullptr;
+      return;
+    }
+    try {
+      define(open(definitions_, StableLibrary::Kind::FRAGMENT, nullptr));
+      register_questions(
+          open(questions_, StableLibrary::Kind::IMPL,
+               "CompositeExplicitAutograd"));
+      register_passes<cpu::passes>(
+          open(cpu_, StableLibrary::Kind::IMPL, "CPU"));
 #ifdef RELU_MLP_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(relu_mlp, CUDA, m) {
-  relu_mlp::register_passes<relu_mlp::cuda::passes>(m);
-}
+      register_passes<cuda::passes>(
+          open(cuda_, StableLibrary::Kind::IMPL, "CUDA"));
 #endif
+    } catch (const std::exception&) {
+      close();
+    }
+  }
+  ~Registration() {
+    close();
+  }
+  Registration(const Registration&) = delete;
+  Registration& operator=(const Registration&) = delete;
+
+ private:
+  static constexpr const char* file = "csrc/ops.cpp";
+
+  StableLibrary& open(
+      std::optional<StableLibrary>& library,
+      StableLibrary::Kind kind,
+      const char* key) {
+    return library.emplace(kind, "relu_mlp", key, file, 0);
+  }
+  void close() {
+    cuda_.reset();
+    cpu_.reset();
+    questions_.reset();
+    definitions_.reset();
+    if (name_space_) {
+      aoti_torch_delete_library_object(std::exchange(name_space_, nullptr));
+    }
+  }
+
+  TorchLibraryHandle name_space_ = nullptr;
+  std::optional<StableLibrary> definitions_, questions_, cpu_, cuda_;
+};
+
+const Registration registration;
+
+} // namespace
+} // namespace relu_mlp

@@ -62,5 +62,7 @@ def _relu_mlp_autocast(
         return torch.ops.relu_mlp.relu_mlp.default(*network, output_activation)
 
 
+_library = ops.kernels_of(__name__)
+
 for _key in ("AutocastCPU", "AutocastCUDA"):
-    ops._library.impl("relu_mlp", _relu_mlp_autocast, _key)
+    _library.impl("relu_mlp", _relu_mlp_autocast, _key)

@@ -423,12 +423,14 @@ def _backward_kernel(
         return implementation.backward(grad_output, saved, output_activation, needs)
 
 
+_library = ops.kernels_of(__name__)
+
 for _name, _kernel in (
     ("relu_mlp", _relu_mlp_kernel),
     ("forward", _forward_kernel),
     ("backward", _backward_kernel),
 ):
-    ops._library.impl(_name, _kernel, "Autograd")
+    _library.impl(_name, _kernel, "Autograd")
 for _name in ("relu_mlp", "forward", "backward", "recompute_backward"):
     _operator, _rule = getattr(torch.ops.relu_mlp, _name).default, getattr(batching, _name)
-    ops._library.impl(_name, batching.kernel_of(_operator, _rule), "FuncTorchBatched")
+    _library.impl(_name, batching.kernel_of(_operator, _rule), "FuncTorchBatched")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,6 +21,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.nn import Parameter
 
 from . import checks, reference
@@ -35,6 +37,16 @@ SCHEMAS = (
     "str output_activation, str needs) -> Tensor[]",
     "loss_and_grads(Tensor x, Tensor target, Tensor[] weights, "
     "Tensor[] biases, str loss, str output_activation) -> (Tensor, Tensor[])",
+    "_relu_mlp_in_cpp(Tensor x, Tensor[] weights, Tensor[] biases, "
+    'str output_activation="none") -> Tensor',
+    "_forward_in_cpp(Tensor x, Tensor[] weights, Tensor[] biases, "
+    "str output_activation, bool save_hidden) -> Tensor[]",
+    "_backward_in_cpp(Tensor grad_output, Tensor[] saved, "
+    "str output_activation, str needs) -> Tensor[]",
+    "_recompute_backward_in_cpp(Tensor grad_output, Tensor x, Tensor[] weights, "
+    "Tensor[] biases, str output_activation, str needs) -> Tensor[]",
+    "_loss_and_grads_in_cpp(Tensor x, Tensor target, Tensor[] weights, "
+    "Tensor[] biases, str loss, str output_activation) -> Tensor[]",
     "_build_info() -> str",
     "_instruction_set() -> int",
     "_supported_instruction_sets() -> str",
@@ -89,16 +101,43 @@ _is_grad_enabled = torch.is_grad_enabled
 
 
 def _load_library() -> tuple[Path | None, str | None]:
-    """The library's path, or why there is none."""
+    """The library's path, or why there is none.
+
+    Where the process has the operators already, this copy of the library serves nothing
+    (csrc/ops.cpp), and what is there is used, if it is the same.
+    """
     folder = Path(__file__).parent
     found = sorted(folder.glob("_C*.so")) + sorted(folder.glob("_C*.pyd"))
-    if not found:
-        return None, f"it was not built: there is no _C.abi3.so in {folder}"
-    try:
-        torch.ops.load_library(found[0])
-    except (OSError, RuntimeError) as error:
-        return None, f"{found[0].name} could not be loaded: {error}"
-    return found[0], None
+    problem = f"it was not built: there is no _C.abi3.so in {folder}"
+    if found:
+        try:
+            torch.ops.load_library(found[0])
+            problem = "its operators were defined in this process before it could be loaded"
+        except (OSError, RuntimeError) as error:
+            problem = f"{found[0].name} could not be loaded: {error}"
+    if _are_defined():
+        for text in SCHEMAS:
+            _check_schema(torch._C.parse_schema(f"relu_mlp::{text}"), folder)
+        if found and torch._C._dispatch_has_kernel_for_dispatch_key("relu_mlp::forward", "CPU"):
+            return found[0], None
+    return None, problem
+
+
+def _are_defined() -> bool:
+    return torch._C._dispatch_has_kernel("relu_mlp::forward")
+
+
+def _check_schema(expected: Any, folder: Path) -> None:
+    there = "missing"
+    if torch._C._dispatch_has_kernel(expected.name):
+        there = str(torch._C._get_schema(expected.name, ""))
+    if there == str(expected):
+        return
+    raise ImportError(
+        f"the package in {folder} needs the operator {expected}, and the one in this process is "
+        f"{there}. Its library was built from another version of relu_mlp, or is loaded from "
+        "elsewhere. Build it anew, or load one version alone in a process."
+    )
 
 
 LIBRARY_PATH, LIBRARY_PROBLEM = _load_library()
@@ -108,10 +147,60 @@ HAS_CUDA = LIBRARY_PATH is not None and torch._C._dispatch_has_kernel_for_dispat
     "relu_mlp::forward", "CUDA"
 )
 
-_library = torch.library.Library("relu_mlp", "FRAGMENT")
-if LIBRARY_PATH is None:
-    for schema in SCHEMAS:
-        _library.define(schema)
+
+# -- What there is once in a process --------------------------------------------
+#
+# The operators belong to the process. The package may be imported again, after it left
+# `sys.modules` or from another place, while objects of the first import live on. So what
+# the operators need lies beside them, and the last import serves them.
+
+
+class _Thread(threading.local):
+    """What `backend` has set in a thread, and to begin with the environment's choice."""
+
+    backend = os.environ.get("RELU_MLP_BACKEND", "auto")
+
+    def __init__(self) -> None:
+        self.outer: list[str] = []  #: what to go back to, innermost last
+
+
+class _Process:
+    """What outlives an import, as an attribute of `torch.ops.relu_mlp`."""
+
+    def __init__(self) -> None:
+        self.thread = _Thread()
+        self.definitions = torch.library.Library("relu_mlp", "FRAGMENT")
+        #: The kernels that a module of the package has registered, by its name.
+        self.kernels: dict[str, torch.library.Library] = {}
+        #: The operators as PyTorch has them, before `_lead_straight_down`.
+        self.calls: dict[str, Callable[..., Any]] = {}
+
+
+def _process() -> _Process:
+    found: _Process | None = vars(torch.ops.relu_mlp).get("_package")
+    if found is None:
+        found = _Process()
+        vars(torch.ops.relu_mlp)["_package"] = found
+        if not _are_defined():
+            for schema in SCHEMAS:
+                found.definitions.define(schema)
+    return found
+
+
+_here = _process()
+_thread = _here.thread
+
+
+def kernels_of(module: str) -> torch.library.Library:
+    """Where a module registers its kernels. Those that it registered before are gone."""
+    module = module.rpartition(".")[2]
+    if module in _here.kernels:
+        _here.kernels[module]._destroy()
+    _here.kernels[module] = torch.library.Library("relu_mlp", "FRAGMENT")
+    return _here.kernels[module]
+
+
+_library = kernels_of(__name__)
 
 
 # -- The implementations ------------------------------------------------------
@@ -149,9 +238,14 @@ def raising_out_of_memory(call: Callable[..., Any]) -> Callable[..., Any]:
     return called
 
 
+def _original(name: str) -> Callable[..., Any]:
+    """An operator as PyTorch has it, before `_lead_straight_down`."""
+    return _here.calls.setdefault(name, getattr(torch.ops.relu_mlp, name).default._op)
+
+
 def _op_of(name: str) -> Any:
     """What `OpOverload.__call__` calls; to name it saves a microsecond."""
-    call = getattr(torch.ops.relu_mlp, name).default._op
+    call = _original(name)
     return staticmethod(raising_out_of_memory(call)) if HAS_CUDA else call
 
 
@@ -170,16 +264,6 @@ extension = Extension()
 BACKENDS = ("auto", "extension", "reference")
 
 
-class _Thread(threading.local):
-    """What `backend` has set in a thread, and to begin with the environment's choice."""
-
-    backend = os.environ.get("RELU_MLP_BACKEND", "auto")
-
-    def __init__(self) -> None:
-        self.outer: list[str] = []  #: what to go back to, innermost last
-
-
-_thread = _Thread()
 _said_missing = False
 
 
@@ -289,7 +373,7 @@ def _say_missing() -> None:
 
 
 @torch.library.register_fake("relu_mlp::forward", lib=_library)
-def _(
+def _fake_forward(
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
@@ -305,7 +389,7 @@ def _(
 
 
 @torch.library.register_fake("relu_mlp::relu_mlp", lib=_library)
-def _(
+def _fake_relu_mlp(
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
@@ -317,7 +401,7 @@ def _(
 
 
 @torch.library.register_fake("relu_mlp::backward", lib=_library)
-def _(
+def _fake_backward(
     grad_output: Tensor, saved: Sequence[Tensor], output_activation: str, needs: str
 ) -> list[Tensor]:
     return [
@@ -327,7 +411,7 @@ def _(
 
 
 @torch.library.register_fake("relu_mlp::recompute_backward", lib=_library)
-def _(
+def _fake_recompute_backward(
     grad_output: Tensor,
     x: Tensor,
     weights: Sequence[Tensor],
@@ -344,7 +428,7 @@ def _(
 
 
 @torch.library.register_fake("relu_mlp::loss_and_grads", lib=_library)
-def _(
+def _fake_loss_and_grads(
     x: Tensor,
     target: Tensor,
     weights: Sequence[Tensor],
@@ -363,13 +447,16 @@ def _(
 # -- Straight to the kernel ----------------------------------------------------
 
 
-def _lead_straight_down(operator: torch._ops.OpOverload[..., Any]) -> None:
+def _lead_straight_down(name: str) -> None:
     """Lets calls from Python pass by the Autograd kernel where it would find nothing to do.
 
     A compiled graph calls its operators in that state. The Autograd kernel is written in
     Python, and the way through it takes as long as a small network.
     """
-    call = operator._op
+    operator = getattr(torch.ops.relu_mlp, name).default
+    call = _original(name)
+    if operator._op is not call:  # an earlier import has done it
+        return
 
     def below_autograd_if_idle(*arguments: Any, **named: Any) -> Any:
         is_idle = (
@@ -387,7 +474,7 @@ def _lead_straight_down(operator: torch._ops.OpOverload[..., Any]) -> None:
 
 
 for _name in ("relu_mlp", "forward", "backward"):
-    _lead_straight_down(getattr(torch.ops.relu_mlp, _name).default)
+    _lead_straight_down(_name)
 
 
 # -- Devices that the library has no kernels for: the reference ----------------
@@ -402,9 +489,10 @@ _library.impl("loss_and_grads", reference.loss_and_grads, "CompositeExplicitAuto
 # takes no rules in Python, but knows PyTorch's operators.
 for _name in ("relu_mlp", "forward", "backward", "recompute_backward"):
     _library.impl(_name, getattr(reference, _name), "Batched")
-if LIBRARY_PATH is None:
-    _library.impl("_build_info", lambda: "", "CompositeExplicitAutograd")
-    _library.impl("_supported_instruction_sets", lambda: "", "CompositeExplicitAutograd")
+for _name in ("_build_info", "_supported_instruction_sets"):
+    _key = "CompositeExplicitAutograd"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"relu_mlp::{_name}", _key):
+        _library.impl(_name, lambda: "", _key)
 
 
 # -- Guards: a raw operator has no derivative and must not seem to have one ----
@@ -465,3 +553,60 @@ def _guard(name: str) -> Callable[..., Any]:
 
 for _name in ("recompute_backward", "loss_and_grads"):
     _library.impl(_name, _guard(_name), "Autograd")
+
+
+# -- Graphs that Inductor writes in C++: AOTInductor, cpp_wrapper --------------
+
+
+def _as_list(function: Callable[..., tuple[Tensor, list[Tensor]]]) -> Callable[..., list[Tensor]]:
+    """With the tensor at the head of the list."""
+
+    def as_list(*arguments: Any) -> list[Tensor]:
+        first, others = function(*arguments)
+        return [first, *others]
+
+    return as_list
+
+
+def _is_written_in_cpp() -> bool:
+    """Whether Inductor is at work, and will write C++."""
+    inductor = sys.modules.get("torch._inductor.virtualized")  # if it was never imported, not
+    return (
+        inductor is not None
+        and torch._inductor.config.cpp_wrapper
+        and not isinstance(inductor.V.real_inputs, inductor.NullHandler)
+    )
+
+
+def _in_cpp(
+    mode: ProxyTorchDispatchMode,
+    operator: torch._ops.OpOverload[..., Any],
+    types: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None,
+) -> Any:
+    """What records a call in a graph. If that will be C++, another operator takes its place.
+
+    It has no kernel in Python (csrc/boxed.h says why), and no derivative: below autograd,
+    where this runs, there is none left to ask for.
+    """
+    if not _is_written_in_cpp():
+        return mode.__torch_dispatch__(operator, types, args, kwargs)
+    name = operator._schema.name.removeprefix("relu_mlp::")
+    in_cpp = getattr(torch.ops.relu_mlp, f"_{name}_in_cpp").default
+    results: Any = mode.__torch_dispatch__(in_cpp, types, args, kwargs)
+    return (results[0], results[1:]) if len(operator._schema.returns) == 2 else results
+
+
+for _name, _kernel, _fake in (
+    ("relu_mlp", reference.relu_mlp, _fake_relu_mlp),
+    ("forward", _as_list(reference.forward), _as_list(_fake_forward)),
+    ("backward", reference.backward, _fake_backward),
+    ("recompute_backward", reference.recompute_backward, _fake_recompute_backward),
+    ("loss_and_grads", _as_list(reference.loss_and_grads), _as_list(_fake_loss_and_grads)),
+):
+    _library.impl(f"_{_name}_in_cpp", _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"relu_mlp::_{_name}_in_cpp", _fake, lib=_library)
+    torch.library.register_torch_dispatch(
+        f"relu_mlp::{_name}", ProxyTorchDispatchMode, _in_cpp, lib=_library
+    )

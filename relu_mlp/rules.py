@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from . import functional
 from .checks import DTYPES
-from .functional import fused, is_plain, is_served
+from .functional import fused, is_plain, is_served, leaves_python
 from .modules import Run, _are_all_patched, _is_patched, find_run
 from .recognition import (
     CAST,
@@ -315,7 +315,7 @@ def _cast(input: Any) -> Any:
 def _run_of(functions: tuple[Any, ...], x: Any) -> Run | None:
     """The network that calling these functions is, the last first; None if it is none for the
     operators, now and for this x."""
-    if not is_served(x) or _are_all_patched():
+    if leaves_python() or not is_served(x) or _are_all_patched():
         return None
     chain: list[nn.Module] = []
     is_cast = False
@@ -474,7 +474,8 @@ def _make_fusion(original: type[nn.Module], rule: Rule, known: Any) -> Fusion:
         rule.method: method,
         "_relu_mlp_original": original,
         "__doc__": f"A {original.__name__} whose {', '.join(rule.linears)} are one operator.",
-        "__module__": __name__,
+        # torch.fx knows by it what is a layer of PyTorch's, and looks into no layer.
+        "__module__": original.__module__,
     }
     name = f"Fused{original.__name__}"
     try:

@@ -245,6 +245,7 @@ def count_calls() -> Iterator[dict[str, int]]:
             return func(*args, **(kwargs or {}))
 
     originals = {name: getattr(reference, name) for name in passes if name != "relu_mlp"}
+    passes |= {f"_{name}_in_cpp": direction for name, direction in passes.items()}
 
     def counted(name):
         def function(*args, **kwargs):

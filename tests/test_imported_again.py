@@ -1,0 +1,175 @@
+"""The package imported more than once, and more than one copy of its library.
+
+The operators belong to the process. Whoever comes second must find them right, and leave
+them right for the first.
+"""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import relu_mlp
+from relu_mlp import ops
+
+PACKAGE = Path(relu_mlp.__file__).parent
+
+#: Whether derivatives, vmap and the choice of the backend are right, by a package.
+CHECK = """
+    import gc, sys, warnings
+    warnings.simplefilter("error")
+    import torch
+    from torch import nn
+    from torch.func import grad, hessian, jvp, vmap
+    from torch.utils._python_dispatch import TorchDispatchMode
+    warnings.filterwarnings("ignore", ".*torch.jit", DeprecationWarning)
+    torch.set_warn_always(True)
+
+    class Calls(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.names = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names.append(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    def make(package):
+        torch.manual_seed(0)
+        return package.ReluMLP(3, [4], 2, output_activation="tanh", dtype=torch.float64)
+
+    def check(package, net):
+        native = nn.Sequential(*net.children())
+        x = torch.randn(5, 3, dtype=torch.float64)
+        transforms = [
+            grad,
+            hessian,
+            lambda f: vmap(grad(f)),
+            lambda f: lambda x: jvp(grad(f), (x,), (x,))[1],
+        ]
+        for transform in transforms:
+            actual, expected = (transform(lambda x: f(x).square().sum())(x) for f in (net, native))
+            torch.testing.assert_close(actual, expected)
+        leaf = x.clone().requires_grad_()
+        twice = []
+        for f in (net, native):
+            (first,) = torch.autograd.grad(f(leaf).square().sum(), leaf, create_graph=True)
+            twice.append(torch.autograd.grad(first.square().sum(), leaf))
+        torch.testing.assert_close(*twice)
+
+        weights, biases = [net[0].weight, net[2].weight], [net[0].bias, net[2].bias]
+        for name in ("extension", "reference"):
+            if name == "extension" and not HAS_LIBRARY:
+                continue
+            with package.backend(name), Calls() as calls:
+                y = torch.ops.relu_mlp.relu_mlp(x, weights, biases, "tanh")
+            torch.testing.assert_close(y, native(x))
+            assert any("relu_mlp" in call for call in calls.names) == (name == "extension")
+"""
+
+
+def run(script, path=PACKAGE.parent, package=PACKAGE):
+    has_library = bool(list(package.glob("_C*.so")) + list(package.glob("_C*.pyd")))
+    code = f"HAS_LIBRARY = {has_library}\n" + textwrap.dedent(CHECK) + textwrap.dedent(script)
+    environment = {**os.environ, "PYTHONPATH": str(path), "RELU_MLP_BACKEND": "auto"}
+    if not has_library:
+        environment["RELU_MLP_BACKEND"] = "reference"  # or it says that there is none
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def copy_of_package(folder, name="relu_mlp", library=True):
+    left_out = ["__pycache__"] + ([] if library else ["_C*.so", "_C*.pyd"])
+    return Path(shutil.copytree(PACKAGE, folder / name, ignore=shutil.ignore_patterns(*left_out)))
+
+
+@pytest.mark.parametrize("library", sorted({False, ops.LIBRARY_PATH is not None}))
+def test_after_it_left_sys_modules(tmp_path, library):
+    """And after its library was loaded from elsewhere, which then serves nothing."""
+    package = copy_of_package(tmp_path, library=library)
+    load = f"torch.ops.load_library({str(ops.LIBRARY_PATH)!r})" if ops.LIBRARY_PATH else ""
+    script = f"""
+        import relu_mlp
+        {load}
+        first, old = relu_mlp, make(relu_mlp)
+        check(first, old)
+        y = old(torch.ones(5, 3, dtype=torch.float64)).sum()
+
+        for name in [name for name in sys.modules if name.split(".")[0] == "relu_mlp"]:
+            del sys.modules[name]
+        import relu_mlp
+        assert relu_mlp is not first
+        y.backward()
+        assert old[0].weight.grad is not None
+        new = make(relu_mlp)
+        check(relu_mlp, new)
+        check(first, old)
+
+        del first, old, y
+        gc.collect()
+        check(relu_mlp, new)
+        from torch.utils.flop_counter import FlopCounterMode
+        with FlopCounterMode(display=False) as counter:
+            new(torch.ones(5, 3, dtype=torch.float64))
+        assert counter.get_total_flops() == 2 * 5 * (3 * 4 + 4 * 2)
+
+        import importlib
+        importlib.reload(relu_mlp.ops)
+        check(relu_mlp, new)
+    """
+    assert run(script, tmp_path, package).stderr == ""
+
+
+def test_another_copy_of_the_package(tmp_path):
+    """As two installations, or one that was copied and renamed."""
+    package = copy_of_package(tmp_path)
+    copy_of_package(tmp_path, "another")
+    script = """
+        import another, relu_mlp
+        nets = make(another), make(relu_mlp)
+        check(another, nets[0])
+        check(relu_mlp, nets[1])
+    """
+    run(script, tmp_path, package)
+
+
+@pytest.mark.skipif(ops.LIBRARY_PATH is None, reason="is about the library")
+def test_another_copy_of_the_library_comes_first(tmp_path):
+    copy = shutil.copy(ops.LIBRARY_PATH, tmp_path / "copy.so")
+    script = f"""
+        torch.ops.load_library({str(copy)!r})
+        import relu_mlp
+        check(relu_mlp, make(relu_mlp))
+    """
+    run(script)
+
+
+@pytest.mark.skipif(ops.LIBRARY_PATH is None, reason="is about the library")
+def test_another_copy_in_this_process(tmp_path):
+    """Without Python in between, as a C++ program loads it."""
+    ctypes.CDLL(str(shutil.copy(ops.LIBRARY_PATH, tmp_path / "copy.so")))
+    assert relu_mlp.build_info().library == str(ops.LIBRARY_PATH)
+
+
+def test_operators_of_another_version():
+    script = """
+        other = torch.library.Library("relu_mlp", "DEF")
+        other.define("forward(Tensor x) -> Tensor")
+        other.impl("forward", lambda x: x, "CompositeExplicitAutograd")
+        try:
+            import relu_mlp
+        except ImportError as error:
+            assert "needs the operator relu_mlp::" in str(error), error
+            assert "another version of relu_mlp" in str(error), error
+        else:
+            raise AssertionError("it was imported")
+    """
+    run(script)
