@@ -89,16 +89,31 @@ void check_device(const Tensor& tensor, const Tensor& x, const Name&... name) {
   }
 }
 
-// Missing biases lie anywhere.
+// A missing bias may lie on the CPU, too, but nowhere else: it may be the reason why
+// the dispatcher sends the call to this device, on which x then is not.
 inline void check_devices(
     const Tensor& x,
     const std::vector<Tensor>& weights,
     const std::vector<Tensor>& biases) {
   for (std::size_t l = 0; l < weights.size(); ++l) {
     check_device(weights[l], x, "weights[", l, "]");
-    if (!biases.empty() && biases[l].numel() > 0) {
+    if (!biases.empty() &&
+        (biases[l].numel() > 0 ||
+         biases[l].device_type() != aoti_torch_device_type_cpu())) {
       check_device(biases[l], x, "biases[", l, "]");
     }
+  }
+}
+
+template <typename... Name>
+void check_storage(const Tensor& tensor, const Name&... name) {
+  if (!is_covered(tensor)) {
+    fail(name..., " must have a storage with all its elements: shape ",
+         shape(tensor), ", strides ",
+         shape({tensor.strides(), tensor.strides() + tensor.dim()}),
+         " and storage offset ", tensor.storage_offset(),
+         " are out of bounds for storage of ", tensor.storage_size(),
+         " bytes, which resize_ may have freed");
   }
 }
 
@@ -117,6 +132,7 @@ inline void check_layers(
     fail("x must be float64, float32, bfloat16 or float16, got ",
          dtype_name(x));
   }
+  check_storage(x, "x");
   if (weights.empty()) {
     fail("weights must have at least one entry, got none");
   }
@@ -133,6 +149,7 @@ inline void check_layers(
            ", got ", shape(weight));
     }
     check_like_x(weight, x, "weights[", l, "]");
+    check_storage(weight, "weights[", l, "]");
     features = weight.size(0);
     if (!biases.empty() && biases[l].numel() > 0) {
       const Tensor& bias = biases[l];
@@ -141,6 +158,7 @@ inline void check_layers(
              shape(bias));
       }
       check_like_x(bias, x, "biases[", l, "]");
+      check_storage(bias, "biases[", l, "]");
     }
   }
 }
@@ -181,7 +199,7 @@ ForwardResult checked_forward(
 }
 
 template <const Passes& on>
-void forward(StableIValue* stack, uint64_t, uint64_t) {
+void forward(StableIValue* stack) {
   const auto x = take<Tensor>(stack[0]);
   const auto weights = take<std::vector<Tensor>>(stack[1]);
   const auto biases = take<std::vector<Tensor>>(stack[2]);
@@ -195,7 +213,7 @@ void forward(StableIValue* stack, uint64_t, uint64_t) {
 
 // The operator `relu_mlp`; its derivative is registered in Python.
 template <const Passes& on>
-void differentiable(StableIValue* stack, uint64_t, uint64_t) {
+void differentiable(StableIValue* stack) {
   const auto x = take<Tensor>(stack[0]);
   const auto weights = take<std::vector<Tensor>>(stack[1]);
   const auto biases = take<std::vector<Tensor>>(stack[2]);
@@ -217,6 +235,7 @@ inline void check_output_like(
          shape(tensor));
   }
   check_like_x(tensor, x, name);
+  check_storage(tensor, name);
 }
 
 inline void check_operand(
@@ -339,7 +358,7 @@ inline StableIValue give_needed(
 }
 
 template <const Passes& on>
-void backward(StableIValue* stack, uint64_t, uint64_t) {
+void backward(StableIValue* stack) {
   const auto grad_output = take<Tensor>(stack[0]);
   const auto saved = take<std::vector<Tensor>>(stack[1]);
   const auto output_activation = take<std::string>(stack[2]);
@@ -350,12 +369,14 @@ void backward(StableIValue* stack, uint64_t, uint64_t) {
     stack[0] = give(std::vector<Tensor>{});
     return;
   }
-  for (std::size_t n = 0; on.checks_devices && n < saved.size(); ++n) {
-    if (!are_together(saved[n], grad_output)) {
+  check_storage(grad_output, "relu_mlp::backward: grad_output");
+  for (std::size_t n = 0; n < saved.size(); ++n) {
+    if (on.checks_devices && !are_together(saved[n], grad_output)) {
       fail("relu_mlp::backward: saved[", n, "] must be on ",
            device_name(grad_output), " like grad_output, got ",
            device_name(saved[n]));
     }
+    check_storage(saved[n], "relu_mlp::backward: saved[", n, "]");
   }
   const Activation activation = parse_activation(output_activation);
   Tensor grad_holder, x_holder, y_holder;
@@ -368,7 +389,7 @@ void backward(StableIValue* stack, uint64_t, uint64_t) {
 }
 
 template <const Passes& on>
-void recompute_backward(StableIValue* stack, uint64_t, uint64_t) {
+void recompute_backward(StableIValue* stack) {
   const auto grad_output = take<Tensor>(stack[0]);
   const auto x = take<Tensor>(stack[1]);
   const auto weights = take<std::vector<Tensor>>(stack[2]);
@@ -396,7 +417,7 @@ void recompute_backward(StableIValue* stack, uint64_t, uint64_t) {
 }
 
 template <const Passes& on>
-void loss_and_grads(StableIValue* stack, uint64_t, uint64_t) {
+void loss_and_grads(StableIValue* stack) {
   const auto x = take<Tensor>(stack[0]);
   const auto target = take<Tensor>(stack[1]);
   const auto weights = take<std::vector<Tensor>>(stack[2]);
@@ -454,11 +475,11 @@ inline void define_passes(torch::stable::detail::StableLibrary& m) {
 
 template <const Passes& on>
 void register_passes(torch::stable::detail::StableLibrary& m) {
-  m.impl("relu_mlp", &differentiable<on>);
-  m.impl("forward", &forward<on>);
-  m.impl("backward", &backward<on>);
-  m.impl("recompute_backward", &recompute_backward<on>);
-  m.impl("loss_and_grads", &loss_and_grads<on>);
+  m.impl("relu_mlp", &guarded<&differentiable<on>>);
+  m.impl("forward", &guarded<&forward<on>>);
+  m.impl("backward", &guarded<&backward<on>>);
+  m.impl("recompute_backward", &guarded<&recompute_backward<on>>);
+  m.impl("loss_and_grads", &guarded<&loss_and_grads<on>>);
 }
 
 } // namespace relu_mlp

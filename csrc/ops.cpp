@@ -33,13 +33,21 @@ std::string build_info() {
   for (const std::string& name : cpu::compiled_instruction_sets()) {
     text << ' ' << name;
   }
-  text << "\ninstruction_set: " << cpu::chosen_instruction_set().name << '\n';
+  text << '\n';
 #ifdef RELU_MLP_WITH_CUDA
   text << "cuda: " << CUDART_VERSION / 1000 << '.'
        << CUDART_VERSION % 1000 / 10 << "\ncuda_architectures: "
        << RELU_MLP_TEXT(RELU_MLP_CUDA_ARCHITECTURES) << '\n';
 #endif
   return text.str();
+}
+
+// Which of the compiled instruction sets is chosen, counted from 0. (No name: LibTorch
+// leaks the strings that it takes over from an operator.)
+int64_t instruction_set() {
+  const std::vector<std::string> names = cpu::compiled_instruction_sets();
+  const std::string chosen = cpu::chosen_instruction_set().name;
+  return std::find(names.begin(), names.end(), chosen) - names.begin();
 }
 
 // For tests: which instruction sets there are to choose from, and the choice.
@@ -155,6 +163,7 @@ int64_t cuda_columns_at_once(
 STABLE_TORCH_LIBRARY(relu_mlp, m) {
   relu_mlp::define_passes(m);
   m.def("_build_info() -> str");
+  m.def("_instruction_set() -> int");
   m.def("_supported_instruction_sets() -> str");
   m.def("_choose_instruction_set(str name) -> ()");
   m.def(
@@ -175,18 +184,19 @@ STABLE_TORCH_LIBRARY(relu_mlp, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(relu_mlp, CompositeExplicitAutograd, m) {
-  m.impl("_build_info", TORCH_BOX(&relu_mlp::build_info));
+  m.impl("_build_info", relu_mlp::boxed<relu_mlp::build_info>);
+  m.impl("_instruction_set", relu_mlp::boxed<relu_mlp::instruction_set>);
   m.impl(
       "_supported_instruction_sets",
-      TORCH_BOX(&relu_mlp::supported_instruction_sets));
+      relu_mlp::boxed<relu_mlp::supported_instruction_sets>);
   m.impl(
-      "_choose_instruction_set", TORCH_BOX(&relu_mlp::choose_instruction_set));
-  m.impl("_strategy", TORCH_BOX(&relu_mlp::strategy));
-  m.impl("_cuda_plan", TORCH_BOX(&relu_mlp::cuda_plan));
-  m.impl("_is_for_cublaslt", TORCH_BOX(&relu_mlp::is_for_cublaslt));
-  m.impl("_cuda_columns", TORCH_BOX(&relu_mlp::cuda_columns));
+      "_choose_instruction_set", relu_mlp::boxed<relu_mlp::choose_instruction_set>);
+  m.impl("_strategy", relu_mlp::boxed<relu_mlp::strategy>);
+  m.impl("_cuda_plan", relu_mlp::boxed<relu_mlp::cuda_plan>);
+  m.impl("_is_for_cublaslt", relu_mlp::boxed<relu_mlp::is_for_cublaslt>);
+  m.impl("_cuda_columns", relu_mlp::boxed<relu_mlp::cuda_columns>);
   m.impl(
-      "_cuda_columns_at_once", TORCH_BOX(&relu_mlp::cuda_columns_at_once));
+      "_cuda_columns_at_once", relu_mlp::boxed<relu_mlp::cuda_columns_at_once>);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(relu_mlp, CPU, m) {

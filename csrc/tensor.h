@@ -12,27 +12,17 @@
 
 #include <array>
 #include <optional>
-#include <sstream>
-#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "error.h"
 #include "mlp.h"
 
 namespace relu_mlp {
 
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
-
-// Throws what Python sees as a RuntimeError whose text is the message alone.
-// (STD_TORCH_CHECK would put the source file and line in front of it.)
-template <typename... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
-}
 
 class Tensor {
  public:
@@ -59,59 +49,97 @@ class Tensor {
   template <typename T>
   T* data() const {
     void* pointer;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle_, &pointer));
+    check_call(aoti_torch_get_data_ptr(handle_, &pointer));
+    if (!pointer && numel() > 0) {
+      fail("a tensor has elements, but no memory");
+    }
     return static_cast<T*>(pointer);
   }
   int64_t dim() const {
     int64_t dim;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle_, &dim));
+    check_call(aoti_torch_get_dim(handle_, &dim));
     return dim;
   }
   int64_t numel() const {
     int64_t numel;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(handle_, &numel));
+    check_call(aoti_torch_get_numel(handle_, &numel));
     return numel;
   }
   // dim() numbers each; the tensor's own memory.
   const int64_t* sizes() const {
     int64_t* sizes;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle_, &sizes));
+    check_call(aoti_torch_get_sizes(handle_, &sizes));
     return sizes;
   }
   const int64_t* strides() const {
     int64_t* strides;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle_, &strides));
+    check_call(aoti_torch_get_strides(handle_, &strides));
     return strides;
   }
   int64_t size(int64_t d) const {
     return sizes()[d];
   }
+  // In elements.
+  int64_t storage_offset() const {
+    int64_t offset;
+    check_call(aoti_torch_get_storage_offset(handle_, &offset));
+    return offset;
+  }
+  // In bytes.
+  int64_t storage_size() const {
+    int64_t bytes;
+    check_call(aoti_torch_get_storage_size(handle_, &bytes));
+    return bytes;
+  }
   bool is_contiguous() const {
     bool is_contiguous;
-    TORCH_ERROR_CODE_CHECK(
+    check_call(
         aoti_torch_is_contiguous(handle_, &is_contiguous));
     return is_contiguous;
   }
   // One of the numbers that aoti_torch_dtype_float32() and its like return.
   int32_t dtype() const {
     int32_t dtype;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle_, &dtype));
+    check_call(aoti_torch_get_dtype(handle_, &dtype));
     return dtype;
   }
   int32_t device_type() const {
     int32_t type;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle_, &type));
+    check_call(aoti_torch_get_device_type(handle_, &type));
     return type;
   }
   int32_t device_index() const {
     int32_t index;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle_, &index));
+    check_call(aoti_torch_get_device_index(handle_, &index));
     return index;
   }
 
  private:
   AtenTensorHandle handle_ = nullptr;
 };
+
+// Whether the storage has memory for all elements. It need not: resize_ frees or
+// shrinks it under a tensor whose sizes stay what they were.
+inline bool is_covered(const Tensor& tensor) {
+  const int64_t dim = tensor.dim();
+  const int64_t *sizes = tensor.sizes(), *strides = tensor.strides();
+  // Elements from the first of the tensor to the end of the storage. What is
+  // compared are quotients: products could overflow.
+  const int64_t bytes = int64_t(aoti_torch_dtype_element_size(tensor.dtype()));
+  int64_t left = tensor.storage_size() / bytes - tensor.storage_offset();
+  bool is_within = true;
+  for (int64_t d = 0; d < dim; ++d) {
+    const int64_t steps = sizes[d] - 1, stride = strides[d];
+    if (steps < 0) {
+      return true; // nothing is read of a tensor without elements
+    }
+    if (steps > 0 && stride > 0) {
+      is_within = is_within && steps <= (stride == 1 ? left : left / stride);
+      left -= is_within ? steps * stride : 0;
+    }
+  }
+  return is_within && left > 0;
+}
 
 // The strides of a contiguous tensor.
 template <typename Sizes>
@@ -125,14 +153,32 @@ Sizes contiguous_strides(const Sizes& sizes) {
   return strides;
 }
 
+// Throws the reason why there is no new tensor of these sizes like `like`.
+[[noreturn]] inline void fail_to_create(
+    const std::vector<int64_t>& sizes,
+    const Tensor& like) {
+  fail_with_reason();
+  double bytes = double(aoti_torch_dtype_element_size(like.dtype()));
+  for (const int64_t size : sizes) {
+    bytes *= double(size);
+  }
+  if (like.device_type() == aoti_torch_device_type_cuda()) {
+    fail("CUDA out of memory. Tried to allocate ", std::fixed,
+         std::setprecision(0), bytes, " bytes.");
+  }
+  fail_to_allocate(bytes);
+}
+
 // A new tensor with the dtype and device of `like`, contiguous, not filled.
 template <std::size_t N>
 Tensor empty(const std::array<int64_t, N>& sizes, const Tensor& like) {
   const std::array<int64_t, N> strides = contiguous_strides(sizes);
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      N, sizes.data(), strides.data(), like.dtype(), like.device_type(),
-      like.device_index(), &handle));
+  if (aoti_torch_empty_strided(
+          N, sizes.data(), strides.data(), like.dtype(), like.device_type(),
+          like.device_index(), &handle) != 0) {
+    fail_to_create(std::vector<int64_t>(sizes.begin(), sizes.end()), like);
+  }
   return Tensor(handle);
 }
 
@@ -144,7 +190,7 @@ Tensor reinterpret(
     const Sizes& sizes,
     const Sizes& strides) {
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
+  check_call(aoti_torch__reinterpret_tensor(
       tensor.get(), static_cast<int64_t>(sizes.size()), sizes.data(),
       strides.data(), 0, &handle));
   return Tensor(handle);
@@ -163,13 +209,13 @@ inline const Tensor& as_contiguous(const Tensor& tensor, Tensor& holder) {
     return tensor;
   }
   AtenTensorHandle argument;
-  TORCH_ERROR_CODE_CHECK(
+  check_call(
       aoti_torch_new_tensor_handle(tensor.get(), &argument));
   std::array<StableIValue, 2> stack{
       torch::stable::detail::from(argument),
       torch::stable::detail::from(
           aoti_torch_memory_format_contiguous_format())};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(
+  check_call(torch_call_dispatcher(
       "aten::contiguous", "", stack.data(), TORCH_ABI_VERSION));
   holder =
       Tensor(torch::stable::detail::to<AtenTensorHandle>(stack[0]));

@@ -10,6 +10,8 @@ from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.nn import Parameter
 
 DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
@@ -29,6 +31,10 @@ def check_like_x(name: str, tensor: Tensor, x: Tensor) -> None:
     """Raises RuntimeError unless `tensor` has the dtype and the device of `x`."""
     if tensor.dtype != x.dtype:
         raise RuntimeError(f"{name} must be {name_of(x.dtype)} like x, got {name_of(tensor.dtype)}")
+    check_device(name, tensor, x)
+
+
+def check_device(name: str, tensor: Tensor, x: Tensor) -> None:
     if tensor.device != x.device:
         raise RuntimeError(f"{name} must be on {x.device} like x, got {tensor.device}")
 
@@ -48,6 +54,11 @@ def check_layers(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor])
             f"biases must have one entry for each of the {len(weights)} weights, got {len(biases)}"
         )
     check_chain(x, weights, biases)
+    check_storage("x", x)
+    for layer, weight in enumerate(weights):
+        check_storage(f"weights[{layer}]", weight)
+    for layer, bias in enumerate(biases):
+        check_storage(f"biases[{layer}]", bias)
 
 
 def check_chain(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
@@ -62,13 +73,33 @@ def check_chain(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) 
             )
         check_like_x(f"weights[{layer}]", weight, x)
         features = weight.shape[0]
-        if biases and biases[layer].numel() > 0:
-            bias = biases[layer]
+        if not biases:
+            continue
+        bias = biases[layer]
+        if bias.numel() > 0:
             if bias.dim() != 1 or bias.shape[0] != features:
                 raise RuntimeError(
                     f"biases[{layer}] must have shape ({features},), got {tuple(bias.shape)}"
                 )
             check_like_x(f"biases[{layer}]", bias, x)
+        elif bias.device.type not in ("cpu", x.device.type):
+            # It stands for none, but sends the call to a kernel for another device than x's.
+            check_device(f"biases[{layer}]", bias, x)
+
+
+def check_saved(saved: Sequence[Tensor], grad_output: Tensor) -> None:
+    """Raises RuntimeError unless all is on the device of `grad_output`.
+
+    A product of PyTorch's takes a meta tensor beside any other, and computes with nothing.
+    """
+    check_storage("relu_mlp::backward: grad_output", grad_output)
+    for n, tensor in enumerate(saved):
+        if tensor.device != grad_output.device:
+            raise RuntimeError(
+                f"relu_mlp::backward: saved[{n}] must be on {grad_output.device} "
+                f"like grad_output, got {tensor.device}"
+            )
+        check_storage(f"relu_mlp::backward: saved[{n}]", tensor)
 
 
 def check_like_output(name: str, tensor: Tensor, x: Tensor, shape: torch.Size) -> None:
@@ -77,6 +108,41 @@ def check_like_output(name: str, tensor: Tensor, x: Tensor, shape: torch.Size) -
             f"{name} must have the output's shape {tuple(shape)}, got {tuple(tensor.shape)}"
         )
     check_like_x(name, tensor, x)
+    check_storage(name, tensor)
+
+
+def check_storage(name: str, tensor: Tensor) -> None:
+    """Raises RuntimeError if the storage of an ordinary tensor lacks memory for its elements.
+
+    `resize_` frees or shrinks it under a tensor whose shape stays what it was. Of PyTorch's
+    operations some check this, and others read memory that is not the tensor's.
+    """
+    if (
+        type(tensor) not in (Tensor, Parameter)  # a subclass may have its memory elsewhere
+        or torch.compiler.is_compiling()
+        or torch._C._get_tracing_state()
+    ):
+        return
+    try:
+        size = tensor.untyped_storage().nbytes()
+    except (NotImplementedError, RuntimeError):  # sparse, or wrapped by a transform
+        return
+    if size >= tensor.nbytes and tensor.is_contiguous() and not tensor.storage_offset():
+        return
+    steps = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + steps + 1) * tensor.itemsize
+    if (
+        size < needed
+        and tensor.numel() > 0
+        # those that have none by their nature
+        and not (tensor.is_meta or tensor._is_zerotensor() or torch._is_functional_tensor(tensor))
+        and not is_functorch_wrapped_tensor(tensor)
+    ):
+        raise RuntimeError(
+            f"{name} must have a storage with all its elements: shape {tuple(tensor.shape)}, "
+            f"strides {tensor.stride()} and storage offset {tensor.storage_offset()} are out of "
+            f"bounds for storage of {size} bytes, which resize_ may have freed"
+        )
 
 
 def check_needs(operator: str, needs: str, layers: int | None = None) -> None:

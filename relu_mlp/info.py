@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 from dataclasses import dataclass
 
@@ -69,10 +70,18 @@ class BuildInfo:
         )
 
 
+@functools.cache  # LibTorch leaks the strings that operators return
+def _built() -> tuple[dict[str, str], tuple[str, ...]]:
+    """What the library says of itself, and which of its instruction sets this machine has."""
+    lines = torch.ops.relu_mlp._build_info().splitlines()
+    supported = torch.ops.relu_mlp._supported_instruction_sets()
+    return dict(line.split(": ", 1) for line in lines), tuple(supported.split())
+
+
 def build_info() -> BuildInfo:
     """What was built, what will run, and if that is less than it could be, why."""
-    built = dict(line.split(": ", 1) for line in torch.ops.relu_mlp._build_info().splitlines())
-    supported = torch.ops.relu_mlp._supported_instruction_sets()
+    built, supported = _built()
+    compiled = tuple(built.get("instruction_sets", "").split())
     name = ops.current_backend()
     has_library = ops.LIBRARY_PATH is not None
     without_kernels = "nothing" if name == "extension" else "reference"
@@ -87,9 +96,9 @@ def build_info() -> BuildInfo:
         problem=None if has_library else f"{ops.LIBRARY_PROBLEM}. {ops.REMEDY}",
         compiler=built.get("compiler"),
         oldest_torch=built.get("oldest_torch"),
-        instruction_sets=tuple(built.get("instruction_sets", "").split()),
-        instruction_set=built.get("instruction_set"),
-        supported_instruction_sets=tuple(supported.split()),
+        instruction_sets=compiled,
+        instruction_set=compiled[torch.ops.relu_mlp._instruction_set()] if compiled else None,
+        supported_instruction_sets=supported,
         cuda=f"{built['cuda']}: {NOT_RUN}" if "cuda" in built else "not compiled",
         cuda_architectures=tuple(filter(None, built.get("cuda_architectures", "").split("+"))),
     )

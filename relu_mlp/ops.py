@@ -36,6 +36,7 @@ SCHEMAS = (
     "loss_and_grads(Tensor x, Tensor target, Tensor[] weights, "
     "Tensor[] biases, str loss, str output_activation) -> (Tensor, Tensor[])",
     "_build_info() -> str",
+    "_instruction_set() -> int",
     "_supported_instruction_sets() -> str",
     "_choose_instruction_set(str name) -> ()",
     "_strategy(int rows, int[] widths, bool is_narrow, str pairs, int panel, "
@@ -115,17 +116,37 @@ class Implementation(Protocol):
     def loss_and_grads(self) -> Callable[..., tuple[Tensor, list[Tensor]]]: ...
 
 
-class Extension:
-    """The operators of the library.
+def raising_out_of_memory(call: Callable[..., Any]) -> Callable[..., Any]:
+    """`call`, but a GPU's want of memory is a torch.OutOfMemoryError, as natively.
 
-    `_op` is what `OpOverload.__call__` calls; to name it saves a microsecond.
+    The library's RuntimeError has PyTorch's words: the C interface hands on no classes.
     """
 
-    relu_mlp = torch.ops.relu_mlp.relu_mlp.default._op
-    forward = torch.ops.relu_mlp.forward.default._op
-    backward = torch.ops.relu_mlp.backward.default._op
-    recompute_backward = torch.ops.relu_mlp.recompute_backward.default._op
-    loss_and_grads = torch.ops.relu_mlp.loss_and_grads.default._op
+    def called(*arguments: Any) -> Any:
+        try:
+            return call(*arguments)
+        except RuntimeError as error:
+            if str(error).startswith("CUDA out of memory"):
+                raise torch.OutOfMemoryError(*error.args) from None
+            raise
+
+    return called
+
+
+def _op_of(name: str) -> Any:
+    """What `OpOverload.__call__` calls; to name it saves a microsecond."""
+    call = getattr(torch.ops.relu_mlp, name).default._op
+    return staticmethod(raising_out_of_memory(call)) if HAS_CUDA else call
+
+
+class Extension:
+    """The operators of the library."""
+
+    relu_mlp = _op_of("relu_mlp")
+    forward = _op_of("forward")
+    backward = _op_of("backward")
+    recompute_backward = _op_of("recompute_backward")
+    loss_and_grads = _op_of("loss_and_grads")
 
 
 extension = Extension()

@@ -203,6 +203,7 @@ def backward(
     lowest = lowest_layer(needs)
     if lowest == layers:
         return []
+    checks.check_saved(saved, grad_output)
     checks.check_name("output_activation", output_activation, ACTIVATIONS)
     y, weights, inputs = unpack(saved, output_activation, needs)
     grad, y = as_matrix(grad_output), None if y is None else as_matrix(y)

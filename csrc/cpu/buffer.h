@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "../error.h"
 #include "huge_pages.h"
 
 namespace relu_mlp::cpu {
@@ -28,7 +29,11 @@ struct AlignedDelete {
 using AlignedMemory = std::unique_ptr<void, AlignedDelete>;
 
 inline AlignedMemory aligned_memory(int64_t bytes) {
-  AlignedMemory memory(::operator new(bytes, std::align_val_t(alignment)));
+  AlignedMemory memory(
+      ::operator new(bytes, std::align_val_t(alignment), std::nothrow));
+  if (!memory) {
+    fail_to_allocate(double(bytes));
+  }
   prefer_huge_pages(memory.get(), bytes);
   return memory;
 }
@@ -84,6 +89,19 @@ class Scratch {
   std::vector<Piece> pieces_; // one after the other, the last one in use
 };
 
+// The address sanitizer knows nothing of pieces of one memory: for it, every buffer
+// has memory of its own.
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define RELU_MLP_ADDRESS_SANITIZER
+#endif
+#endif
+#if defined(__SANITIZE_ADDRESS__) || defined(RELU_MLP_ADDRESS_SANITIZER)
+constexpr bool shares_scratch = false;
+#else
+constexpr bool shares_scratch = true;
+#endif
+
 // Belongs to the thread that made it.
 template <typename C>
 class Buffer {
@@ -94,7 +112,9 @@ class Buffer {
       return;
     }
     const int64_t bytes = count * static_cast<int64_t>(sizeof(C));
-    data_ = static_cast<C*>(Scratch::of_this_thread().take(bytes));
+    if constexpr (shares_scratch) {
+      data_ = static_cast<C*>(Scratch::of_this_thread().take(bytes));
+    }
     is_scratch_ = data_ != nullptr;
     if (!is_scratch_) {
       data_ = static_cast<C*>(aligned_memory(bytes).release());

@@ -16,7 +16,6 @@
 // here too.
 #pragma once
 
-#include <utility>
 #include <vector>
 
 #include "../parallel.h"
@@ -347,31 +346,28 @@ void dense_backward(
   // Where chunk c sums up: the weight gradients one after the other, then the
   // biases'. A single chunk sums up in the results, if their type is fit.
   const bool in_place = strategy.chunks == 1 && sums_in_place;
-  int64_t weight_count = 0, bias_count = 0;
+  std::vector<int64_t> weight_at(count + 1), bias_at(count + 1);
   for (std::size_t l = 0; l < count; ++l) {
     const int64_t out = network.width(l + 1), in = network.width(l);
-    weight_count += pass.needs.weight(l) && !in_place ? out * in : 0;
-    bias_count += pass.needs.bias(l) ? out : 0;
+    weight_at[l + 1] =
+        weight_at[l] + (pass.needs.weight(l) && !in_place ? out * in : 0);
+    bias_at[l + 1] = bias_at[l] + (pass.needs.bias(l) ? out : 0);
   }
+  const int64_t weight_count = weight_at[count], bias_count = bias_at[count];
   const Buffer<Sum> weight_sums(strategy.chunks * weight_count);
   std::vector<double> bias_sums(strategy.chunks * bias_count);
   std::vector<double> squares(strategy.chunks);
   strategy.each_chunk(network.x.rows, [&](int64_t c, int64_t begin, int64_t end) {
-    Sum* next_weight = weight_sums.get() + c * weight_count;
-    double* next_bias = bias_sums.data() + c * bias_count;
+    Sum* const of_weights = weight_sums.get() + c * weight_count;
+    double* const of_biases = bias_sums.data() + c * bias_count;
     std::vector<Sum*> grad_weights(count);
     std::vector<double*> grad_biases(count);
     for (std::size_t l = 0; l < count; ++l) {
-      const int64_t out = network.width(l + 1), in = network.width(l);
+      grad_weights[l] = of_weights + weight_at[l];
       if constexpr (sums_in_place) {
-        grad_weights[l] = in_place ? pass.grad_weights[l] : nullptr;
+        grad_weights[l] = in_place ? pass.grad_weights[l] : grad_weights[l];
       }
-      if (pass.needs.weight(l) && !in_place) {
-        grad_weights[l] = std::exchange(next_weight, next_weight + out * in);
-      }
-      if (pass.needs.bias(l)) {
-        grad_biases[l] = std::exchange(next_bias, next_bias + out);
-      }
+      grad_biases[l] = of_biases + bias_at[l];
     }
     Blocks<T, Layers>(network, layers, strategy.block)
         .backward(begin, end, pass, grad_weights, grad_biases, &squares[c]);
@@ -382,20 +378,16 @@ void dense_backward(
       *pass.squares += sum;
     }
   }
-  int64_t first_weight = 0, first_bias = 0;
   for (std::size_t l = 0; l < count; ++l) {
-    const int64_t out = network.width(l + 1), in = network.width(l);
     if (pass.needs.weight(l) && !in_place) {
       add_chunks(
-          pass.grad_weights[l], weight_sums.get() + first_weight, out * in,
-          strategy.chunks, weight_count);
-      first_weight += out * in;
+          pass.grad_weights[l], weight_sums.get() + weight_at[l],
+          weight_at[l + 1] - weight_at[l], strategy.chunks, weight_count);
     }
     if (pass.needs.bias(l)) {
       add_chunks(
-          pass.grad_biases[l], bias_sums.data() + first_bias, out,
-          strategy.chunks, bias_count);
-      first_bias += out;
+          pass.grad_biases[l], bias_sums.data() + bias_at[l],
+          bias_at[l + 1] - bias_at[l], strategy.chunks, bias_count);
     }
   }
 }

@@ -38,11 +38,11 @@ class LibraryLayers {
     const Tensor result = view(out), left = view(a);
     const Tensor right = view(weight.transposed());
     if (is_narrow && bias) {
-      TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(
+      check_call(aoti_torch_cpu_addmm_out(
           result.get(), view(contiguous(bias, 1, out.cols)).get(), left.get(),
           right.get(), 1.0, 1.0));
     } else {
-      TORCH_ERROR_CODE_CHECK(
+      check_call(
           aoti_torch_cpu_mm_out(result.get(), left.get(), right.get()));
     }
     if (relu || (bias && !is_narrow)) {
@@ -70,10 +70,10 @@ class LibraryLayers {
       T*) const {
     const Tensor sum = view(to), left = view(delta.transposed());
     if (add) {
-      TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(
+      check_call(aoti_torch_cpu_addmm_out(
           sum.get(), sum.get(), left.get(), view(a).get(), 1.0, 1.0));
     } else {
-      TORCH_ERROR_CODE_CHECK(
+      check_call(
           aoti_torch_cpu_mm_out(sum.get(), left.get(), view(a).get()));
     }
   }
@@ -84,7 +84,7 @@ class LibraryLayers {
       Matrix<T> out,
       Matrix<const T> delta,
       Matrix<const T> mask) const {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(
+    check_call(aoti_torch_cpu_mm_out(
         view(out).get(), view(delta).get(), view(layers_[l].weight).get()));
     if (mask.data) {
       each_rows(out, [&](Matrix<T> part) {
@@ -151,7 +151,7 @@ class LibraryLayers {
     const int64_t sizes[] = {m.rows, m.cols};
     const int64_t strides[] = {m.row_stride, m.col_stride};
     AtenTensorHandle handle;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(
+    check_call(aoti_torch_create_tensor_from_blob(
         const_cast<std::remove_const_t<U>*>(m.data), 2, sizes, strides, 0,
         dtype_number<std::remove_const_t<U>>(), aoti_torch_device_type_cpu(),
         0, &handle));

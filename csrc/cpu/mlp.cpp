@@ -25,11 +25,11 @@ template <typename T>
 void activate(Activation activation, T* z, int64_t count) {
   const int64_t stride = 1;
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(
+  check_call(aoti_torch_create_tensor_from_blob(
       z, 1, &count, &stride, 0, dtype_number<T>(),
       aoti_torch_device_type_cpu(), 0, &handle));
   StableIValue stack = torch::stable::detail::from(handle);
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(
+  check_call(torch_call_dispatcher(
       activation == Activation::sigmoid ? "aten::sigmoid_" : "aten::tanh_", "",
       &stack, TORCH_ABI_VERSION));
   Tensor(torch::stable::detail::to<AtenTensorHandle>(stack));
@@ -106,9 +106,25 @@ Gradients new_gradients(
   return gradients;
 }
 
+// Refuses matrices that no memory holds (x and a weight may have a stride of 0), so that
+// sizes can be multiplied and added without an overflow.
+template <typename T>
+void check_sizes(const Network<T>& network) {
+  constexpr double most = double(int64_t(1) << 48);
+  const double rows = double(network.x.rows);
+  for (const Layer<T>& layer : network.layers) {
+    const double out = double(layer.weight.rows), in = double(layer.weight.cols);
+    const double largest = std::max({out * in, rows * in, rows * out});
+    if (largest > most) {
+      fail_to_allocate(largest * sizeof(T));
+    }
+  }
+}
+
 // Calls f<Layers>(strategy) with what is to do the products.
 template <typename T, typename F>
 void with_layers(const Network<T>& network, const F& f) {
+  check_sizes(network);
   const Strategy strategy =
       choose_strategy(network.x.rows, network.widths(), means<T>());
   if (strategy.products == WhoseProducts::library) {

@@ -2,7 +2,6 @@
 // compute_t<T>, so parameters in bfloat16 and float16 are widened once.
 #pragma once
 
-#include <utility>
 #include <vector>
 
 #include "convert.h"
@@ -23,27 +22,13 @@ class OwnLayers {
       : products_(chosen_kernels<T>(), strategy.chunks == 1),
         rows_(network.x.rows),
         layers_(network.layers.size()) {
-    // The parameters as the products want them, one after the other. What serves
-    // several blocks of rows is packed once.
+    // The parameters as the products want them. What serves several blocks of rows is
+    // packed once.
     const bool is_one_block = rows_ <= strategy.block;
-    const auto transposes = [&](std::size_t l) {
-      const Matrix<const T>& w = network.layers[l].weight;
-      return uses.forward && rows_ >= min_rows_to_transpose &&
-          (!is_one_block || w.rows * w.cols <= few_weights);
-    };
-    int64_t size = 0;
-    for (std::size_t l = 0; l < layers_.size(); ++l) {
-      const Matrix<const T>& w = network.layers[l].weight;
-      size += widened_size<T>(w.rows * w.cols + w.rows) +
-          transposes(l) * products_.packed_size(w.cols, w.rows) +
-          uses.backward(l) *
-              (is_one_block ? products_.size_beside(w.rows)
-                            : products_.packed_size(w.rows, w.cols));
-    }
-    memory_ = Buffer<Element>(size);
-    Element* next = memory_.get();
-    const auto take = [&](int64_t count) {
-      return std::exchange(next, next + count);
+    constexpr std::size_t most_of_layer = 4;
+    memory_.reserve(most_of_layer * layers_.size());
+    const auto memory = [&](int64_t count) {
+      return memory_.emplace_back(count).get();
     };
     for (std::size_t l = 0; l < layers_.size(); ++l) {
       const auto& [weight, bias] = network.layers[l];
@@ -52,25 +37,31 @@ class OwnLayers {
         continue;
       }
       const int64_t out = weight.rows, in = weight.cols;
-      layer.weight = widened(weight, take(widened_size<T>(out * in)));
+      layer.weight = widened(weight, memory(widened_size<T>(out * in)));
       if (uses.forward && bias) {
         layer.bias =
-            widened(contiguous(bias, 1, out), take(widened_size<T>(out))).data;
+            widened(contiguous(bias, 1, out), memory(widened_size<T>(out))).data;
       }
-      if (transposes(l)) {
+      if (uses.forward && rows_ >= min_rows_to_transpose &&
+          (!is_one_block || out * in <= few_weights)) {
         layer.transposed = products_.pack(
-            layer.weight.transposed(), take(products_.packed_size(in, out)));
+            layer.weight.transposed(), memory(products_.packed_size(in, out)));
       }
       if (!uses.backward(l)) {
         continue;
       }
       if (!products_.collides(layer.weight, rows_)) {
         layer.plain =
-            products_.panels(layer.weight, take(products_.size_beside(out)));
+            products_.panels(layer.weight, memory(products_.size_beside(out)));
       } else if (!is_one_block) {
         layer.plain =
-            products_.pack(layer.weight, take(products_.packed_size(out, in)));
+            products_.pack(layer.weight, memory(products_.packed_size(out, in)));
       }
+    }
+  }
+  ~OwnLayers() {
+    while (!memory_.empty()) { // the last one first, as Scratch has it
+      memory_.pop_back();
     }
   }
 
@@ -158,7 +149,7 @@ class OwnLayers {
   const Products<Element> products_;
   const int64_t rows_;
   std::vector<Prepared> layers_;
-  Buffer<Element> memory_;
+  std::vector<Buffer<Element>> memory_;
 };
 
 } // namespace relu_mlp::cpu

@@ -4,7 +4,6 @@
 // only chunks of rows are. Where there is one chunk, pair_block.h serves it.
 #pragma once
 
-#include <utility>
 #include <vector>
 
 #include "buffer.h"
@@ -43,32 +42,23 @@ class PairLayers {
 
   PairLayers(const Network<BFloat16>& network, const Strategy&, Uses uses)
       : kernels_(*chosen_instruction_set().pairs), layers_(network.layers.size()) {
-    int64_t slots = 0, biases = 0;
-    for (std::size_t l = 0; l < layers_.size(); ++l) {
-      const auto& [weight, bias] = network.layers[l];
-      slots += uses.forward * kernels_.packed_size(weight.cols, weight.rows) +
-          uses.backward(l) * kernels_.packed_size(weight.rows, weight.cols);
-      biases += uses.forward && bias ? weight.rows : 0;
-    }
-    slots_ = Buffer<uint32_t>(slots);
-    biases_ = Buffer<float>(biases);
-    uint32_t* next = slots_.get();
+    slots_.reserve(2 * layers_.size());
+    biases_.reserve(layers_.size());
     const auto pack = [&](Matrix<const uint16_t> b) {
       uint32_t* const to =
-          std::exchange(next, next + kernels_.packed_size(b.rows, b.cols));
+          slots_.emplace_back(kernels_.packed_size(b.rows, b.cols)).get();
       kernels_.pack(to, b);
       return to;
     };
-    float* next_bias = biases_.get();
     for (std::size_t l = 0; l < layers_.size(); ++l) {
       const auto& [weight, bias] = network.layers[l];
       if (uses.forward) {
         layers_[l].transposed = pack(bits(weight).transposed());
       }
       if (uses.forward && bias) {
-        layers_[l].bias = next_bias;
-        widen(next_bias, bias, weight.rows);
-        next_bias += weight.rows;
+        float* const to = biases_.emplace_back(weight.rows).get();
+        widen(to, bias, weight.rows);
+        layers_[l].bias = to;
       }
       if (uses.backward(l)) {
         layers_[l].plain = pack(bits(weight));
@@ -130,8 +120,8 @@ class PairLayers {
 
   const PairKernels& kernels_;
   std::vector<Packed> layers_;
-  Buffer<uint32_t> slots_;
-  Buffer<float> biases_;
+  std::vector<Buffer<uint32_t>> slots_;
+  std::vector<Buffer<float>> biases_;
 };
 
 } // namespace relu_mlp::cpu

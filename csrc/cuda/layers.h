@@ -314,11 +314,11 @@ class WideLayers {
   void activate(const Matrix<const T>& y) const {
     const int64_t count = y.rows * y.cols, stride = 1;
     AtenTensorHandle handle;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(
+    check_call(aoti_torch_create_tensor_from_blob(
         const_cast<T*>(y.data), 1, &count, &stride, 0, dtype_number<T>(),
         like_.device_type(), like_.device_index(), &handle));
     StableIValue stack = torch::stable::detail::from(handle);
-    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(
+    check_call(torch_call_dispatcher(
         network_.output_activation == Activation::sigmoid ? "aten::sigmoid_"
                                                           : "aten::tanh_",
         "", &stack, TORCH_ABI_VERSION));

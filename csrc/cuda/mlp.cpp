@@ -17,9 +17,9 @@ class OnDeviceOf {
 #ifndef RELU_MLP_CUDA_ON_HOST
     const int32_t device = tensor.device_index();
     int32_t current;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_device_index(&current));
+    check_call(aoti_torch_get_current_device_index(&current));
     if (device != current) {
-      TORCH_ERROR_CODE_CHECK(aoti_torch_create_device_guard(device, &guard_));
+      check_call(aoti_torch_create_device_guard(device, &guard_));
     }
     set_device(device);
 #endif

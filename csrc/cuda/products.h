@@ -158,11 +158,11 @@ class Products {
     const Tensor to = view(out), left = view(a), right = view(b);
     if (bias) {
       const std::array<int64_t, 1> size{out.cols}, stride{1};
-      TORCH_ERROR_CODE_CHECK(addmm(
+      check_call(addmm(
           to.get(), view(bias, size, stride).get(), left.get(), right.get(),
           1.0, 1.0));
     } else {
-      TORCH_ERROR_CODE_CHECK(mm(to.get(), left.get(), right.get()));
+      check_call(mm(to.get(), left.get(), right.get()));
     }
   }
 
@@ -173,7 +173,7 @@ class Products {
       const std::array<int64_t, N>& sizes,
       const std::array<int64_t, N>& strides) const {
     AtenTensorHandle handle;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(
+    check_call(aoti_torch_create_tensor_from_blob(
         const_cast<T*>(data), N, sizes.data(), strides.data(), 0,
         dtype_number<T>(), like_.device_type(), like_.device_index(), &handle));
     return Tensor(handle);
