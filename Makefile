@@ -13,7 +13,7 @@ OTHERS ?=
 CROSS ?= aarch64-linux-gnu-g++
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench overhead abi cross cuda-check build dist clean FORCE
+.PHONY: help demo test lint format bench overhead abi fuzz sanitize cross cuda-check build dist clean FORCE
 .NOTPARALLEL:
 # ninja would look there for a jobserver that nobody passes on to it.
 unexport MAKEFLAGS
@@ -64,6 +64,14 @@ abi: build/extension  ## run the tests of the same binary under other PyTorches,
 	    $$python -c 'import torch; print("PyTorch", torch.__version__)'; \
 	    PYTHONPATH=. $$python -m pytest -q -p no:cacheprovider -W default $(ARGS); \
 	done
+
+# New memory and memory given back have a pattern, so that what reads it is found.
+fuzz: $(call needs,torch) build/extension  ## random calls against float64, 5 minutes; ARGS="--seed 7 --seconds 60", or --case 57
+	PYTHONPATH=. MALLOC_PERTURB_=165 $(PYTHON) tools/fuzz.py $(ARGS)
+
+# MAX_JOBS compilers at once, 2 if it is not set.
+sanitize: $(call needs,torch)  ## kernels and operators under the address, undefined behaviour and thread sanitizers
+	$(PYTHON) tools/sanitize.py $(ARGS)
 
 # What has no x86 in it, for AArch64. Nothing runs.
 cross: $(call needs,torch)  ## compile the plain kernels for AArch64 with CROSS, by default aarch64-linux-gnu-g++
