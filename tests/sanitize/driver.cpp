@@ -1,0 +1,477 @@
+// The passes of the CPU on plain data, without PyTorch, for the sanitizers: `make sanitize`.
+//
+// Networks of small integers, whose sums have no rounding, go through all passes in every
+// dtype on every instruction set, and must have the bits of plain loops in double
+// precision. PyTorch's own products are left out: this package's serve in their place.
+//
+// Every operand, result and workspace ends at a page that must not be touched, has a
+// pattern around it, and holds NaN before it is written. That finds what the sanitizers do
+// not see: masked accesses and those of AMX.
+
+#include <sys/mman.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <random>
+#include <string>
+#include <thread>
+
+#include "../../csrc/cpu/dense.h"
+#include "../../csrc/cpu/own_layers.h"
+#include "../../csrc/cpu/pair_block.h"
+#include "../../csrc/cpu/pair_layers.h"
+
+// -- Memory ------------------------------------------------------------------------------
+
+namespace {
+
+constexpr std::size_t page = 4096;
+
+struct Head { // in a page of its own, before the data
+  std::size_t bytes, mapped;
+};
+
+char* start_of_page(void* p) {
+  return reinterpret_cast<char*>(reinterpret_cast<std::uintptr_t>(p) / page * page);
+}
+
+void* guarded(std::size_t bytes) {
+  const std::size_t used = (bytes + 63) / 64 * 64;
+  const std::size_t data = std::max(page, (used + page - 1) / page * page);
+  char* const base = static_cast<char*>(mmap(
+      nullptr, data + 2 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  if (base == MAP_FAILED) {
+    std::abort();
+  }
+  mprotect(base + page + data, page, PROT_NONE);
+  std::memset(base + page, 0xff, data); // NaN in every format
+  // Of no bytes, the last ones of the page before the guard.
+  char* const p = base + page + data - (used ? used : 64);
+  *reinterpret_cast<Head*>(base) = {bytes, data + 2 * page};
+  return p;
+}
+
+void release(void* p) {
+  if (!p) {
+    return;
+  }
+  char* const first = start_of_page(p);
+  const Head head = *reinterpret_cast<Head*>(first - page);
+  const char* const end = first - page + head.mapped - page;
+  const auto check = [&](const char* from, const char* to) {
+    for (; from < to; ++from) {
+      if (*from != char(0xff)) {
+        std::fprintf(stderr, "written %td bytes behind %zu bytes\n",
+                     from - static_cast<char*>(p), head.bytes);
+        std::abort();
+      }
+    }
+  };
+  check(first, static_cast<char*>(p));
+  check(static_cast<char*>(p) + head.bytes, end);
+  munmap(first - page, head.mapped);
+}
+
+} // namespace
+
+// What csrc/cpu/buffer.h calls.
+void* operator new(std::size_t bytes, std::align_val_t) {
+  return guarded(bytes);
+}
+void* operator new(std::size_t bytes, std::align_val_t, const std::nothrow_t&) noexcept {
+  return guarded(bytes);
+}
+void operator delete(void* p, std::align_val_t) noexcept {
+  release(p);
+}
+void operator delete(void* p, std::size_t, std::align_val_t) noexcept {
+  release(p);
+}
+
+namespace relu_mlp::cpu {
+namespace {
+
+template <typename T>
+class Array { // ends at a guard, but for at most 63 bytes
+ public:
+  explicit Array(int64_t count) : data(static_cast<T*>(guarded(count * sizeof(T)))) {
+    // Those bytes would hide an element too many: the data moves up to the guard.
+    const std::size_t bytes = count * sizeof(T);
+    shift_ = bytes ? (bytes + 63) / 64 * 64 - bytes : 64;
+    data = reinterpret_cast<T*>(reinterpret_cast<char*>(data) + shift_);
+  }
+  Array(Array&& other) noexcept : data(std::exchange(other.data, nullptr)), shift_(other.shift_) {}
+  ~Array() {
+    if (data) {
+      char* const p = reinterpret_cast<char*>(data) - shift_;
+      const char* const first = start_of_page(p);
+      for (const char* at = first; at < reinterpret_cast<char*>(data); ++at) {
+        if (*at != char(0xff)) {
+          std::fprintf(stderr, "written before an array\n");
+          std::abort();
+        }
+      }
+      // The pattern before and behind has been seen; what lies between is ours.
+      const Head head = *reinterpret_cast<const Head*>(first - page);
+      munmap(const_cast<char*>(first) - page, head.mapped);
+    }
+  }
+  T* data;
+
+ private:
+  std::size_t shift_;
+};
+
+template <typename T>
+T as(double value) {
+  return T(compute_t<T>(value));
+}
+template <typename T>
+double number(T value) {
+  return double(compute_t<T>(value));
+}
+
+// -- A network in double precision ---------------------------------------------------------
+
+using Numbers = std::vector<double>;
+
+struct Plain {
+  int64_t rows;
+  std::vector<int64_t> sizes;
+  Activation activation;
+  Numbers x, grad; // of y
+  std::vector<Numbers> weights, biases; // a bias without elements is missing
+  std::vector<Numbers> a; // x, the hidden activations, y
+  Numbers grad_x, of_squares;
+  std::vector<Numbers> grad_weights, grad_biases;
+  double largest = 0;
+
+  std::size_t layers() const {
+    return weights.size();
+  }
+
+  void run() {
+    a = {x};
+    for (std::size_t l = 0; l < layers(); ++l) {
+      const int64_t in = sizes[l], out = sizes[l + 1];
+      Numbers z(rows * out);
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t i = 0; i < out; ++i) {
+          double sum = biases[l].empty() ? 0 : biases[l][i];
+          for (int64_t j = 0; j < in; ++j) {
+            sum += a[l][r * in + j] * weights[l][i * in + j];
+          }
+          largest = std::max(largest, std::abs(sum));
+          const bool relu = l + 1 < layers() || activation == Activation::relu;
+          z[r * out + i] = relu && sum < 0 ? 0 : sum;
+        }
+      }
+      a.push_back(z);
+    }
+    Numbers delta = grad;
+    for (std::size_t n = 0; activation == Activation::relu && n < delta.size(); ++n) {
+      delta[n] = a.back()[n] > 0 ? delta[n] : 0;
+    }
+    grad_weights.resize(layers());
+    grad_biases.resize(layers());
+    for (std::size_t l = layers(); l-- > 0;) {
+      const int64_t in = sizes[l], out = sizes[l + 1];
+      grad_weights[l].assign(out * in, 0);
+      grad_biases[l].assign(out, 0);
+      Numbers below(rows * in);
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t i = 0; i < out; ++i) {
+          const double d = delta[r * out + i];
+          if (d == 0) {
+            continue;
+          }
+          grad_biases[l][i] += d;
+          for (int64_t j = 0; j < in; ++j) {
+            grad_weights[l][i * in + j] += d * a[l][r * in + j];
+            below[r * in + j] += d * weights[l][i * in + j];
+          }
+        }
+      }
+      for (std::size_t n = 0; n < below.size(); ++n) {
+        below[n] = l > 0 && !(a[l][n] > 0) ? 0 : below[n];
+        largest = std::max(largest, std::abs(below[n]));
+      }
+      delta = below;
+    }
+    grad_x = delta;
+  }
+};
+
+// -- One case ------------------------------------------------------------------------------
+
+struct Random {
+  std::mt19937_64 engine;
+  int64_t below(int64_t n) {
+    return int64_t(engine() % uint64_t(n));
+  }
+  bool one_in(int64_t n) {
+    return below(n) == 0;
+  }
+  int64_t of(const std::vector<int64_t>& from) {
+    return from[below(int64_t(from.size()))];
+  }
+  Numbers integers(int64_t count, double density) {
+    Numbers numbers(count);
+    for (double& n : numbers) {
+      const bool is_there = double(engine() % 1000) < 1000 * density;
+      n = is_there ? double(below(3) - 1) : 0;
+    }
+    return numbers;
+  }
+};
+
+Plain random_plain(int64_t number, Random& random) {
+  Plain net;
+  const std::vector<int64_t> edges = {0, 1, 3}, few = {0, 1, 2, 3, 5, 7, 8, 9, 15, 16, 17},
+                             more = {31, 32, 33, 47, 49, 63, 64, 65, 96, 97, 130, 200, 256, 300};
+  if (number < 108) { // every network of two layers with these sizes
+    net.rows = std::vector<int64_t>{0, 1, 3, 97}[number % 4];
+    for (int64_t rest = number / 4, l = 0; l < 3; ++l, rest /= 3) {
+      net.sizes.push_back(edges[rest % 3]);
+    }
+  } else {
+    for (int64_t l = 0, layers = 1 + random.below(4); l <= layers; ++l) {
+      net.sizes.push_back(random.one_in(3) ? random.of(more) : random.of(few));
+    }
+    const int64_t widest = *std::max_element(net.sizes.begin(), net.sizes.end());
+    do {
+      net.rows = random.one_in(2) ? random.of(few) : random.of({24, 25, 48, 97, 200, 241, 500});
+    } while (net.rows * widest > 45'000);
+  }
+  net.activation = random.one_in(2) ? Activation::none : Activation::relu;
+  net.x = random.integers(net.rows * net.sizes[0], 1);
+  for (std::size_t l = 0; l + 1 < net.sizes.size(); ++l) {
+    const int64_t in = net.sizes[l], out = net.sizes[l + 1];
+    net.weights.push_back(random.integers(out * in, 6.0 / double(std::max<int64_t>({6, in, out}))));
+    net.biases.push_back(random.one_in(3) ? Numbers{} : random.integers(out, 1));
+  }
+  net.grad = random.integers(
+      net.rows * net.sizes.back(), std::min(1.0, 300.0 / double(std::max<int64_t>(1, net.rows))));
+  net.run();
+  return net;
+}
+
+// A matrix in memory of its own, with NaN between its rows.
+template <typename T>
+struct Placed {
+  Array<T> array;
+  Matrix<const T> matrix;
+
+  Placed(const Numbers& numbers, int64_t rows, int64_t cols, int64_t gap, bool is_turned = false)
+      : array(
+            rows == 0 || cols == 0
+                ? 0
+                : (is_turned ? (cols - 1) * (rows + gap) + rows
+                             : (rows - 1) * (cols + gap) + cols)) {
+    matrix = is_turned ? Matrix<const T>{array.data, rows, cols, 1, rows + gap}
+                       : Matrix<const T>{array.data, rows, cols, cols + gap, 1};
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < cols; ++c) {
+        const_cast<T&>(matrix.at(r, c)) = as<T>(numbers[r * cols + c]);
+      }
+    }
+  }
+};
+
+std::mutex output;
+
+template <typename T>
+class Case {
+ public:
+  Case(const Plain& plain, Random& random, const std::string& name)
+      : plain_(plain), random_(random), name_(name), is_exact_(plain.largest < 256) {
+    const auto gap = [&] { return random.one_in(2) ? 0 : random.below(9); };
+    const int64_t rows = plain.rows;
+    x_.emplace_back(plain.x, rows, plain.sizes[0], gap());
+    network_ = {x_[0].matrix, {}, plain.activation, nullptr};
+    for (std::size_t l = 0; l < plain.layers(); ++l) {
+      const int64_t in = plain.sizes[l], out = plain.sizes[l + 1];
+      const Numbers& bias = plain.biases[l];
+      weights_.emplace_back(plain.weights[l], out, in, gap());
+      biases_.emplace_back(bias, 1, int64_t(bias.size()), 0);
+      network_.layers.push_back(
+          {weights_[l].matrix, bias.empty() ? nullptr : biases_[l].array.data});
+    }
+    strategy_ = choose_strategy(rows, network_.widths(), means<T>());
+    if (random.one_in(2)) { // small blocks and many chunks, where threads meet
+      const int64_t chunks = 1 + random.below(5), some = std::max<int64_t>(1, rows);
+      strategy_.chunk = ceil_div(some, chunks);
+      strategy_.chunks = ceil_div(some, strategy_.chunk);
+      strategy_.block = 1 + random.below(strategy_.chunk);
+    }
+  }
+
+  void run() {
+    forward(true);
+    forward(false);
+    backward(false, false);
+    backward(true, false);
+    backward(true, true);
+  }
+
+ private:
+  void check(const char* what, std::size_t l, const T* found, const Numbers& expected) {
+    for (std::size_t n = 0; n < expected.size(); ++n) {
+      const double wanted = number(as<T>(expected[n]));
+      if (is_exact_ ? number(found[n]) != wanted : std::isnan(number(found[n]))) {
+        const std::lock_guard lock(output);
+        std::fprintf(stderr, "%s: %s %zu, number %zu is %g, not %g\n", name_.c_str(), what, l, n,
+                     number(found[n]), wanted);
+        std::exit(1);
+      }
+    }
+  }
+
+  // As in csrc/cpu/mlp.cpp, but for the library.
+  template <typename F>
+  void with_layers(const F& f) {
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      if (strategy_.products == WhoseProducts::pairs) {
+        if (network_.x.rows <= strategy_.block) {
+          f.template operator()<PairBlock<BFloat16>>();
+        } else if (strategy_.chunks == 1) {
+          f.template operator()<PairBlock<float>>();
+        } else {
+          f.template operator()<PairLayers>();
+        }
+        return;
+      }
+    }
+    f.template operator()<OwnLayers<T>>();
+  }
+
+  void forward(bool saves) {
+    std::vector<Array<T>> results;
+    std::vector<T*> hidden;
+    for (std::size_t l = 1; l <= plain_.layers(); ++l) {
+      results.emplace_back(int64_t(plain_.a[l].size()));
+      if (saves && l < plain_.layers()) {
+        hidden.push_back(results.back().data);
+      }
+    }
+    with_layers([&]<typename Layers>() {
+      dense_forward<Layers>(network_, strategy_, hidden, results.back().data);
+    });
+    check("y", 0, results.back().data, plain_.a.back());
+    for (std::size_t l = 0; l < hidden.size(); ++l) {
+      check("hidden", l, hidden[l], plain_.a[l + 1]);
+    }
+  }
+
+  void backward(bool recompute, bool by_loss) {
+    const std::size_t layers = plain_.layers();
+    std::string flags;
+    for (std::size_t n = 0; n < 1 + 2 * layers; ++n) {
+      flags += by_loss ? "01"[n > 0] : "01"[!random_.one_in(3)];
+    }
+    const Needs needs{flags};
+    if (needs.lowest_layer() == layers) {
+      return;
+    }
+    Network<T> network = network_;
+    BackwardPass<T> pass{needs};
+    pass.recompute = recompute;
+    const int64_t rows = plain_.rows;
+    std::vector<Placed<T>> saved;
+    saved.reserve(layers + 1);
+    if (!recompute) { // what is superfluous leaves its shape behind
+      network.x.data = needs.weight(0) ? network.x.data : nullptr;
+      for (std::size_t l = 0; l < layers; ++l) {
+        const bool is_kept = l > needs.lowest_layer() || needs.weight(l);
+        if (!needs.propagation_through(l)) {
+          network.layers[l].weight.data = nullptr;
+        }
+        network.layers[l].bias = nullptr;
+        if (l > 0) {
+          saved.emplace_back(plain_.a[l], rows, plain_.sizes[l], 0);
+          pass.hidden.push_back(is_kept ? saved.back().matrix : Matrix<const T>{});
+        }
+      }
+      saved.emplace_back(plain_.a.back(), rows, plain_.sizes.back(), random_.below(3));
+      pass.y = saved.back().matrix;
+    }
+    Numbers target = plain_.a.back(); // of 1/2 sum (y - target)^2, whose gradient is grad
+    for (std::size_t n = 0; n < target.size(); ++n) {
+      target[n] -= plain_.grad[n];
+    }
+    const bool is_turned = !by_loss && random_.one_in(3);
+    const Placed<T> grad(
+        by_loss ? target : plain_.grad, rows, plain_.sizes.back(), by_loss ? 0 : random_.below(3),
+        is_turned);
+    double squares = 0;
+    (by_loss ? pass.target : pass.grad_output) = grad.matrix;
+    pass.loss_scale = 0.5;
+    pass.squares = by_loss ? &squares : nullptr;
+    Array<T> grad_x(int64_t(plain_.x.size()));
+    std::vector<Array<T>> of_weights, of_biases;
+    pass.grad_x = needs.x() ? grad_x.data : nullptr;
+    for (std::size_t l = 0; l < layers; ++l) {
+      of_weights.emplace_back(int64_t(plain_.grad_weights[l].size()));
+      of_biases.emplace_back(int64_t(plain_.grad_biases[l].size()));
+      pass.grad_weights.push_back(needs.weight(l) ? of_weights[l].data : nullptr);
+      pass.grad_biases.push_back(needs.bias(l) ? of_biases[l].data : nullptr);
+    }
+    with_layers([&]<typename Layers>() {
+      dense_backward<Layers>(network, strategy_, pass);
+    });
+    const char* const what = by_loss ? "grad by loss" : recompute ? "grad, recomputed" : "grad";
+    if (needs.x()) {
+      check(what, 999, grad_x.data, plain_.grad_x);
+    }
+    for (std::size_t l = 0; l < layers; ++l) {
+      if (needs.weight(l)) {
+        check(what, l, of_weights[l].data, plain_.grad_weights[l]);
+      }
+      if (needs.bias(l)) {
+        check(what, 100 + l, of_biases[l].data, plain_.grad_biases[l]);
+      }
+    }
+  }
+
+  const Plain& plain_;
+  Random& random_;
+  const std::string name_;
+  const bool is_exact_;
+  std::vector<Placed<T>> x_, weights_, biases_;
+  Network<T> network_;
+  Strategy strategy_;
+};
+
+void run_cases(int64_t first, int64_t step, int64_t count, const std::string& set) {
+  for (int64_t number = first; number < count; number += step) {
+    Random random{std::mt19937_64(uint64_t(number))};
+    const Plain plain = random_plain(number, random);
+    const std::string name = set + ", case " + std::to_string(number);
+    Case<float>(plain, random, name + ", float").run();
+    Case<double>(plain, random, name + ", double").run();
+    Case<BFloat16>(plain, random, name + ", bfloat16").run();
+    Case<Half>(plain, random, name + ", half").run();
+  }
+}
+
+} // namespace
+} // namespace relu_mlp::cpu
+
+// How many cases for each instruction set.
+int main(int argc, char** argv) {
+  using namespace relu_mlp::cpu;
+  const int64_t count = argc > 1 ? std::atoll(argv[1]) : 250;
+  for (const std::string& set : supported_instruction_sets()) {
+    choose_instruction_set(set);
+    // Two that know nothing of each other, each with threads of its own.
+    std::thread other([&] { run_cases(1, 2, count, set); });
+    run_cases(0, 2, count, set);
+    other.join();
+    std::printf("%s: %lld networks, each in 4 dtypes and 5 passes\n", set.c_str(),
+                static_cast<long long>(count));
+    std::fflush(stdout);
+  }
+}

@@ -1,0 +1,142 @@
+"""The kernels and operators under sanitizers: `make sanitize`.
+
+Under AddressSanitizer and UndefinedBehaviorSanitizer, the first complaint of which ends the
+process:
+
+- the fuzzer (tools/fuzz.py) on a copy of the package in build/sanitize, whose library is built
+  for that. PyTorch is not: what its own code does to memory is not looked at.
+- tests/sanitize/driver.cpp, the passes on plain data without PyTorch. Every operand, result and
+  workspace ends at a page that must not be touched, so that accesses that the sanitizer does
+  not see, masked ones and those of AMX, are found too.
+
+Under ThreadSanitizer: the same driver on several threads of its own.
+
+Arguments are passed on to the fuzzer. MAX_JOBS compilers run at once, 2 if it is not set.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch.utils import cpp_extension
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "build" / "sanitize"
+PACKAGE = OUT / "package" / "relu_mlp"
+COMPILER = os.environ.get("CXX", "c++").split()
+
+FLAGS = [
+    "-std=c++20",
+    "-O1",
+    "-g1",
+    "-fno-omit-frame-pointer",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
+]
+# -w: the compiler warns of what the sanitizers' own branches look like to it.
+MEMORY = [
+    "-fsanitize=address,undefined,float-cast-overflow",
+    "-fno-sanitize-recover=all",
+    "-w",
+]
+THREADS = ["-fsanitize=thread", "-w"]
+
+#: What needs no PyTorch but two of its headers.
+KERNELS = [
+    f"csrc/cpu/{name}.cpp"
+    for name in ("baseline", "avx2", "avx512", "avx512_bf16", "amx", "isa", "strategy")
+]
+OPTIONS = {
+    # Python and PyTorch keep what they have; nobody frees it at the end.
+    "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
+    "UBSAN_OPTIONS": "print_stacktrace=1",
+    "TSAN_OPTIONS": "halt_on_error=1",
+}
+
+
+def run(*command: str | Path, **variables: str) -> None:
+    """Runs a command; ends the program if it fails."""
+    done = subprocess.run(
+        list(map(str, command)), cwd=ROOT, env={**os.environ, **OPTIONS, **variables}
+    )
+    if done.returncode:
+        sys.exit(f"{' '.join(map(str, command[:4]))} ... ended with {done.returncode}")
+
+
+def objects(sources: Iterable[str], flags: Sequence[str], kind: str) -> list[Path]:
+    """The compiled sources; what is newer than all of csrc is kept."""
+    newest = max(path.stat().st_mtime for path in [*ROOT.glob("csrc/**/*"), Path(__file__)])
+    folder = OUT / kind
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def compiled(source: str) -> Path:
+        target = folder / (source.replace("/", "-") + ".o")
+        own = (ROOT / source).stat().st_mtime
+        if not target.exists() or target.stat().st_mtime < max(newest, own):
+            run(*COMPILER, *FLAGS, *flags, "-c", source, "-o", target)
+        return target
+
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:
+        return list(pool.map(compiled, sources))
+
+
+def includes() -> list[str]:
+    return [f"-isystem{path}" for path in cpp_extension.include_paths()]
+
+
+def build_package() -> None:
+    """A copy of the package in build/sanitize with a library under the sanitizers."""
+    shutil.rmtree(PACKAGE, ignore_errors=True)
+    shutil.copytree(ROOT / "relu_mlp", PACKAGE, ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    sources = [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp"), ROOT / "csrc/cuda/plan.cpp"]
+    flags = [*MEMORY, "-fPIC", "-fvisibility=hidden", *includes()]
+    names = sorted(str(path.relative_to(ROOT)) for path in sources)
+    lib = Path(torch.__file__).parent / "lib"
+    link = ["-shared", f"-L{lib}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    run(*COMPILER, *MEMORY, *objects(names, flags, "library"), *link, "-o", PACKAGE / "_C.abi3.so")
+
+
+def runtime(*names: str) -> str:
+    """What has to be in a process before the Python that knows nothing of sanitizers."""
+    found = (
+        subprocess.run([*COMPILER, f"-print-file-name={name}"], capture_output=True, text=True)
+        for name in names
+    )
+    return ":".join(str(Path(done.stdout.strip()).resolve()) for done in found)
+
+
+def fuzz(arguments: Sequence[str]) -> None:
+    run(
+        sys.executable,
+        "tools/fuzz.py",
+        *(arguments or ["--seconds", "60"]),
+        LD_PRELOAD=runtime("libasan.so", "libubsan.so", "libstdc++.so"),
+        PYTHONPATH=str(PACKAGE.parent),
+    )
+
+
+def drive(kind: str, flags: Sequence[str], networks: int) -> None:
+    """Builds and runs the driver, with a few lines in the place of PyTorch's threads."""
+    own = ["-Itests/sanitize/include", *includes()]
+    sources = [*KERNELS, "tests/sanitize/driver.cpp"]
+    compiled = objects(sources, [*flags, *own], kind)
+    driver = OUT / f"driver-{kind}"
+    run(*COMPILER, *flags, *compiled, "-lpthread", "-o", driver)
+    run(driver, str(networks))
+
+
+def main() -> None:
+    drive("memory", MEMORY, 250)
+    drive("threads", THREADS, 160)  # the first 108 are small
+    build_package()
+    fuzz(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    main()
