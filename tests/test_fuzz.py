@@ -67,7 +67,7 @@ def test_a_case_follows_from_seed_and_number(fuzz):
 
 def last_number_off(answer):
     """The same with 1 more in the last number of the last tensor that has any."""
-    for tensor in reversed([t for t in torch.utils._pytree.tree_leaves(answer)]):
+    for tensor in reversed(torch.utils._pytree.tree_leaves(answer)):
         if tensor.numel():
             tensor.view(-1)[-1] += 1
             return answer

@@ -26,6 +26,7 @@ import collections
 import copy
 import faulthandler
 import functools
+import itertools
 import math
 import mmap
 import os
@@ -210,7 +211,7 @@ class Case:
         if how == "negative":
             return torch._neg_view(-t)
         if how == "misaligned" and 0 < t.numel() < 1000 and not SANITIZED:
-            raw = bytearray(1) + bytes(t.clone().view(torch.uint8).untyped_storage().tolist())
+            raw = bytearray(1) + bytes(t.flatten().clone().untyped_storage().tolist())
             return torch.frombuffer(raw, dtype=t.dtype, offset=1).view(t.shape)
         if how == "subclass":
             return t.as_subclass(Subclass)
@@ -283,7 +284,7 @@ class Network:
         while True:
             layers = r.choice([1, 1, 2, 2, 2, 3, 3, 4])
             rows, sizes = case.rows(scale), [case.size(scale) for _ in range(layers + 1)]
-            if rows * max(sizes) <= 150_000 and max(sizes) <= 300 or layers == 1:
+            if layers == 1 or (rows * max(sizes) <= 150_000 and max(sizes) <= 300):
                 break
         info = torch.finfo(self.dtype)
         self.values = r.choices(
@@ -306,7 +307,7 @@ class Network:
                 values.view(-1)[at] = r.choice([math.nan, math.inf, -math.inf])
             return case.placed(values.to(self.dtype))
 
-        pairs = [*zip(sizes, sizes[1:], strict=False)]
+        pairs = [*itertools.pairwise(sizes)]
         self.x = numbers(case.shape(rows, sizes[0]), unit=self.unit)
         self.weights = [numbers([n, m], min(1.0, 6 / max(1, n, m))) for m, n in pairs]
         bias = r.choice(["all", "all", "none", "some"])
@@ -470,7 +471,9 @@ def broken_tensor(case: Case, t: Tensor) -> Any:
         return OTHER_LAYOUTS[case.note("layout", r.choice([*OTHER_LAYOUTS]))](t)
     if how == "none":
         return r.choice(NO_TENSORS)
-    change = r.choice(["larger", "smaller", "drop", "add", "transpose", "flatten", "scalar", "empty"])
+    change = r.choice(
+        ["larger", "smaller", "drop", "add", "transpose", "flatten", "scalar", "empty"]
+    )
     case.note("shape", change)
     d = r.randrange(max(1, t.dim()))
     if change == "scalar" or t.dim() == 0:
@@ -519,8 +522,7 @@ def broken(case: Case, arguments: Sequence[Any]) -> list[Any]:
         new = outcome(lambda: broken_tensor(case, t))  # not every tensor can be everything
         return t if isinstance(new, Refused) else new
 
-    for _ in range(1 if case.chance(0.8) else 2):
-        n = case.r.randrange(len(arguments))
+    for n in case.r.sample(range(len(arguments)), 1 if case.chance(0.8) else 2):
         value = arguments[n]
         if isinstance(value, list) and value and case.chance(0.6):
             at = case.r.randrange(len(value))
@@ -569,9 +571,8 @@ def judge(case: Case, operator: str, arguments: list[Any], valid: bool, exact: b
     """Calls a raw operator, and the reference in float64 beside it."""
     case.note("operator", operator)
     mode = case.mode(PLAIN_MODES)
-    with unchanged(arguments):
-        with mode():
-            found = outcome(lambda: getattr(R, operator)(*arguments))
+    with unchanged(arguments), mode():
+        found = outcome(lambda: getattr(R, operator)(*arguments))
     if isinstance(found, Refused):
         if valid:
             raise Wrong(f"a valid call was refused: {found!r}")
@@ -607,6 +608,10 @@ def judged(
     valid = case.chance(0.5)
     if not valid:
         arguments = broken(case, arguments)
+    elif case.chance(0.06):
+        case.note("all on", "meta")
+        arguments = tree_map(lambda t: t.to("meta") if isinstance(t, Tensor) else t, arguments)
+        valid = case.backend != "extension"  # that has no kernels for it
     # What is known of the numbers need not hold for others in their place.
     exact = exact and valid and net.is_exact(net.dtype)
     return judge(case, operator, arguments, valid, exact)
@@ -641,7 +646,11 @@ def op_backward(case: Case) -> str:
     saved = [case.placed(t) for t, keep in zip(everything, kept, strict=True) if keep]
     case.note("saved, needs", (saved, needs))
     # Rounded, or dealt out anew, they need not be small integers.
-    exact = all(float(t.double().abs().nan_to_num(0, 0, 0).max()) / net.unit < 64 for t in hidden if t.numel())
+    exact = all(
+        float(t.double().abs().nan_to_num(0, 0, 0).max()) / net.unit < 64
+        for t in hidden
+        if t.numel()
+    )
     return judged(case, net, "backward", [net.grad, saved, net.name, needs], exact)
 
 
@@ -674,6 +683,12 @@ def native(x, weights, biases=None, *, output_activation=None, recompute=False):
     return support.native(x, weights, biases, output_activation)
 
 
+def operator(x, weights, biases=None, *, output_activation=None, recompute=False):
+    """`torch.ops.relu_mlp.relu_mlp` in the place of the function."""
+    biases = [ops.NO_TENSOR if bias is None else bias for bias in biases or []]
+    return R.relu_mlp(x, weights, biases, functional.activation_name(output_activation))
+
+
 def own_leaves(case: Case, arguments: Any) -> Callable[[], Any]:
     """The same tensors once more, in the same memory; some of them leaves that need gradients."""
     needing = [
@@ -693,7 +708,9 @@ def own_leaves(case: Case, arguments: Any) -> Callable[[], Any]:
     return make
 
 
-def with_gradients(call: Callable[..., Any], arguments: Any, grad: Callable[[Tensor], Tensor]) -> Any:
+def with_gradients(
+    call: Callable[..., Any], arguments: Any, grad: Callable[[Tensor], Tensor]
+) -> Any:
     """y, and the gradients of all leaves that need one."""
     y = call(*arguments)
     leaves = [t for t in tree_leaves(arguments) if isinstance(t, Tensor) and t.requires_grad]
@@ -709,9 +726,7 @@ def bounded(case: Case, net: Network, found: Any, arguments: Any) -> None:
     if not 0 < x.shape[0] <= 2100 or any(w.numel() == 0 for w in net.weights):
         return
     implementation = functional.implementation_for(net.x)
-    again, hidden = support.hidden_of(
-        implementation, x, net.weights, net.biases, net.activation
-    )
+    again, hidden = support.hidden_of(implementation, x, net.weights, net.biases, net.activation)
     exact = support.Exact(x, net.weights, net.biases, net.activation, hidden, again)
     named = exact.backward(grad)
     names = ["x", *(f"weights[{n}]" for n in range(len(net.weights)))]
@@ -752,9 +767,7 @@ def public_relu_mlp(case: Case) -> str:
         with mode():
             return leaves, outcome(
                 lambda: with_gradients(
-                    lambda x, w, b, a: function(
-                        x, w, b, output_activation=a, recompute=recompute
-                    ),
+                    lambda x, w, b, a: function(x, w, b, output_activation=a, recompute=recompute),
                     leaves,
                     grad_of,
                 )
@@ -762,8 +775,11 @@ def public_relu_mlp(case: Case) -> str:
 
     if lacks_memory(arguments) and "autocast" in case.mode_name:
         return "left out"  # PyTorch's casts read such memory, too
+    function = relu_mlp.relu_mlp
+    if valid and "autocast" not in case.mode_name and case.chance(0.25):
+        function = case.note("as", operator)
     with unchanged(arguments):
-        leaves, found = run(relu_mlp.relu_mlp)
+        leaves, found = run(function)
     if isinstance(found, Refused) and not valid:
         check_words(found)
     if lacks_memory(arguments):
@@ -862,9 +878,7 @@ def jacobian_and_linearize(case: Case) -> str:
         of_biases = [None] * len(weights)
         for n, bias in zip(present, parameters[len(weights) :], strict=True):
             of_biases[n] = bias
-        return native(
-            x, parameters[: len(weights)], of_biases, output_activation=net.activation
-        )
+        return native(x, parameters[: len(weights)], of_biases, output_activation=net.activation)
 
     parameters = (*weights, *(biases[n] for n in present))
     if is_jacobian:
@@ -918,9 +932,13 @@ def check_gradients(case: Case) -> str:
 def transforms(case: Case) -> str:
     """Transforms of transforms, in float64, against the same of the native layers."""
     net = Network(case, [torch.float64], scale=0)
-    if net.x.dim() < 2 or net.values not in ("integers", "real"):
-        net.x, net.values = net.x.new_ones(3, net.x.shape[-1]), "real"
-    x, weights, biases = tree_map(lambda t: wide(t), [net.x, net.weights, net.biases])
+    if net.x.dim() < 2:
+        net.x = net.x.new_ones(3, net.x.shape[-1])
+    # Native transforms make NaN of 0 times infinity where a tangent is 0.
+    x, weights, biases = tree_map(
+        lambda t: wide(t).nan_to_num(0, 0, 0) if isinstance(t, Tensor) else t,
+        [net.x, net.weights, net.biases],
+    )
     chain = [case.r.choice(["vmap", "grad", "jvp", "jacrev", "jacfwd", "none"]) for _ in range(2)]
     recompute = case.chance(0.3)
     at_weight = case.chance(0.5)
@@ -1047,8 +1065,10 @@ def change(case: Case) -> Callable[[nn.Module], Any]:
     how = case.note(
         "change",
         r.choice(
-            ["hook", "pre_hook", "weight", "no_bias", "data", "forward", "frozen", "child", "state"]
-            + ["_parameters", "deepcopy", "pickle", "in_place", "eval", "nothing", "float"]
+            [
+                *("hook", "pre_hook", "weight", "no_bias", "data", "forward", "frozen", "child"),
+                *("state", "_parameters", "deepcopy", "pickle", "in_place", "eval", "float"),
+            ]
         ),
     )
 
@@ -1105,23 +1125,18 @@ def run_twins(case: Case, twins: list[nn.Module], x: Tensor) -> str:
             alter = change(case)
             twins = [alter(model) for model in twins]
         mode = case.mode()
-        answers = []
-        for model in twins:
-            seed = torch.manual_seed(step)
-            dtype = next((p.dtype for p in model.parameters()), x.dtype)
-            leaf = x.detach().clone().to(dtype).requires_grad_(case.chance(0))
+        dtype = next((p.dtype for p in twins[1].parameters()), x.dtype)
+
+        def call(model: nn.Module, dtype: torch.dtype = dtype, step: int = step) -> Any:
+            torch.manual_seed(step)  # for dropout
             model.zero_grad()
+            y = model(x.detach().clone().to(dtype))
+            if y.requires_grad:
+                y.backward(torch.ones_like(y))
+            return y, [p.grad for p in model.parameters()]
 
-            def call(model: nn.Module = model, leaf: Tensor = leaf) -> Any:
-                y = model(leaf)
-                if y.requires_grad:
-                    y.backward(torch.ones_like(y))
-                return y, [p.grad for p in model.parameters()]
-
-            with mode():
-                answers.append(outcome(call))
-        del seed
-        found, expected = answers
+        with mode():
+            found, expected = (outcome(functools.partial(call, model)) for model in twins)
         if isinstance(found, Refused) != isinstance(expected, Refused):
             raise Wrong(f"call {step}: {describe(found)}, natively {describe(expected)}")
         if not isinstance(found, Refused):
@@ -1243,7 +1258,8 @@ class Watch:
     def begin(self) -> None:
         options = self.options
         end = math.inf if options.cases is None else options.cases
-        self.errors, self.notes = tempfile.TemporaryFile(), mmap.mmap(-1, 1 << 20)
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115
+        self.notes = mmap.mmap(-1, 1 << 20)
         self.pipe, writing = os.pipe()
         self.pid, self.buffer, self.running = os.fork(), b"", None
         if self.pid == 0:
