@@ -248,7 +248,8 @@ def _primals(tensors: Sequence[Tensor]) -> list[Tensor]:
     own level but loses those of the levels below: jvp of jvp would be 0. Here they are
     enabled, and the level's own are taken off instead.
     """
-    return [forward_ad.unpack_dual(tensor).primal for tensor in tensors]
+    # Level 0 is the only one. A graph that is being compiled enters it unknown to `forward_ad`.
+    return [forward_ad.unpack_dual(tensor, level=0).primal for tensor in tensors]
 
 
 def _only_what_is_asked_for(

@@ -21,7 +21,15 @@ from .interception import (
     function_modes,
     is_under_a_mode,
 )
-from .ops import NO_TENSOR, PLAIN, _thread, below_autograd, carries_tangent, implementation_for
+from .ops import (
+    NO_TENSOR,
+    PLAIN,
+    _thread,
+    below_autograd,
+    carries_tangent,
+    implementation_for,
+    stand_ins,
+)
 
 OutputActivation = Literal["relu", "sigmoid", "tanh"]
 Loss = Literal["sse", "half_sse", "mse"]
@@ -133,9 +141,14 @@ def check_empty_biases(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> N
 
     To an operator it would mean that there is no bias.
     """
+    # In a TorchScript trace numel() is a tensor, and a symbolic size has no nbytes.
+    is_traced = _get_tracing_state() is not None
     for layer, bias in enumerate(biases):
-        # In a TorchScript trace numel() is a tensor, nbytes is not.
-        if bias is not NO_TENSOR and bias.nbytes == 0 and bias.shape != weights[layer].shape[:1]:
+        if (
+            bias is not NO_TENSOR
+            and (bias.nbytes if is_traced else bias.numel()) == 0
+            and bias.shape != weights[layer].shape[:1]
+        ):
             raise RuntimeError(
                 f"biases[{layer}] must have shape ({weights[layer].shape[0]},), "
                 f"got {tuple(bias.shape)}"
@@ -220,7 +233,7 @@ def fused(
     implementation = implementation_for(x)
     if forward_ad._current_level >= 0 or _are_functorch_transforms_active():
         # Level by level, through the dispatcher, which knows what each tensor is.
-        return torch.ops.relu_mlp.relu_mlp(x, weights, biases, activation)
+        return torch.ops.relu_mlp.relu_mlp(x, weights, stand_ins(biases), activation)
     if _is_any_autocast_enabled():
         x, weights, biases = autocast.cast(x, weights, biases)
     if _is_grad_enabled():
@@ -335,7 +348,7 @@ def loss_and_grads(
         target = target.to(x.dtype)
     with below_autograd():
         value, grads = implementation_for(x).loss_and_grads(
-            x, target, weight_list, present, loss, activation
+            x, target, weight_list, stand_ins(present), loss, activation
         )
     return LossAndGrads(value, *split_by_kind(grads, present))
 

@@ -28,7 +28,7 @@ from .functional import (
     refuse_transforms,
     split_by_kind,
 )
-from .ops import NO_TENSOR, backend, below_autograd, implementation_for
+from .ops import NO_TENSOR, backend, below_autograd, implementation_for, stand_ins
 
 
 class Parameters(NamedTuple):
@@ -144,7 +144,7 @@ class Linearization:
         )
         self._activation = activation
         self.y, self._hidden = self._implementation.forward(
-            self._x, self._weights, self._biases, activation, True
+            self._x, self._weights, stand_ins(self._biases), activation, True
         )
         self._versions = [tensor._version for tensor in self._counted()]
 

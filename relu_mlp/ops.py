@@ -89,6 +89,19 @@ def _make_no_tensor() -> Tensor:
 #: Stands in an operator's arguments for a tensor that is missing.
 NO_TENSOR = _make_no_tensor()
 
+
+def stand_ins(biases: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The biases as an operator takes them in the modes that are in force.
+
+    A FakeTensorMode refuses the real `NO_TENSOR`, and gets one of its own.
+    """
+    if _get_dispatch_mode(_FAKE) is None:
+        return biases
+    return [torch.empty(0) if bias is NO_TENSOR else bias for bias in biases]
+
+
+_get_dispatch_mode, _FAKE = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.FAKE
+
 #: Suspends the Autograd keys. The Function holds it while it calls the raw
 #: operators, which lets it past the guards registered below.
 below_autograd = torch._C._AutoDispatchBelowAutograd

@@ -505,6 +505,7 @@ def test_workspace_that_cannot_be_had():
         g = torch.ones(500, 1)
         R.recompute_backward(g[:1], x[:1], w, [], "none", "10000")  # loads all
         R.relu_mlp(x[:200], [torch.ones(30, 1), torch.ones(1, 30)], [])
+        torch.ones(2**22).add_(1)  # starts the threads
         used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + 2**20, -1))
         for call in (
