@@ -346,9 +346,10 @@ def loss_and_grads(
     refuse_transforms("loss_and_grads", x, target, weight_list, present)
     if target.dtype is not x.dtype and not (target.is_floating_point() or target.is_complex()):
         target = target.to(x.dtype)
+    biases = present if type(x) in PLAIN else stand_ins(present)
     with below_autograd():
         value, grads = implementation_for(x).loss_and_grads(
-            x, target, weight_list, stand_ins(present), loss, activation
+            x, target, weight_list, biases, loss, activation
         )
     return LossAndGrads(value, *split_by_kind(grads, present))
 
