@@ -37,6 +37,8 @@ FLAGS = [
     "-O1",
     "-g1",
     "-fno-omit-frame-pointer",
+    "-fPIC",
+    "-fvisibility=hidden",
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
 ]
 # -w: the compiler warns of what the sanitizers' own branches look like to it.
@@ -95,11 +97,12 @@ def build_package() -> None:
     shutil.rmtree(PACKAGE, ignore_errors=True)
     shutil.copytree(ROOT / "relu_mlp", PACKAGE, ignore=shutil.ignore_patterns("_C*", "__pycache__"))
     sources = [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp"), ROOT / "csrc/cuda/plan.cpp"]
-    flags = [*MEMORY, "-fPIC", "-fvisibility=hidden", *includes()]
     names = sorted(str(path.relative_to(ROOT)) for path in sources)
     lib = Path(torch.__file__).parent / "lib"
     link = ["-shared", f"-L{lib}", "-ltorch", "-ltorch_cpu", "-lc10"]
-    run(*COMPILER, *MEMORY, *objects(names, flags, "library"), *link, "-o", PACKAGE / "_C.abi3.so")
+    # The kernels are those of the driver.
+    compiled = objects(names, [*MEMORY, *includes()], "memory")
+    run(*COMPILER, *MEMORY, *compiled, *link, "-o", PACKAGE / "_C.abi3.so")
 
 
 def runtime(*names: str) -> str:
@@ -123,9 +126,9 @@ def fuzz(arguments: Sequence[str]) -> None:
 
 def drive(kind: str, flags: Sequence[str], networks: int) -> None:
     """Builds and runs the driver, with a few lines in the place of PyTorch's threads."""
+    compiled = objects(KERNELS, [*flags, *includes()], kind)
     own = ["-Itests/sanitize/include", *includes()]
-    sources = [*KERNELS, "tests/sanitize/driver.cpp"]
-    compiled = objects(sources, [*flags, *own], kind)
+    compiled += objects(["tests/sanitize/driver.cpp"], [*flags, *own], kind)
     driver = OUT / f"driver-{kind}"
     run(*COMPILER, *flags, *compiled, "-lpthread", "-o", driver)
     run(driver, str(networks))
