@@ -145,8 +145,11 @@ class MLP(SingleLevelFunction):
         plan = plan_for(layers, ctx.needs_input_grad, output_activation)
         dispatched = type(implementation) is OneLevelDown
         save_hidden = (plan.save_hidden and not recompute) or dispatched
-        with below_autograd():
+        guard = below_autograd()  # not as a context, as in `functional.fused`
+        try:
             y, hidden = implementation.forward(x, weights, biases, output_activation, save_hidden)
+        finally:
+            del guard
         ctx.remembered = call, plan, y.shape
         ctx.set_materialize_grads(False)
         if dispatched:
@@ -204,8 +207,11 @@ class MLP(SingleLevelFunction):
                 implementation, name, grad_output, *operands, output_activation, plan.needs
             )
         else:
-            with below_autograd():
+            guard = below_autograd()
+            try:
                 grads = implementation.backward(grad_output, saved, output_activation, plan.needs)
+            finally:
+                del guard
         if is_compiling:  # Dynamo knows nothing of an itemgetter
             items = [None, *grads]
             return tuple([items[position] for position in plan.positions])
