@@ -775,8 +775,9 @@ def public_relu_mlp(case: Case) -> str:
                 )
             )
 
-    if lacks_memory(arguments) and "autocast" in case.mode_name:
-        return "left out"  # PyTorch's casts read such memory, too
+    is_native = any(type(t) is Subclass for t in tree_leaves(arguments))
+    if lacks_memory(arguments) and (is_native or "autocast" in case.mode_name):
+        return "left out"  # PyTorch's own layers and casts read such memory
     function = relu_mlp.relu_mlp
     if valid and "autocast" not in case.mode_name and case.chance(0.25):
         function = case.note("as", operator)
