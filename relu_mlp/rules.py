@@ -154,19 +154,16 @@ def path_of(module_class: type) -> str:
 
 def does_nothing(child: nn.Module) -> bool:
     """Whether calling it returns its input: Identity, and Dropout in eval mode or of p = 0."""
+    if type(child).__call__ is not nn.Module.__call__ or _is_patched(child.__dict__):
+        return False
     if type(child) is nn.Dropout:
         return (
             (not child.training or child.p == 0)
             and 0 <= child.p <= 1  # else it raises
             and nn.Dropout.forward is _dropout_forward
             and F.dropout is _dropout
-            and not _is_patched(child.__dict__)
         )
-    return (
-        type(child) is nn.Identity
-        and nn.Identity.forward is _identity_forward
-        and not _is_patched(child.__dict__)
-    )
+    return type(child) is nn.Identity and nn.Identity.forward is _identity_forward
 
 
 def may_do_nothing(child: nn.Module) -> bool:

@@ -675,6 +675,13 @@ def test_a_sequential_whose_class_somebody_patched_is_called(backend, monkeypatc
     assert torch.equal(model(x), 2 * x)
 
 
+@pytest.mark.parametrize("name", ["forward", "__call__"])
+def test_a_dropout_whose_class_somebody_patched_is_called(name, backend, monkeypatch):
+    model, x = fuse(support.integers_(with_dropout().eval())), integer_input(7, 3)
+    monkeypatch.setattr(nn.Dropout, name, lambda self, x: x + 1)
+    assert torch.equal(model(x), nn.Sequential(*model)(x))
+
+
 def test_gelu_stays(backend):
     model = nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 3))
     assert type(fuse(model)) is nn.Sequential
