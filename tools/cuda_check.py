@@ -57,6 +57,7 @@ for name in sorted(names):
 print(torch.ops.relu_mlp._build_info())
 """
 OPERATORS = {"relu_mlp", "forward", "backward", "recompute_backward", "loss_and_grads"}
+OPERATORS |= {f"_{name}_in_cpp" for name in OPERATORS}
 
 
 def run(*command: str | Path) -> str:
