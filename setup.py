@@ -95,6 +95,11 @@ def why_not_cuda() -> str | None:
         said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         return f"nvcc does not run: {error}"
+    # nvcc in PATH may be a wrapper, or a link, far from the toolkit.
+    if not Path(cpp_extension.CUDA_HOME, "include", "cuda_runtime.h").exists():
+        return (
+            f"{cpp_extension.CUDA_HOME} has no include/cuda_runtime.h; CUDA_HOME names the toolkit"
+        )
     release = re.search(r"release (\d+)\.\d+", said.stdout)
     if release is None or release[1] != torch.version.cuda.split(".")[0]:
         found = release[0] if release else "an unknown release"

@@ -38,6 +38,25 @@ def test_a_bad_value_of_force_cuda():
     assert said.stderr.splitlines()[-1] == "relu_mlp: FORCE_CUDA must be 0 or 1, got 'yes'"
 
 
+def test_a_toolkit_without_headers(tmp_path, monkeypatch):
+    """nvcc in PATH is a wrapper: a build for the CPU serves, and a failing one does not."""
+    source = (ROOT / "setup.py").read_text(encoding="utf-8").split("\nos.chdir(")[0]
+    names = {"__name__": "setup"}
+    exec(compile(source, "setup.py", "exec"), names)
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.88'\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", str(tmp_path))
+    assert names["why_not_cuda"]() == (
+        f"{tmp_path} has no include/cuda_runtime.h; CUDA_HOME names the toolkit"
+    )
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "cuda_runtime.h").touch()
+    assert names["why_not_cuda"]() is None
+
+
 PTXAS = """
 ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function '_Z4onePf' for 'sm_90'
