@@ -39,8 +39,15 @@ def check_device(name: str, tensor: Tensor, x: Tensor) -> None:
         raise RuntimeError(f"{name} must be on {x.device} like x, got {tensor.device}")
 
 
+def check_tensor(name: str, tensor: object) -> None:
+    """Raises TypeError for None, which PyTorch hands on in place of an operator's first tensor."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+
+
 def check_layers(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
     """Raises RuntimeError unless the weights and biases chain, starting from x."""
+    check_tensor("x", x)
     if x.dim() < 1:
         raise RuntimeError("x must have at least one dimension, got shape ()")
     if x.dtype not in DTYPES:
@@ -158,6 +165,12 @@ def check_needs(operator: str, needs: str, layers: int | None = None) -> None:
 
 
 def check_grad_output(operator: str, grad_output: Tensor) -> None:
+    check_tensor(f"relu_mlp::{operator}: grad_output", grad_output)
+    if grad_output.dtype not in DTYPES:
+        raise RuntimeError(
+            f"relu_mlp::{operator}: grad_output must be float64, float32, bfloat16 or float16, "
+            f"got {name_of(grad_output.dtype)}"
+        )
     if grad_output.dim() < 1:
         raise RuntimeError(
             f"relu_mlp::{operator}: grad_output must have at least one dimension, got shape ()"

@@ -204,11 +204,19 @@ BAD = {
     "no x": ("relu_mlp", None, [W], [], "none"),
     "no x for forward": ("forward", None, [W], [], "none", True),
     "no gradient": ("backward", None, [X], "none", "010"),
+    "no gradient and nothing saved": ("backward", None, [], "none", "001"),
+    "no gradient for recompute_backward": ("recompute_backward", None, X, [W], [], "none", "010"),
+    "no x for recompute_backward": ("recompute_backward", Y, None, [W], [], "none", "010"),
+    "a gradient of integers": ("backward", Y.to(torch.int8), [], "none", "001"),
 }
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_operators_refuse(backend, what):
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
+def test_operators_refuse(backend, mode, what):
     name, *arguments = BAD[what]
-    with pytest.raises((RuntimeError, TypeError), match=r"must|asks for"):
+    with (
+        pytest.raises((RuntimeError, TypeError), match=r"must|asks for|no kernel|undefined"),
+        mode(),
+    ):
         getattr(torch.ops.relu_mlp, name)(*arguments)
