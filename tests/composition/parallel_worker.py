@@ -1,6 +1,6 @@
-"""What each process of tests/test_parallel.py does: every case, on every backend.
+"""What each process of test_parallel.py does: every case, on every backend.
 
-    torchrun ... tests/parallel_worker.py FOLDER
+    torchrun ... tests/composition/parallel_worker.py FOLDER
 
 A process adds a line to FOLDER/rank<n> for each case that it has passed, and ends at
 the first that fails. Everything is compared with one process that computes natively.
@@ -38,7 +38,6 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import comparison
 import relu_mlp
 import support
 from relu_mlp.parallel import ReluMLPParallel, TensorParallelReluMLP
@@ -97,7 +96,7 @@ def check(net, sequential, x, x_needs_grad=True, names=""):
             y.backward(grad_output)
         grads = {name: whole(p.grad) for name, p in module.named_parameters()}
         found.append({"y": whole(y), **grads} | ({"x": leaf.grad} if x_needs_grad else {}))
-    comparison.assert_same(found[1], found[0], f"{names} {net}")
+    support.assert_same(found[1], found[0], f"{names} {net}")
     return counts
 
 
@@ -123,7 +122,7 @@ def case_tensor_parallel(mesh):
         for x_needs_grad in (True, False):
             net.zero_grad()
             sequential.zero_grad()
-            counts = check(net, sequential, comparison.integers(6, sizes[0]), x_needs_grad)
+            counts = check(net, sequential, support.integers(6, sizes[0]), x_needs_grad)
             pairs, alone = divmod(len(sizes) - 1, 2)
             assert counts["forward"] == counts["backward"] == pairs + alone, counts
             assert counts["native"] == counts["other"] == 0, counts
@@ -152,7 +151,7 @@ def case_parts_are_where_they_should_be(mesh):
     }
     for (name, p), q in zip(net.state_dict().items(), sequential.state_dict().values()):
         assert p.shape == q.shape
-        comparison.assert_same(whole(p), q, name)
+        support.assert_same(whole(p), q, name)
     assert all(type(p) is nn.Parameter for p in model["other"].parameters())
 
 
@@ -160,16 +159,16 @@ def case_shapes_of_the_input(mesh):
     for shape in [(4,), (2, 3, 4), (0, 4), (2, 0, 4)]:
         net, sequential = pair((4, 6, 3))
         parallelize_module(net, mesh, ReluMLPParallel())
-        assert check(net, sequential, comparison.integers(*shape))["native"] == 0
+        assert check(net, sequential, support.integers(*shape))["native"] == 0
 
 
 def case_smooth_output_activations(mesh):
     for activation in ("sigmoid", "tanh"):
         for sizes in ((3, 4, 2), (3, 4, 3, 2)):
             net, sequential = pair(sizes, output_activation=activation)
-            x = comparison.integers(5, 3).requires_grad_()
+            x = support.integers(5, 3).requires_grad_()
             weights, biases = support.layers_of(sequential)
-            bounds = comparison.first_order_bounds(x, weights, biases, activation)
+            bounds = support.first_order_bounds(x, weights, biases, activation)
             parallelize_module(net, mesh, ReluMLPParallel())
             found = []
             for module in (sequential, net):
@@ -177,14 +176,14 @@ def case_smooth_output_activations(mesh):
                 y = module(x)
                 y.sum().backward()
                 weights, biases = support.layers_of(module)
-                leaves = comparison.leaves(x, weights, biases)
+                leaves = support.leaves(x, weights, biases)
                 found.append({name: whole(leaf.grad) for name, leaf in leaves.items()})
-            comparison.assert_within(found[1], found[0], bounds)
+            support.assert_within(found[1], found[0], bounds)
 
 
 def case_recompute(mesh):
     """No hidden units are kept, but for the sum after a pair."""
-    x = comparison.integers(9, 4)
+    x = support.integers(9, 4)
     for recompute in (False, True):
         net, _ = pair((4, 64, 3), recompute=recompute)
         parallelize_module(net, mesh, ReluMLPParallel())
@@ -200,23 +199,23 @@ def case_frozen_layers(mesh):
     for module in (net, sequential):
         module[:3].requires_grad_(False)
     parallelize_module(net, mesh, ReluMLPParallel())
-    x = comparison.integers(6, 4)
+    x = support.integers(6, 4)
     with counted() as counts:
         net(x).sum().backward()
     sequential(x).sum().backward()
     for p, q in zip(net.parameters(), sequential.parameters()):
         assert p.requires_grad == q.requires_grad
-        comparison.assert_same(p.grad if p.grad is None else whole(p.grad), q.grad)
+        support.assert_same(p.grad if p.grad is None else whole(p.grad), q.grad)
     assert counts["all_reduce"] == 2 and counts["forward"] == 2 and counts["backward"] == 1
 
 
 def case_inference(mesh):
     net, sequential = pair((4, 6, 5, 3))
     parallelize_module(net, mesh, ReluMLPParallel())
-    x = comparison.integers(6, 4)
+    x = support.integers(6, 4)
     for context in (torch.no_grad, torch.inference_mode):
         with context(), counted() as counts:
-            comparison.assert_same(net(x), sequential(x))
+            support.assert_same(net(x), sequential(x))
         assert counts["forward"] == 2 and counts["all_reduce"] == 1
 
 
@@ -235,11 +234,11 @@ def case_second_derivatives(mesh):
     for sizes in ((3, 4, 2), (3, 3, 2, 2), (2, 3, 2, 3, 1)):
         net, sequential = pair(sizes)
         parallelize_module(net, mesh, ReluMLPParallel())
-        x = comparison.integers(4, sizes[0])
+        x = support.integers(4, sizes[0])
         expected = gradient_penalty(sequential, x)
         with counted() as counts:
             actual = gradient_penalty(net, x)
-        comparison.assert_same(actual, expected)
+        support.assert_same(actual, expected)
         assert counts["forward"] >= (len(sizes)) // 2, counts
 
 
@@ -247,7 +246,7 @@ def case_transforms(mesh):
     """Forward mode and `torch.func` raise; in all processes, so that none waits."""
     net, _ = pair((4, 6, 3))
     parallelize_module(net, mesh, ReluMLPParallel())
-    x = comparison.integers(6, 4)
+    x = support.integers(6, 4)
     raises(RuntimeError, "", torch.func.jvp, net, (x,), (x,))
     raises(RuntimeError, "", torch.func.grad(lambda x: net(x).sum()), x)
     raises(RuntimeError, "", torch.vmap(net), x)
@@ -260,7 +259,7 @@ def case_dtensors_as_input(mesh):
     for placement in (Replicate(), Shard(0), Shard(1)):
         net, sequential = pair((4, 6, 3))
         parallelize_module(net, mesh, ReluMLPParallel())
-        x = comparison.integers(8, 4)
+        x = support.integers(8, 4)
         expected = check(sequential, copy.deepcopy(sequential), x) and sequential(x)
         rank, size = mesh.get_local_rank(), mesh.size()
         local = x
@@ -271,14 +270,14 @@ def case_dtensors_as_input(mesh):
             y = net(leaf)
         assert counts["forward"] == 1 and counts["native"] == 0
         assert isinstance(y, DTensor) and y.placements == (Replicate(),)
-        comparison.assert_same(whole(y), expected.detach())
+        support.assert_same(whole(y), expected.detach())
         y.sum().backward()
         plain = x.clone().requires_grad_()
         sequential.zero_grad()
         sequential(plain).sum().backward()
-        comparison.assert_same(whole(leaf.grad), plain.grad)
+        support.assert_same(whole(leaf.grad), plain.grad)
         for p, q in zip(net.parameters(), sequential.parameters()):
-            comparison.assert_same(whole(p.grad), q.grad)
+            support.assert_same(whole(p.grad), q.grad)
 
 
 def case_autocast(mesh):
@@ -291,7 +290,7 @@ def case_autocast(mesh):
                 for p in module.parameters():
                     p.clamp_(-1, 1)
         parallelize_module(net, mesh, ReluMLPParallel())
-        x = comparison.integers(4, 2, dtype=torch.float32, largest=1)
+        x = support.integers(4, 2, dtype=torch.float32, largest=1)
         with torch.autocast("cpu", torch.bfloat16):
             counts = check(net, sequential, x)
             assert net(x).dtype == torch.bfloat16
@@ -304,7 +303,7 @@ def case_hooks_on_children(mesh):
     net, sequential = pair((4, 6, 5, 3))
     parallelize_module(net, mesh, ReluMLPParallel())
     net[2].register_forward_hook(lambda module, args, output: seen.append(type(output)))
-    counts = check(net, sequential, comparison.integers(6, 4))
+    counts = check(net, sequential, support.integers(6, 4))
     assert seen == [DTensor]
     assert counts["forward"] == 0 < counts["native"]
 
@@ -312,12 +311,12 @@ def case_hooks_on_children(mesh):
     other, sequential = pair((4, 6, 3))
     parallelize_module(other, mesh, ReluMLPParallel())
     with counted() as counts:
-        other(comparison.integers(6, 4))
+        other(support.integers(6, 4))
     handle.remove()
     assert counts["forward"] == 0 < counts["native"]
 
     # DTensor sums the gradient of x without a graph.
-    x = comparison.integers(6, 4).requires_grad_()
+    x = support.integers(6, 4).requires_grad_()
     y = net(x).sum()
     raises(RuntimeError, "can't be differentiated", torch.autograd.grad, y, x, create_graph=True)
 
@@ -326,7 +325,7 @@ def case_styles_for_the_children(mesh):
     """`ColwiseParallel` and `RowwiseParallel` put hooks there: natively."""
     net, sequential = pair((4, 8, 3))
     parallelize_module(net, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
-    counts = check(net, sequential, comparison.integers(6, 4))
+    counts = check(net, sequential, support.integers(6, 4))
     assert counts["forward"] == 0 < counts["native"]
     assert counts["all_reduce"] == 2
 
@@ -337,13 +336,13 @@ def case_other_placements_and_children(mesh):
     parallelize_module(net, mesh, ReluMLPParallel())
     for module in (net, sequential):
         module.append(nn.Flatten(0))
-    counts = check(net, sequential, comparison.integers(6, 4))
+    counts = check(net, sequential, support.integers(6, 4))
     assert counts["forward"] == 0 < counts["native"]
     net, sequential = pair((4, 6, 3))
     parallelize_module(net, mesh, ReluMLPParallel())
     weight = net[0].weight.detach().redistribute(placements=[Replicate()])
     net[0].weight = nn.Parameter(weight)
-    counts = check(net, sequential, comparison.integers(6, 4))
+    counts = check(net, sequential, support.integers(6, 4))
     assert counts["forward"] == 0 < counts["native"]
 
 
@@ -351,10 +350,10 @@ def case_functional_call(mesh):
     """Whole parameters lent to the module: as if it had never been sharded."""
     net, sequential = pair((4, 6, 3))
     parallelize_module(net, mesh, ReluMLPParallel())
-    x = comparison.integers(6, 4)
+    x = support.integers(6, 4)
     with counted() as counts:
         y = torch.func.functional_call(net, dict(sequential.named_parameters()), x)
-    comparison.assert_same(y.detach(), sequential(x).detach())
+    support.assert_same(y.detach(), sequential(x).detach())
     assert counts["forward"] == 1 and counts["all_reduce"] == 0
 
 
@@ -362,11 +361,11 @@ def case_functions_of_dtensors(mesh):
     """`relu_mlp` takes the native path; `loss_and_grads` of a mixture raises."""
     net, sequential = pair((4, 6, 3))
     parallelize_module(net, mesh, ReluMLPParallel())
-    x, target = comparison.integers(6, 4), comparison.integers(6, 3)
+    x, target = support.integers(6, 4), support.integers(6, 3)
     parameters = support.layers_of(net)
     replicated = DTensor.from_local(x, mesh, [Replicate()], run_check=False)
     y = relu_mlp.relu_mlp(replicated, *parameters)
-    comparison.assert_same(whole(y), sequential(x).detach())
+    support.assert_same(whole(y), sequential(x).detach())
     raises(RuntimeError, "mixed torch.Tensor and DTensor", relu_mlp.relu_mlp, x, *parameters)
     kinds = (RuntimeError, ValueError)  # PyTorch 2.11: the latter
     raises(kinds, "", relu_mlp.loss_and_grads, x, target, *parameters)
@@ -379,7 +378,7 @@ def case_copies(mesh):
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.zero_()
-    counts = check(twin, sequential, comparison.integers(6, 4))
+    counts = check(twin, sequential, support.integers(6, 4))
     assert counts["forward"] == 2 and counts["native"] == 0
 
 
@@ -494,8 +493,8 @@ def check_exact(model, x, target):
     """
     weights, biases = support.layers_of(model)
     layers, elements = len(weights), target.numel()
-    majors = [comparison.absolutes(tensors) for tensors in ([x], weights, biases)]
-    y = comparison.majorant(majors[0][0], *majors[1:])
+    majors = [support.absolutes(tensors) for tensors in ([x], weights, biases)]
+    y = support.majorant(majors[0][0], *majors[1:])
     error = y.detach() + target.abs()
     grads = torch.autograd.grad(y, majors[1] + majors[2], 2 / elements * error)
     largest = max(grad.max().item() for grad in grads)
@@ -555,13 +554,13 @@ class Layout:
             expected = expected_history()[step]
             loss = actual["loss"].clone()
             dist.all_reduce(loss, group=self.mesh.get_group("rows"))
-            comparison.assert_same(loss / self.mesh.size(0), expected["loss"], f"loss {step}")
+            support.assert_same(loss / self.mesh.size(0), expected["loss"], f"loss {step}")
             for kind in ("grads", "parameters"):
                 parts = zip(actual[kind], expected[kind], self.elements, strict=True)
                 for n, (p, q, elements) in enumerate(parts):
-                    comparison.assert_same(p, q.flatten()[elements], f"{kind} {n}, step {step}")
+                    support.assert_same(p, q.flatten()[elements], f"{kind} {n}, step {step}")
         for n, (p, q) in enumerate(zip(model.parameters(), expected["parameters"], strict=True)):
-            comparison.assert_same(whole(p), q, f"parameter {n} after all")
+            support.assert_same(whole(p), q, f"parameter {n} after all")
 
 
 LAYOUTS = {
@@ -615,7 +614,7 @@ def case_fsdp_of_a_larger_model(mesh):
     model = nn.Sequential(nn.Identity(), net)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    x = comparison.integers(4, 2, dtype=torch.float32, largest=1)
+    x = support.integers(4, 2, dtype=torch.float32, largest=1)
     with support.count_calls() as counts:
         y = model(x)
         y.sum().backward()
@@ -623,9 +622,9 @@ def case_fsdp_of_a_larger_model(mesh):
     assert y.dtype == torch.bfloat16
     expected = sequential(x)
     expected.sum().backward()
-    comparison.assert_same(y.detach().float(), expected.detach())
+    support.assert_same(y.detach().float(), expected.detach())
     for p, q in zip(net.parameters(), sequential.parameters()):
-        comparison.assert_same(whole(p.grad), q.grad)  # the mean of equal ones
+        support.assert_same(whole(p.grad), q.grad)  # the mean of equal ones
 
 
 # -- Checkpoints -------------------------------------------------------------------------

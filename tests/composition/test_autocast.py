@@ -17,7 +17,8 @@ from torch._subclasses import FakeTensorMode
 
 import relu_mlp
 import support
-from comparison import (
+from relu_mlp import autocast, functional, ops
+from support import (
     assert_same,
     gradients,
     integer_network,
@@ -26,7 +27,6 @@ from comparison import (
     native_mlp,
     outcome,
 )
-from relu_mlp import autocast, functional, ops
 
 every_half = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 

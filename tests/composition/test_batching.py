@@ -2,7 +2,7 @@
 against vmap of the native path.
 
 The comparison is that of test_transforms.py: bit for bit on integer networks, and within the
-bounds of comparison.py for sigmoid and tanh.
+bounds of support/bounds.py for sigmoid and tanh.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stac
 from torch.utils._pytree import tree_flatten
 
 import support
-from comparison import assert_same, integer_network, integers, native_mlp
 from relu_mlp import ReluMLP, relu_mlp
-from test_transforms import BIASES, compare, loss, of_loss, of_names, problem
+from support import BIASES, assert_same, integer_network, integers, native_mlp
+from support.transforms import compare, loss, of_loss, of_names, problem
 
 # PyTorch's own forward mode compiles its rules with TorchScript, which it has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
@@ -560,13 +560,6 @@ COMPILED = {
     "vmap of grad": lambda f, x, w: vmap(grad(lambda x: loss(f(x, w))))(x),
     "per-sample gradients": lambda f, x, w: vmap(grad(lambda w, x: loss(f(x, w))), (None, 0))(w, x),
 }
-
-
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.usefixtures("fresh_compiler")

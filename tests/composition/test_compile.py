@@ -17,8 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import relu_mlp
 import support
-from comparison import assert_same, integer_network, integers
-from support import integers_, twins
+from support import assert_same, integer_network, integers, integers_, twins
 
 pytestmark = [
     # Said by PyTorch of the compilers that these tests are made of.

@@ -1,7 +1,7 @@
 """torch.compile of derivatives: what the native layers compile, the fused ones do, with the same
 values, at a second width too, in fake tensor modes and in graphs of symbolic sizes.
 
-By integers, with which every sum is exact; with tanh within the bounds of comparison.py.
+By integers, with which every sum is exact; with tanh within the bounds of support/bounds.py.
 """
 
 import pytest
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import relu_mlp
 import support
-from comparison import assert_same, integer_network, integers
+from support import assert_same, integer_network, integers
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
@@ -101,7 +101,7 @@ def test_compiled(transform, of, names, activation, compiler):
         derivative(relu_mlp.relu_mlp, *arguments), backend=compiler, fullgraph=True
     )
     given = tensors_of()
-    assert_alike(compiled(given), derivative(support.native, *arguments)(given), activation)
+    assert_alike(compiled(given), derivative(support.native_mlp, *arguments)(given), activation)
 
 
 @pytest.mark.parametrize("dynamic", [None, True], ids=["by itself", "from the start"])
@@ -113,7 +113,7 @@ def test_compiled_for_another_width(transform, dynamic):
     )
     for width in (4, 8):
         given = tensors_of(width)
-        assert_alike(compiled(given), derivative(support.native, *arguments)(given), "relu")
+        assert_alike(compiled(given), derivative(support.native_mlp, *arguments)(given), "relu")
 
 
 def test_exported_with_any_width():
@@ -127,14 +127,14 @@ def test_exported_with_any_width():
     exported = export(Network(), tuple(given[4]), dynamic_shapes=shapes).module()
     for x, w0, b0, w1 in given.values():
         x = torch.cat([x, x])
-        assert_same(exported(x, w0, b0, w1), support.native(x, [w0, w1], [b0, None]))
+        assert_same(exported(x, w0, b0, w1), support.native_mlp(x, [w0, w1], [b0, None]))
 
 
 @pytest.mark.parametrize("transform", ["value", "jvp", "gradient penalty"])
 def test_graph_with_symbolic_sizes(backend, transform):
     """By make_fx, which needs no fake tensor to be compiled."""
     arguments = (transform, squares, "xwb", "tanh")
-    ours, native = (derivative(f, *arguments) for f in (relu_mlp.relu_mlp, support.native))
+    ours, native = (derivative(f, *arguments) for f in (relu_mlp.relu_mlp, support.native_mlp))
     graph = make_fx(ours, tracing_mode="symbolic")(tensors_of(4))
     for width in (4, 8):
         given = tensors_of(width)
@@ -145,7 +145,7 @@ def test_graph_with_symbolic_sizes(backend, transform):
 def test_shapes_in_a_fake_tensor_mode(backend, transform):
     """A transform's tensors are fake below: so is what stands for the missing bias."""
     shapes = []
-    for network in (support.native, relu_mlp.relu_mlp):
+    for network in (support.native_mlp, relu_mlp.relu_mlp):
         with FakeTensorMode() as mode:
             given = {name: mode.from_tensor(tensor) for name, tensor in tensors_of().items()}
             results = derivative(network, transform, torch.sum, "xwb", "relu")(given)

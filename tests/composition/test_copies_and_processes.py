@@ -25,8 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import relu_mlp
 import support
-from comparison import assert_same, gradients, integer_network, integers, leaves, native_mlp
 from relu_mlp import ReluMLP, functional, ops
+from support import assert_same, gradients, integer_network, integers, leaves, native_mlp
 
 R = torch.ops.relu_mlp
 

@@ -15,12 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import comparison
 import relu_mlp
 import support
 from relu_mlp import ReluMLP, ops
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "cpp"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "cpp"
 COMPILER = os.environ.get("CXX", "c++").split()[0]
 
 # PyTorch's own words about its own code.
@@ -99,7 +98,7 @@ def test_package_in_python(folder, net):
             x = torch.randn(rows, 16)
             with support.count_calls() as calls:
                 y = package(x)
-            comparison.assert_same(y, net(x))
+            support.assert_same(y, net(x))
             assert calls["native"] == 0
 
 
@@ -129,7 +128,7 @@ def test_program_prints_what_python_computes(program, folder, net):
     printed = table(run_block(folder, blocks("sh")[1]))
     assert list(printed) == [("TorchScript", "[3, 10]"), ("AOTInductor", "[3, 10]")]
     for rows in printed.values():
-        comparison.assert_same(torch.tensor(rows), expected)
+        support.assert_same(torch.tensor(rows), expected)
 
 
 @pytest.mark.parametrize("rows", [1, 0, 7])
@@ -140,7 +139,7 @@ def test_other_batch_sizes(rows, program, folder, net):
     run = subprocess.run([program, *arguments], capture_output=True, text=True, cwd=folder)
     assert run.returncode == 0, run.stderr
     for values in table(run.stdout).values():
-        comparison.assert_same(torch.tensor(values).reshape(rows, 10), net(x).detach())
+        support.assert_same(torch.tensor(values).reshape(rows, 10), net(x).detach())
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from torch import nn
 from torch.export.experimental import _export_forward_backward
 from torch.nn.utils import parametrize
 
-import comparison
 import relu_mlp
 import support
 from relu_mlp import FusedSequential, ReluMLP, fuse, unfuse
@@ -55,7 +54,7 @@ class Functional(nn.Module):
     def __init__(self, function=relu_mlp.relu_mlp):
         super().__init__()
         self.function = function
-        weights, biases = comparison.integer_network([3, 6, 4, 2], "some", torch.float32)
+        weights, biases = support.integer_network([3, 6, 4, 2], "some", torch.float32)
         self.weights = nn.ParameterList(weights)
         self.biases = nn.ParameterList([biases[0], biases[2]])
 
@@ -80,7 +79,7 @@ def made(name):
 
 
 def integers(*shape):
-    return comparison.integers(*shape).float()
+    return support.integers(*shape).float()
 
 
 def exported(module, strict=False, rows=4):
@@ -126,7 +125,7 @@ PAIRS = {
         plain(net),
     ),
     "model": lambda: (Model(), Model(is_plain=True)),
-    "functional": lambda: (Functional(), Functional(support.native)),
+    "functional": lambda: (Functional(), Functional(support.native_mlp)),
 }
 
 
@@ -276,7 +275,7 @@ def test_one_operator(name, strict, backend, tmp_path):
         runs = form.module()
         for rows in (5, 1, 0):
             x = integers(rows, 3)
-            comparison.assert_same(runs(x), module(x))
+            support.assert_same(runs(x), module(x))
 
 
 @STRICT
@@ -288,7 +287,7 @@ def test_decompositions_leave_it_whole(strict, backend):
     if is_fused or not strict or torch.__version__ >= "2.13":  # see test_one_operator
         assert count(program, torch.ops.aten.addmm.default) == (2 if is_fused else 7)
     x = integers(5, 3)
-    comparison.assert_same(program.module()(x), module(x))
+    support.assert_same(program.module()(x), module(x))
 
 
 def test_training(backend):
@@ -305,7 +304,7 @@ def test_training(backend):
             y.square().sum().backward()
         gradients = {name: parameter.grad for name, parameter in net.named_parameters()}
         results.append({"y": y.detach(), "x": leaf.grad, **gradients})
-    comparison.assert_same(results[1], results[0])
+    support.assert_same(results[1], results[0])
     if backend == "extension":
         assert (calls["forward"], calls["backward"]) == (2, 2)
 
@@ -320,7 +319,7 @@ def test_example_of_few_rows(rows):
         assert "specialized" in str(error)
     else:
         x = integers(5, 3)
-        comparison.assert_same(runs(x), module(x))
+        support.assert_same(runs(x), module(x))
 
 
 def test_leading_dimensions(backend):
@@ -330,7 +329,7 @@ def test_leading_dimensions(backend):
     assert count(program, OPERATOR) == (backend == "extension")
     for shape in [(5, 7, 3), (1, 1, 3), (3, 0, 3)]:
         x = integers(*shape)
-        comparison.assert_same(program.module()(x), module(x))
+        support.assert_same(program.module()(x), module(x))
 
 
 class Plus(nn.Module):
@@ -354,7 +353,7 @@ def test_changed_children_run_natively(change, strict):
         parametrize.register_parametrization(net[0], "weight", Plus())
     program = exported(net, strict)
     assert (count(program, OPERATOR), count(program, LINEAR)) == (0, 3)
-    comparison.assert_same(program.module()(x), net(x))
+    support.assert_same(program.module()(x), net(x))
     assert not torch.equal(net(x), unchanged)
 
 
@@ -363,7 +362,7 @@ def test_other_dtypes_run_natively():
     x = integers(5, 3).to(torch.complex64)
     program = torch.export.export(net, (x,))
     assert (count(program, OPERATOR), count(program, LINEAR)) == (0, 1)
-    comparison.assert_same(program.module()(x), net(x))
+    support.assert_same(program.module()(x), net(x))
 
 
 def test_a_wrong_shape_is_an_error_at_export():

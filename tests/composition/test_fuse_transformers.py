@@ -9,10 +9,10 @@ import warnings
 
 import pytest
 import torch
-from test_fuse_models import compiled, fused_like, make_exact, round_input, run, same
 
 import support
 from relu_mlp import fuse
+from support.fusing import compiled, fused_like, make_exact, round_input, run, same
 
 transformers = pytest.importorskip("transformers")
 T5 = transformers.models.t5.modeling_t5

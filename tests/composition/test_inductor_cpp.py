@@ -16,9 +16,8 @@ import torch
 from torch import nn
 
 import relu_mlp
-from comparison import assert_same, integers
 from relu_mlp import ops
-from support import integers_
+from support import assert_same, integers, integers_
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),

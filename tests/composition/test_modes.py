@@ -55,7 +55,7 @@ def forms(form, activation=None, inplace=False):
     if form == "functional":
         return [
             (functions(mlp, module, activation), list(module.parameters()))
-            for mlp, module in ((relu_mlp.relu_mlp, ours), (support.native, native))
+            for mlp, module in ((relu_mlp.relu_mlp, ours), (support.native_mlp, native))
         ]
     if form == "longer":
         ours.append(nn.Softshrink())

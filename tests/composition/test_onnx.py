@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import nn
 
-import comparison
 import relu_mlp
 import support
 from relu_mlp import ReluMLP, fuse, reference
@@ -31,7 +30,7 @@ ROWS = torch.export.Dim("rows")
 
 
 def integers(*shape):
-    return comparison.integers(*shape).float()
+    return support.integers(*shape).float()
 
 
 def made(net):
@@ -91,7 +90,7 @@ def assert_computes(data, net, *shapes):
     for shape in shapes:
         x = integers(*shape)
         (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-        comparison.assert_same(torch.from_numpy(y), net(x).detach())
+        support.assert_same(torch.from_numpy(y), net(x).detach())
 
 
 @pytest.mark.parametrize(
@@ -144,7 +143,7 @@ class Model(nn.Module):
         super().__init__()
         layers = [nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 5), nn.Identity(), ReluMLP(5, [6], 3)]
         self.layers = support.integers_(fuse(nn.Sequential(*layers)))
-        weights, biases = comparison.integer_network([3, 6, 2], dtype=torch.float32)
+        weights, biases = support.integer_network([3, 6, 2], dtype=torch.float32)
         self.weights, self.biases = nn.ParameterList(weights), nn.ParameterList(biases)
 
     def forward(self, input):

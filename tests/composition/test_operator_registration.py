@@ -45,7 +45,7 @@ def make_arguments(sizes, leading, bias, activation, dtype=torch.float64, requir
 
 def native(x, weights, biases, activation="none"):
     biases = [b if b.numel() else None for b in biases] if biases else None
-    return support.native(x, weights, biases, None if activation == "none" else activation)
+    return support.native_mlp(x, weights, biases, None if activation == "none" else activation)
 
 
 def raw_arguments(operator, x, weights, biases, activation, needs=None):
@@ -587,7 +587,7 @@ MALFORMED = {
 
 
 NOTHING_TO_DO = """
-from test_operators import R, torch
+from composition.test_operator_registration import R, torch
 for activation in ("none", "relu", "sigmoid", "tanh"):
     for needs in ("000", "0000000"):
         for device in ("cpu", "meta"):
@@ -613,7 +613,7 @@ FUZZ = """
 import random, sys, torch
 torch.manual_seed(0)
 r = random.Random(0)
-import test_operators as t
+from composition import test_operator_registration as t
 
 CHANGES = [
     lambda a: a[:0] if a.dim() else a,

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-import parallel_worker
 import relu_mlp
+from composition import parallel_worker
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def launch(processes, program, *arguments, cwd):
@@ -25,7 +25,9 @@ def launch(processes, program, *arguments, cwd):
     is told to end; the worker ends itself after its limit.
     """
     package = str(Path(relu_mlp.__file__).parent.parent)
-    path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join(
+        [package, str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
     variables = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     variables["TMPDIR"] = str(cwd)  # torchrun leaves its logs there
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
@@ -70,9 +72,7 @@ def test_every_case(processes, tmp_path, monkeypatch):
     monkeypatch.setattr(parallel_worker, "folder", tmp_path)
     alone(parallel_worker.PART, save=parallel_worker.checkpoint("alone"))
 
-    status, output = launch(
-        processes, ROOT / "tests" / "parallel_worker.py", tmp_path, cwd=tmp_path
-    )
+    status, output = launch(processes, Path(parallel_worker.__file__), tmp_path, cwd=tmp_path)
     wanted = [f"{backend} {name}" for backend, name in parallel_worker.cases(processes)]
     for rank in range(processes):
         report = tmp_path / f"rank{rank}"

@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import nn
 
-import comparison
 import support
 from relu_mlp import FusedSequential, ReluMLP, fuse, relu_mlp
 from relu_mlp import backend as using
@@ -81,7 +80,7 @@ def test_torch_fx_of_the_functional_form(output_activation, backend):
     class Functional(nn.Module):
         def __init__(self):
             super().__init__()
-            weights, biases = comparison.integer_network([3, 6, 4, 2], "all", torch.float32)
+            weights, biases = support.integer_network([3, 6, 4, 2], "all", torch.float32)
             self.weights, self.biases = nn.ParameterList(weights), nn.ParameterList(biases)
 
         def forward(self, x):
@@ -92,8 +91,8 @@ def test_torch_fx_of_the_functional_form(output_activation, backend):
     traced = torch.fx.symbolic_trace(module)
     linears = [node for node in traced.graph.nodes if node.target is nn.functional.linear]
     assert len(linears) == 3
-    x = comparison.integers(5, 3).float()
-    comparison.assert_same(traced(x), module(x))
+    x = support.integers(5, 3).float()
+    support.assert_same(traced(x), module(x))
 
 
 @KINDS

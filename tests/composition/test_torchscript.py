@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-import comparison
 import relu_mlp
 import support
 from relu_mlp import FusedSequential, ReluMLP, fuse, ops
@@ -70,7 +69,7 @@ MODULES = {
 #: How a module becomes TorchScript.
 WAYS = {
     "script": torch.jit.script,
-    "trace": lambda module: torch.jit.trace(module, (comparison.integers(4, 3).float(),)),
+    "trace": lambda module: torch.jit.trace(module, (support.integers(4, 3).float(),)),
 }
 
 
@@ -80,7 +79,7 @@ def made(name):
 
 
 def integers(*shape):
-    return comparison.integers(*shape).float()
+    return support.integers(*shape).float()
 
 
 def reloaded(scripted):
@@ -138,7 +137,7 @@ def test_a_trace_under_autocast_passes_its_check(name, chosen):
             traced = torch.jit.trace(module, integers(4, 3))
             expected = module(x)
         assert expected.dtype is torch.bfloat16
-        comparison.assert_same(traced(x), expected)
+        support.assert_same(traced(x), expected)
 
 
 # -- A script, and a trace inside `backend("extension")`: the operator ---------------------
@@ -161,7 +160,7 @@ def test_one_operator(name, way, backend):
             if way == "trace" and backend == "reference" and len(shape) == 1:
                 continue  # natively, too, a trace of a matrix is for matrices
             x = integers(*shape)
-            comparison.assert_same(form(x), module(x))
+            support.assert_same(form(x), module(x))
     with torch.no_grad(), support.count_calls() as calls:
         scripted(integers(5, 3))
     assert calls["forward"] == (fused if backend == "extension" else 0)
@@ -175,7 +174,7 @@ def test_frozen(backend):
     with torch.no_grad():
         for form in (frozen, reloaded(frozen), torch.jit.optimize_for_inference(frozen)):
             for _ in range(3):  # the first calls profile, the next are optimized
-                comparison.assert_same(form(x), module(x))
+                support.assert_same(form(x), module(x))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -194,7 +193,7 @@ def test_training(way, backend):
                 y.square().sum().backward()
             results.append([y.detach(), leaf.grad, *[p.grad for p in net.parameters()]])
         for actual, expected in zip(*reversed(results), strict=True):
-            comparison.assert_same(actual, expected)
+            support.assert_same(actual, expected)
         if backend == "extension":
             assert (calls["forward"], calls["backward"]) == (3, 3)
 
@@ -202,7 +201,7 @@ def test_training(way, backend):
 def test_second_derivative(backend):
     module = made("tanh").double()
     scripted = torch.jit.script(module)
-    x = (comparison.integers(5, 3) / 16).requires_grad_()
+    x = (support.integers(5, 3) / 16).requires_grad_()
     assert torch.autograd.gradgradcheck(scripted, (x,))
 
 
@@ -220,8 +219,8 @@ def test_the_model_stays_as_it_is(way, backend):
 
 def test_other_dtypes(backend):
     scripted = torch.jit.script(made("net")).double()
-    x = comparison.integers(5, 3)
-    comparison.assert_same(scripted(x), made("net").double()(x))
+    x = support.integers(5, 3)
+    support.assert_same(scripted(x), made("net").double()(x))
     assert scripted(x).dtype is torch.float64
 
 
@@ -230,7 +229,7 @@ def test_complex_networks_are_native(backend):
     scripted = torch.jit.script(module)
     assert_graph(scripted, 0, 1)
     x = integers(5, 3).to(torch.complex64)
-    comparison.assert_same(scripted(x), module(x))
+    support.assert_same(scripted(x), module(x))
 
 
 @pytest.mark.parametrize("x", [torch.ones(5, 4), torch.ones(5, 3, dtype=torch.int64)], ids=str)
@@ -248,8 +247,8 @@ def test_children_and_slices(backend):
     scripted = torch.jit.script(module)
     x = integers(5, 3)
     assert len(scripted) == 5
-    comparison.assert_same(scripted[0](x), module[0](x))
-    comparison.assert_same(scripted[:-1](x), module[:-1](x))
+    support.assert_same(scripted[0](x), module[0](x))
+    support.assert_same(scripted[:-1](x), module[:-1](x))
 
 
 # -- Where the children run one by one --------------------------------------------
@@ -281,7 +280,7 @@ def test_changed_children_run_natively(change, way, backend):
     change(net)
     scripted = WAYS[way](net)
     assert_graph(scripted, 0, 3)
-    comparison.assert_same(scripted(x), net(x))
+    support.assert_same(scripted(x), net(x))
     assert not torch.equal(net(x), unchanged)
 
 
@@ -292,7 +291,7 @@ def test_only_the_changed_run_is_native(backend):
     if backend == "extension":
         assert_graph(scripted, 2, 4)
     x = integers(5, 3)
-    comparison.assert_same(scripted(x), model(x))
+    support.assert_same(scripted(x), model(x))
 
 
 @pytest.mark.parametrize("change", ["parametrized", "pruned", "forward", "global hook"])
@@ -317,7 +316,7 @@ def test_traced_with_what_can_not_be_scripted(change, backend):
         if handle is not None:
             handle.remove()
     assert_graph(traced, 0, 3)
-    comparison.assert_same(traced(x), expected)
+    support.assert_same(traced(x), expected)
 
 
 def test_hooks_on_all_modules_leave_scripts_native(backend):
@@ -334,20 +333,20 @@ def test_hooks_on_all_modules_leave_scripts_native(backend):
 
 
 def test_functional_form_traced(backend):
-    weights, biases = comparison.integer_network([3, 6, 2], "some", requires_grad=False)
+    weights, biases = support.integer_network([3, 6, 2], "some", requires_grad=False)
 
     def function(x):
         return relu_mlp.relu_mlp(x, weights, biases, output_activation="relu")
 
-    traced = torch.jit.trace(function, (comparison.integers(4, 3),))
+    traced = torch.jit.trace(function, (support.integers(4, 3),))
     assert str(traced.graph).count("relu_mlp::relu_mlp(") == (backend == "extension")
     assert str(traced.graph).count("aten::linear(") == 2 * (backend == "reference")
     with relu_mlp.backend("auto"):
-        traced_by_default = torch.jit.trace(function, (comparison.integers(4, 3),))
+        traced_by_default = torch.jit.trace(function, (support.integers(4, 3),))
     assert str(traced_by_default.graph).count("aten::linear(") == 2
     for rows in (5, 1, 0):
-        x = comparison.integers(rows, 3)
-        comparison.assert_same(traced(x), function(x))
+        x = support.integers(rows, 3)
+        support.assert_same(traced(x), function(x))
 
 
 def operator_in_a_script(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
@@ -358,7 +357,7 @@ def test_operator_scripted():
     weights, biases = support.make_network([3, 6, 2])
     x = torch.randn(5, 3, dtype=torch.float64)
     scripted = torch.jit.script(operator_in_a_script)
-    comparison.assert_same(scripted(x, weights, biases), operator_in_a_script(x, weights, biases))
+    support.assert_same(scripted(x, weights, biases), operator_in_a_script(x, weights, biases))
 
 
 # -- Without the package --------------------------------------------------------------

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import support
-from comparison import (
+from relu_mlp import ReluMLP, relu_mlp
+from support import (
     assert_same,
     assert_within,
     first_order_bounds,
@@ -26,7 +27,6 @@ from comparison import (
     outcome,
     patterns,
 )
-from relu_mlp import ReluMLP, relu_mlp
 
 SIZES = [3, 4, 5, 2]
 ROWS = 4  # a power of 2, so that a mean is exact

@@ -14,7 +14,8 @@ import relu_mlp
 import support
 from relu_mlp import GradientReport, check_gradients, differences
 from relu_mlp.gradient_report import HEAD, ulp
-from test_errors import (
+from support import make_case_with_target
+from support.bad_arguments import (
     NETWORKS,
     NO_ACTIVATIONS,
     NO_LOSSES,
@@ -30,12 +31,6 @@ STEP = torch.finfo(torch.float64).eps ** (1 / 3)
 
 def draw(*shape):
     return torch.randn(*shape, dtype=torch.float64)
-
-
-def make_case(sizes, rows=5, bias="all", dtype=torch.float64):
-    weights, biases = support.make_network(sizes, bias, dtype)
-    x, target = draw(rows, sizes[0]).to(dtype), draw(rows, sizes[-1]).to(dtype)
-    return x, target, weights, biases
 
 
 def of(report):
@@ -93,7 +88,7 @@ class Perceptron:
 
 
 def test_the_contract(backend):
-    x, target, weights, biases = make_case([3, 4, 2])
+    x, target, weights, biases = make_case_with_target([3, 4, 2])
     report = check_gradients(x, target, weights, biases)
     assert type(report) is GradientReport
     assert report.ok is True
@@ -110,7 +105,7 @@ def test_the_contract(backend):
 @pytest.mark.parametrize("activation", support.ACTIVATIONS)
 def test_the_three_columns_of_a_network(backend, activation, bias, loss):
     """By hand is `loss_and_grads`, bit by bit; the others agree as far as they can."""
-    x, target, weights, biases = make_case([3, 4, 2], bias=bias)
+    x, target, weights, biases = make_case_with_target([3, 4, 2], bias=bias)
     options = {"loss": loss, "output_activation": activation}
     report = check_gradients(x, target, weights, biases, **options)
     by_hand = relu_mlp.loss_and_grads(x, target, weights, biases, **options)
@@ -118,7 +113,7 @@ def test_the_three_columns_of_a_network(backend, activation, bias, loss):
     given = iter(leaves)
     their_weights = [next(given) for _ in weights]
     their_biases = biases and [b if b is None else next(given) for b in biases]
-    error = support.native(x, their_weights, their_biases, activation) - target
+    error = support.native_mlp(x, their_weights, their_biases, activation) - target
     value = {"sse": 1.0, "half_sse": 0.5, "mse": 1 / 10}[loss] * error.square().sum()
     autograd = torch.autograd.grad(value, leaves)
     names = [f"weights[{n}]" for n in range(2)]
@@ -176,8 +171,8 @@ def test_a_perfect_fit(backend, activation):
     """Every gradient is 0 or made of rounding errors, and so is every difference."""
     for seed in range(3):
         torch.manual_seed(seed)
-        x, _, weights, biases = make_case([3, 4, 2])
-        for network in (relu_mlp.relu_mlp, support.native):
+        x, _, weights, biases = make_case_with_target([3, 4, 2])
+        for network in (relu_mlp.relu_mlp, support.native_mlp):
             target = network(x, weights, biases, output_activation=activation)
             report = check_gradients(x, target, weights, biases, output_activation=activation)
             assert report.ok and not findings(report), str(report)
@@ -187,9 +182,9 @@ def test_outputs_far_from_0(backend):
     """Their rounding errors, not the loss's, are what a difference is made of."""
     for seed in range(5):
         torch.manual_seed(seed)
-        x, noise, weights, biases = make_case([3, 1])
+        x, noise, weights, biases = make_case_with_target([3, 1])
         biases[0] += 1e6
-        target = support.native(x, weights, biases) + 10 * noise
+        target = support.native_mlp(x, weights, biases) + 10 * noise
         report = check_gradients(x, target, weights, biases)
         assert report.ok and not findings(report), str(report)
 
@@ -341,7 +336,7 @@ def test_the_step(eps):
 
 
 def test_the_default_step_is_the_cube_root_of_the_precision_of_float64():
-    x, target, weights, biases = make_case([3, 2], dtype=torch.float32)
+    x, target, weights, biases = make_case_with_target([3, 2], dtype=torch.float32)
     report = check_gradients(x, target, weights, biases)
     assert report.eps == differences.STEP == torch.finfo(torch.float64).eps ** (1 / 3)
 
@@ -351,7 +346,7 @@ WRONG_STEPS = [0, 0.0, -1e-4, math.nan, math.inf, "1e-4", [1e-4], 1j, torch.tens
 
 @pytest.mark.parametrize("eps", WRONG_STEPS, ids=repr)
 def test_wrong_steps(eps):
-    x, target, weights, biases = make_case([3, 2])
+    x, target, weights, biases = make_case_with_target([3, 2])
     call = lambda: check_gradients(x, target, weights, biases, eps=eps)  # noqa: E731
     under_every_backend(call, ValueError, ["eps", "above 0"])
     raised(
@@ -363,7 +358,7 @@ def test_wrong_steps(eps):
 
 @pytest.mark.parametrize("dtype", support.DTYPES, ids=str)
 def test_the_check_runs_in_float64_and_says_so(backend, dtype):
-    x, target, weights, biases = make_case([3, 4, 2], dtype=dtype)
+    x, target, weights, biases = make_case_with_target([3, 4, 2], dtype=dtype)
     report = check_gradients(x, target, weights, biases)
     in_double = check_gradients(
         x.double(), target.double(), [w.double() for w in weights], [b.double() for b in biases]
@@ -1140,7 +1135,7 @@ def test_bad_targets(target, error, words):
 
 @pytest.mark.parametrize("option", ["loss", "output_activation"])
 def test_bad_options(option):
-    x, target, weights, biases = make_case([3, 2])
+    x, target, weights, biases = make_case_with_target([3, 2])
     for value in NO_LOSSES if option == "loss" else NO_ACTIVATIONS:
         call = lambda: check_gradients(x, target, weights, biases, **{option: value})  # noqa: B023, E731
         under_every_backend(call, ValueError, [option, repr(value)])
@@ -1169,11 +1164,11 @@ def test_what_was_not_derived():
 @pytest.mark.parametrize("special", [math.nan, math.inf, -math.inf])
 def test_a_loss_that_is_not_finite(backend, special, where):
     """By hand and autograd may agree in that too, and there is nothing else to hold against."""
-    x, target, weights, biases = make_case([3, 4, 2])
+    x, target, weights, biases = make_case_with_target([3, 4, 2])
     tensors = {"x": x, "target": target, "weights[0]": weights[0], "biases[0]": biases[0]}
     tensors[where].view(-1)[1] = special
     report = check_gradients(x, target, weights, biases)
-    error = support.native(x, weights, biases) - target
+    error = support.native_mlp(x, weights, biases) - target
     if where == "biases[0]" and special == -math.inf:  # a unit that is always off
         assert report.loss == pytest.approx(error.square().sum().item(), rel=1e-14)
     else:
@@ -1217,7 +1212,7 @@ def test_parameters_without_elements():
 
 @pytest.mark.parametrize(("sizes", "rows"), [([3, 4, 2], 0), ([0, 4, 2], 3), ([3, 4, 0], 3)])
 def test_networks_of_size_0(backend, sizes, rows):
-    x, target, weights, biases = make_case(sizes, rows)
+    x, target, weights, biases = make_case_with_target(sizes, rows)
     report = check_gradients(x, target, weights, biases)
     assert report.ok and report.max_error < 1e-14
 
@@ -1321,7 +1316,7 @@ def test_the_table_shows_all_of_few_elements(elements, lines):
 
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 def test_nothing_of_the_callers_is_changed(backend, mode):
-    x, target, weights, biases = make_case([3, 4, 2])
+    x, target, weights, biases = make_case_with_target([3, 4, 2])
     net = Perceptron()
     tensors = [x, target, *weights, *biases, *net.inputs.values()]
     for tensor in tensors:
@@ -1342,7 +1337,7 @@ def test_nothing_of_the_callers_is_changed(backend, mode):
 
 def test_tensors_of_inference_mode(backend):
     with torch.inference_mode():
-        x, target, weights, biases = make_case([3, 4, 2])
+        x, target, weights, biases = make_case_with_target([3, 4, 2])
     assert check_gradients(x, target, weights, biases).ok
     assert check_gradients(lambda w: w.square().sum(), weights[:1], lambda w: 2 * w).ok
 
@@ -1356,7 +1351,7 @@ def test_a_graph_is_not_followed():
 
 
 def test_iterators_and_tuples(backend):
-    x, target, weights, biases = make_case([3, 4, 2])
+    x, target, weights, biases = make_case_with_target([3, 4, 2])
     expected = str(check_gradients(x, target, weights, biases))
     for kind in (tuple, iter, nn.ParameterList):
         assert str(check_gradients(x, target, kind(weights), kind(biases))) == expected
@@ -1386,6 +1381,6 @@ def test_x_of_more_dimensions(backend):
 
 
 def test_targets_of_integers(backend):
-    x, _, weights, biases = make_case([3, 2])
+    x, _, weights, biases = make_case_with_target([3, 2])
     for target in (torch.randint(5, (5, 2)), torch.rand(5, 2) < 0.5):
         assert check_gradients(x, target, weights, biases).ok

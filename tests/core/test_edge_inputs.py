@@ -12,7 +12,9 @@ import pytest
 import torch
 
 import support
-from comparison import (
+from relu_mlp import ReluMLP, relu_mlp
+from relu_mlp import backend as use_backend
+from support import (
     assert_same,
     assert_within,
     first_order_bounds,
@@ -23,9 +25,6 @@ from comparison import (
     native_mlp,
     outcome,
 )
-from relu_mlp import ReluMLP, relu_mlp
-from relu_mlp import backend as use_backend
-from test_values import compare
 
 ACTIVATION = pytest.mark.parametrize("activation", support.ACTIVATIONS, ids=str)
 BIAS = pytest.mark.parametrize("bias", ["all", "none", "some"])
@@ -111,7 +110,7 @@ def test_odd_sizes(backend, rows, dtype):
 @ACTIVATION
 def test_large_batch(backend, activation, dtype):
     """100 000 rows, whose hidden activations are far larger than any cache of blocks."""
-    compare([3, 4, 2], 100_000, "all", activation, dtype, backend)
+    support.compare_with_float64([3, 4, 2], 100_000, "all", activation, dtype, backend)
 
 
 # -- Layouts ----------------------------------------------------------------------

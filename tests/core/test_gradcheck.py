@@ -8,7 +8,8 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 import support
-from comparison import (
+from relu_mlp import relu_mlp
+from support import (
     absolutes,
     assert_within,
     gamma,
@@ -17,7 +18,6 @@ from comparison import (
     majorant,
     native_mlp,
 )
-from relu_mlp import relu_mlp
 
 SIZES = {1: [3, 2], 2: [3, 4, 2], 3: [3, 4, 3, 2]}
 ROWS = 2

@@ -8,38 +8,34 @@ import torch.autograd.forward_ad as forward_ad
 
 import relu_mlp
 import support
-from comparison import (
+from relu_mlp import Parameters, jacobian, loss_and_grads
+from support import (
+    Bounded,
     assert_same,
     assert_within,
     by_name,
     gamma,
     hidden_pre_activations,
-    integer_network,
+    integer_case,
     integers,
     jacobian_magnitudes,
     leaves,
     majorant,
+    make_case,
     native_jacobian,
 )
-from relu_mlp import Parameters, jacobian, loss_and_grads
-from support import Bounded
-from test_errors import NETWORKS, NO_ACTIVATIONS, assert_unchanged, snapshot, under_every_backend
+from support.bad_arguments import (
+    NETWORKS,
+    NO_ACTIVATIONS,
+    assert_unchanged,
+    snapshot,
+    under_every_backend,
+)
 
 SIZES = [[3, 2], [1, 1], [3, 4, 2], [2, 1, 1, 3], [5, 7, 6, 4, 3]]
 
 # torch.jit is deprecated, and torch.func.jvp loads it.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
-
-
-def make_case(sizes, rows, bias="all", dtype=torch.float64):
-    weights, biases = support.make_network(sizes, bias, dtype)
-    return torch.randn(rows, sizes[0], dtype=torch.float64).to(dtype), weights, biases
-
-
-def integer_case(sizes, rows, bias="all", dtype=torch.float64):
-    """Small integers, with which every sum is exact, in every order."""
-    weights, biases = integer_network(sizes, bias, dtype, requires_grad=False, largest=1)
-    return integers(rows, sizes[0], dtype=dtype), weights, biases
 
 
 def bounds_of(x, weights, biases, activation):
@@ -56,7 +52,7 @@ def by_rows(x, weights, biases, activation):
 
     def y(*tensors):
         given = dict(zip(names, tensors, strict=True))
-        return support.native(
+        return support.native_mlp(
             x,
             [given[f"weights[{n}]"] for n in range(len(weights))],
             [given.get(f"biases[{n}]") for n in range(len(weights))],
@@ -97,7 +93,7 @@ def test_has_the_bits_of_the_native_one(backend, dtype, activation, bias, sizes)
     """Of integers. Many a pre-activation is 0, where the derivative of a ReLU is 0."""
     x, weights, biases = integer_case(sizes, 16, bias, dtype)
     z = hidden_pre_activations(x, weights, biases)
-    z.append(support.native(x, weights, biases))
+    z.append(support.native_mlp(x, weights, biases))
     assert all((values == 0).any() for values in z)
     found = jacobian(x, weights, biases, output_activation=activation)
     expected = native_jacobian(x, weights, biases, output_activation=activation)
@@ -161,7 +157,7 @@ def test_its_transpose_makes_the_gradient_of_a_loss(backend, activation, bias, l
     """grad L = J^T grad_y L, the identity of document 004."""
     x, weights, biases = make_case([3, 5, 4, 2], 6, bias)
     target = torch.randn(6, 2, dtype=torch.float64)
-    y = support.native(x, weights, biases, activation)
+    y = support.native_mlp(x, weights, biases, activation)
     u = {"sse": 2, "half_sse": 1, "mse": 2 / 12}[loss] * (y - target)
     found = by_name(jacobian(x, weights, biases, output_activation=activation))
     expected = loss_and_grads(x, target, weights, biases, loss=loss, output_activation=activation)
@@ -186,7 +182,7 @@ def absolute(biases):
 def test_its_transpose_makes_the_very_bits_of_the_gradient(backend, activation):
     x, weights, biases = integer_case([3, 4, 3, 2], 8, "some")
     target = integers(8, 2)
-    u = support.native(x, weights, biases, activation) - target
+    u = support.native_mlp(x, weights, biases, activation) - target
     found = by_name(jacobian(x, weights, biases, output_activation=activation))
     grads = loss_and_grads(
         x, target, weights, biases, loss="half_sse", output_activation=activation
@@ -298,21 +294,7 @@ def test_any_sequences(backend):
         assert_same(by_name(jacobian(x, kind(weights), kind(biases))), expected)
 
 
-def rows_apart(tensor):
-    """The same values with other numbers between them in memory."""
-    return torch.stack([tensor, torch.full_like(tensor, 7)], -1)[..., 0]
-
-
-def transposed(tensor):
-    return tensor.mT.contiguous().mT
-
-
-def negated(tensor):
-    """The same values, stored with the other sign and the negative bit set."""
-    return torch._neg_view(-tensor)
-
-
-@pytest.mark.parametrize("strange", [rows_apart, transposed, negated])
+@pytest.mark.parametrize("strange", support.LAYOUTS)
 def test_memory_layouts(backend, strange):
     x, weights, biases = integer_case([3, 4, 2], 5)
     expected = by_name(jacobian(x, weights, biases))

@@ -11,22 +11,24 @@ import torch.autograd.forward_ad as forward_ad
 
 import relu_mlp
 import support
-from comparison import (
+from relu_mlp import Linearization, Parameters, jacobian, linearize
+from support import (
+    Bounded,
     absolutes,
     assert_same,
     assert_within,
     by_name,
     gamma,
+    integer_case,
     integer_network,
     integers,
     jacobian_magnitudes,
     leaves,
     majorant,
+    make_case,
     native_jacobian,
 )
-from relu_mlp import Linearization, Parameters, jacobian, linearize
-from support import Bounded
-from test_errors import (
+from support.bad_arguments import (
     NETWORKS,
     NO_ACTIVATIONS,
     assert_unchanged,
@@ -48,17 +50,6 @@ NETWORK_SIZES = [[3, 2], [2, 1, 1, 3], [5, 7, 4, 3]]
 LEADING = [[5], [], [2, 3], [0], [1, 2, 1]]
 
 
-def make_case(sizes, leading, bias="all", dtype=torch.float64):
-    weights, biases = support.make_network(sizes, bias, dtype)
-    return torch.randn(*leading, sizes[0], dtype=torch.float64).to(dtype), weights, biases
-
-
-def integer_case(sizes, leading, bias="all", dtype=torch.float64):
-    """Small integers, with which every sum is exact, in every order."""
-    weights, biases = integer_network(sizes, bias, dtype, requires_grad=False, largest=1)
-    return integers(*leading, sizes[0], dtype=dtype), weights, biases
-
-
 def like(weights, biases, random=torch.randn_like):
     """Random `Parameters` of the shapes of a network's."""
     of_biases = biases and tuple(None if b is None else random(b) for b in biases)
@@ -73,7 +64,7 @@ def native_function(x, weights, biases, activation):
     """y as a function of the parameters, and the parameters, by name."""
 
     def y(given):
-        return support.native(
+        return support.native_mlp(
             x,
             [given[f"weights[{n}]"] for n in range(len(weights))],
             [given.get(f"biases[{n}]") for n in range(len(weights))],
@@ -160,7 +151,7 @@ def test_products_have_the_bits_of_the_native_ones(backend, dtype, activation, b
     v, u = like(weights, biases, integers_like), integers(*leading, 2, dtype=dtype, largest=1)
     linear = linearize(x, weights, biases, output_activation=activation)
     y, jv, jtu = linear.y, linear.jvp(v), linear.vjp(u)
-    assert_same(y, support.native(x, weights, biases, activation))
+    assert_same(y, support.native_mlp(x, weights, biases, activation))
     assert_same(jv, native_jvp(x, weights, biases, activation, v))
     assert_same(by_name(jtu), native_vjp(x, weights, biases, activation, u))
 
@@ -252,7 +243,7 @@ def test_gauss_newton_is_the_hessian_of_a_linear_model(backend):
     target, v = integers(7, 2), like(weights, biases, integers_like)
 
     def loss(weight, bias):
-        return 0.5 * (support.native(x, [weight], [bias]) - target).square().sum()
+        return 0.5 * (support.native_mlp(x, [weight], [bias]) - target).square().sum()
 
     _, expected = torch.autograd.functional.hvp(
         loss, (weights[0], biases[0]), (v.weights[0], v.biases[0])
@@ -267,7 +258,7 @@ def test_gauss_newton_is_the_hessian_of_a_linear_model(backend):
 def test_y_is_the_output(backend, leading, activation):
     x, weights, biases = make_case([3, 4, 2], leading)
     y = linearize(x, weights, biases, output_activation=activation).y
-    expected = support.native(x, weights, biases, activation)
+    expected = support.native_mlp(x, weights, biases, activation)
     a_x, a_weights, a_biases = absolutes([x])[0], absolutes(weights), absolutes(biases)
     bound = majorant(a_x, a_weights, a_biases, output_activation=activation)
     assert_within(y, expected, 2 * gamma(2, 4) * bound, "y")
@@ -332,21 +323,7 @@ def test_no_biases_and_missing_biases(backend):
     assert_same(linear.jvp((v, None)), linearize(x, weights).jvp((v, (None, None))))
 
 
-def rows_apart(tensor):
-    """The same values with other numbers between them in memory."""
-    return torch.stack([tensor, torch.full_like(tensor, 7)], -1)[..., 0]
-
-
-def transposed(tensor):
-    return tensor.mT.contiguous().mT if tensor.dim() > 1 else rows_apart(tensor)
-
-
-def negated(tensor):
-    """The same values, stored with the other sign and the negative bit set."""
-    return torch._neg_view(-tensor)
-
-
-@pytest.mark.parametrize("strange", [rows_apart, transposed, negated])
+@pytest.mark.parametrize("strange", support.LAYOUTS)
 @pytest.mark.parametrize("leading", [[6], [2, 3]], ids=str)
 def test_memory_layouts(backend, leading, strange):
     x, weights, biases = integer_case([3, 4, 2], leading)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import support
 from relu_mlp import LossAndGrads, loss_and_grads, ops, reference, relu_mlp
-from support import Bounded
+from support import Bounded, make_case_with_target
 
 LOSSES = {
     "sse": lambda y, t: (y - t).square().sum(),
@@ -24,14 +24,7 @@ NETWORKS = [  # sizes, leading sizes of x
 ]
 
 
-def make_case(sizes, leading, bias, dtype, activation=None):
-    weights, biases = support.make_network(sizes, bias, dtype)
-    x = torch.randn(*leading, sizes[0], dtype=torch.float64).to(dtype)
-    target = torch.randn(*leading, sizes[-1], dtype=torch.float64).to(dtype)
-    return x, target, weights, biases
-
-
-def by_autograd(x, target, weights, biases, loss, activation, network=support.native):
+def by_autograd(x, target, weights, biases, loss, activation, network=support.native_mlp):
     """Loss and gradients as autograd finds them, in the shape of the named tuple."""
     weights = [w.detach().clone().requires_grad_() for w in weights]
     if biases is not None:
@@ -112,7 +105,7 @@ def check(actual, bounds):
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("dtype", support.DTYPES, ids=str)
 def test_values(backend, dtype, loss, activation, bias, sizes, leading):
-    x, target, weights, biases = make_case(sizes, leading, bias, dtype)
+    x, target, weights, biases = make_case_with_target(sizes, leading, bias, dtype)
     result = loss_and_grads(x, target, weights, biases, loss=loss, output_activation=activation)
     bounds = expected(x, target, weights, biases, loss, activation, backend)
     native = by_autograd(x, target, weights, biases, loss, activation)
@@ -128,7 +121,7 @@ def test_values(backend, dtype, loss, activation, bias, sizes, leading):
 
 @pytest.mark.parametrize("bias", ["all", "none", "some"])
 def test_structure(backend, bias):
-    x, target, weights, biases = make_case([3, 6, 4, 2], [5], bias, torch.float32)
+    x, target, weights, biases = make_case_with_target([3, 6, 4, 2], [5], bias, torch.float32)
     result = loss_and_grads(x, target, weights, biases)
     assert type(result) is LossAndGrads
     assert result._fields == ("loss", "weights", "biases")
@@ -146,13 +139,13 @@ def test_structure(backend, bias):
 
 
 def test_all_biases_none_is_not_no_biases(backend):
-    x, target, weights, _ = make_case([3, 6, 2], [5], "none", torch.float32)
+    x, target, weights, _ = make_case_with_target([3, 6, 2], [5], "none", torch.float32)
     assert loss_and_grads(x, target, weights, [None, None]).biases == (None, None)
     assert loss_and_grads(x, target, iter(weights), iter([None, None])).biases == (None, None)
 
 
 def test_no_graph(backend):
-    x, target, weights, biases = make_case([3, 6, 2], [5], "some", torch.float64)
+    x, target, weights, biases = make_case_with_target([3, 6, 2], [5], "some", torch.float64)
     plain = named(loss_and_grads(x, target, weights, biases))
     leaves = [t.requires_grad_() for t in [x, target, *weights, biases[0]]]
     inner = [w * 1 for w in weights]  # no leaves
@@ -167,7 +160,7 @@ def test_no_graph(backend):
 
 
 def test_leaves_its_arguments_alone(backend):
-    x, target, weights, biases = make_case([3, 6, 2], [5], "all", torch.float64)
+    x, target, weights, biases = make_case_with_target([3, 6, 2], [5], "all", torch.float64)
     arguments = [x, target, *weights, *biases]
     for tensor in arguments:
         tensor.requires_grad_()
@@ -183,7 +176,7 @@ def test_leaves_its_arguments_alone(backend):
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
 def test_grad_modes(backend, mode):
-    x, target, weights, biases = make_case([3, 6, 2], [5], "all", torch.float64)
+    x, target, weights, biases = make_case_with_target([3, 6, 2], [5], "all", torch.float64)
     plain = named(loss_and_grads(x, target, weights, biases))
     with mode():
         assert all(
@@ -195,7 +188,7 @@ def test_grad_modes(backend, mode):
 @pytest.mark.parametrize("kind", [torch.int64, torch.int32, torch.uint8, torch.bool], ids=str)
 @pytest.mark.parametrize("dtype", support.DTYPES, ids=str)
 def test_integer_targets(backend, dtype, kind):
-    x, _, weights, biases = make_case([3, 6, 2], [5], "all", dtype)
+    x, _, weights, biases = make_case_with_target([3, 6, 2], [5], "all", dtype)
     target = torch.randint(2 if kind is torch.bool else 100, (5, 2)).to(kind)
     result = loss_and_grads(x, target, weights, biases, loss="half_sse")
     converted = loss_and_grads(x, target.to(dtype), weights, biases, loss="half_sse")
@@ -203,26 +196,12 @@ def test_integer_targets(backend, dtype, kind):
         assert torch.equal(tensor, named(converted)[name])
 
 
-def rows_apart(tensor):
-    """The same values with other numbers between them in memory."""
-    return torch.stack([tensor, torch.full_like(tensor, 7)], -1)[..., 0]
-
-
-def transposed(tensor):
-    return tensor.mT.contiguous().mT
-
-
-def negated(tensor):
-    """The same values, stored with the other sign and the negative bit set."""
-    return torch._neg_view(-tensor)
-
-
-@pytest.mark.parametrize("strange", [rows_apart, transposed, negated])
+@pytest.mark.parametrize("strange", support.LAYOUTS)
 @pytest.mark.parametrize("which", ["x", "target", "weights", "biases", "all"])
 @pytest.mark.parametrize(("leading", "width"), [([5], 6), ([2, 3], 6), ([64], 123)], ids=str)
 def test_memory_layouts(backend, leading, width, which, strange):
     """Only the order of summation may change with the layout, so the bounds hold."""
-    x, target, weights, biases = make_case([3, width, 2], leading, "all", torch.float32)
+    x, target, weights, biases = make_case_with_target([3, width, 2], leading, "all", torch.float32)
     bounds = expected(x, target, weights, biases, "mse", "sigmoid", backend)
     if which in ("x", "all"):
         x = strange(x)
@@ -254,7 +233,7 @@ def test_expanded_arguments(backend):
 )
 def test_sizes_of_zero(backend, sizes, leading, loss):
     """The mean of nothing is NaN as natively, a sum is 0, and so are gradients."""
-    x, target, weights, biases = make_case(sizes, leading, "some", torch.float64)
+    x, target, weights, biases = make_case_with_target(sizes, leading, "some", torch.float64)
     if sizes[0]:
         result = loss_and_grads(x, target, weights, biases, loss=loss)
         native = by_autograd(x, target, weights, biases, loss, None)
@@ -273,7 +252,7 @@ SPECIAL = [float("nan"), float("inf"), -float("inf")]
 @pytest.mark.parametrize("activation", support.ACTIVATIONS)
 def test_nan_and_infinity_pass_as_natively(backend, activation, special, where):
     # Small integers: sums are exact in any order.
-    x, target, weights, biases = make_case([3, 6, 2], [5], "all", torch.float64)
+    x, target, weights, biases = make_case_with_target([3, 6, 2], [5], "all", torch.float64)
     x, target = x.round(), target.round()
     weights = [(4 * w).round() for w in weights]
     biases = [(4 * b).round() for b in biases]
@@ -293,7 +272,7 @@ def test_nan_and_infinity_pass_as_natively(backend, activation, special, where):
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("sizes", [[3, 2], [3, 6, 2], [3, 6, 7, 5, 2]], ids=str)
 def test_one_call(backend, sizes, loss):
-    x, target, weights, biases = make_case(sizes, [2, 5], "some", torch.float32)
+    x, target, weights, biases = make_case_with_target(sizes, [2, 5], "some", torch.float32)
     with support.count_calls() as counts:
         loss_and_grads(x, target, weights, biases, loss=loss, output_activation="tanh")
     assert counts == {"forward": 0, "backward": 0, "loss_and_grads": 1, "native": 0}
@@ -380,7 +359,7 @@ def test_document_004(backend):
 def test_training_by_hand_is_training_by_autograd(backend, sizes, activation, loss):
     """The same operators under autograd give the same parameters, bit by bit:
     the gradient at y takes the same roundings in both."""
-    x, target, weights, biases = make_case(sizes, [16], "some", torch.float64)
+    x, target, weights, biases = make_case_with_target(sizes, [16], "some", torch.float64)
     learned = [p.clone().requires_grad_() for p in [*weights, *biases] if p is not None]
     optimizer = torch.optim.SGD(learned, lr=2.0**-8)
     parameters = [p for p in [*weights, *biases] if p is not None]
@@ -406,7 +385,7 @@ def test_training_by_hand_is_training_by_autograd(backend, sizes, activation, lo
 )
 def test_gradients_are_those_of_autograd_at_every_step(backend, sizes, bias):
     """Documents 000, 001 and 003: by hand and by native autograd, to rounding."""
-    x, target, weights, biases = make_case(sizes, [64], bias, torch.float64)
+    x, target, weights, biases = make_case_with_target(sizes, [64], bias, torch.float64)
     for _ in range(10):
         result = loss_and_grads(x, target, weights, biases)
         native = by_autograd(x, target, weights, biases, "sse", None)

@@ -89,7 +89,7 @@ def test_derivatives_change_nothing_else(backend, layers, activation, rows):
     for kind, asked in cases:
         native, ours = [
             changed_by_each(kind(network(function), tensors, *asked), tensors)
-            for function in (support.native, relu_mlp.relu_mlp)
+            for function in (support.native_mlp, relu_mlp.relu_mlp)
             for tensors in [inputs()]
         ]
         for n, (theirs, own) in enumerate(zip(native, ours, strict=True)):

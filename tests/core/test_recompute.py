@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-import comparison
 import relu_mlp
 import support
 from relu_mlp import ops, reference
@@ -30,12 +29,12 @@ def all_needs(layers):
 
 def integer_network(sizes, dtype, rows=4, bias="all"):
     """x, weights, biases (without elements where missing) and grad_output."""
-    weights, biases = comparison.integer_network(
+    weights, biases = support.integer_network(
         sizes, bias, dtype=dtype, requires_grad=False, largest=1
     )
     biases = [ops.NO_TENSOR.to(dtype) if b is None else b for b in biases or []]
-    x = comparison.integers(rows, sizes[0], dtype=dtype)
-    return x, weights, biases, comparison.integers(rows, sizes[-1], dtype=dtype)
+    x = support.integers(rows, sizes[0], dtype=dtype)
+    return x, weights, biases, support.integers(rows, sizes[-1], dtype=dtype)
 
 
 def both(backend, x, weights, biases, grad_output, activation, needs):
@@ -59,7 +58,7 @@ def test_equals_backward_for_all_needs(backend, activation, dtype):
         again, kept = both(backend, *network, grad_output, activation, needs)
         assert len(again) == needs.count("1")
         for actual, expected in zip(again, kept, strict=True):
-            comparison.assert_same(actual, expected, needs)
+            support.assert_same(actual, expected, needs)
 
 
 @every_dtype
@@ -67,13 +66,13 @@ def test_equals_backward_for_all_needs(backend, activation, dtype):
 @pytest.mark.parametrize("leading", [[], [1], [0], [2, 3], [700]], ids=str)
 def test_equals_backward_for_all_shapes(backend, leading, bias, dtype):
     x, weights, biases, _ = integer_network(SIZES, dtype, bias=bias)
-    x = comparison.integers(*leading, SIZES[0], dtype=dtype)
-    grad_output = comparison.integers(*leading, SIZES[-1], dtype=dtype)
+    x = support.integers(*leading, SIZES[0], dtype=dtype)
+    grad_output = support.integers(*leading, SIZES[-1], dtype=dtype)
     has_bias = "".join("01"[b.numel() > 0] for b in biases) or "000"
     again, kept = both(backend, x, weights, biases, grad_output, "relu", "1111" + has_bias)
     assert again[0].shape == x.shape
     for actual, expected in zip(again, kept, strict=True):
-        comparison.assert_same(actual, expected)
+        support.assert_same(actual, expected)
 
 
 @every_dtype
@@ -88,7 +87,7 @@ def test_within_the_bounds_of_rounding(backend, rows, activation, dtype):
     grads = implementation(backend).recompute_backward(
         grad_output, x, weights, biases, activation or "none", "1111111"
     )
-    for (name, _), grad in zip(comparison.leaves(x, weights, biases).items(), grads, strict=True):
+    for (name, _), grad in zip(support.leaves(x, weights, biases).items(), grads, strict=True):
         exact[name].check(grad, name)
 
 
@@ -221,12 +220,12 @@ def test_keeps_x_and_the_parameters_and_nothing_else(backend, activation):
 @every_dtype
 def test_gives_the_gradients_of_a_network_that_keeps_everything(backend, dtype):
     nets = [relu_mlp.ReluMLP(5, [7, 6], 3, recompute=r).to(dtype) for r in (True, False)]
-    x = comparison.integers(4, 5, dtype=dtype)
+    x = support.integers(4, 5, dtype=dtype)
     for net in nets:
         support.integers_(net)
-        net(x).backward(comparison.integers(4, 3, dtype=dtype).fill_(1))
+        net(x).backward(support.integers(4, 3, dtype=dtype).fill_(1))
     for one, other in zip(*(net.parameters() for net in nets), strict=True):
-        comparison.assert_same(one.grad, other.grad)
+        support.assert_same(one.grad, other.grad)
 
 
 @pytest.mark.parametrize("activation", support.ACTIVATIONS)
@@ -234,8 +233,8 @@ def test_first_and_second_derivatives(backend, activation):
     while True:  # far from the kinks of the ReLUs
         weights, biases = support.make_network([3, 4, 4, 2], requires_grad=True)
         x = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
-        z = comparison.hidden_pre_activations(x, weights, biases)
-        z.append(support.native(x, weights, biases))
+        z = support.hidden_pre_activations(x, weights, biases)
+        z.append(support.native_mlp(x, weights, biases))
         if min(t.abs().min() for t in z) > 1e-3:
             break
 
@@ -244,7 +243,7 @@ def test_first_and_second_derivatives(backend, activation):
             x, parameters[:3], parameters[3:], output_activation=activation, recompute=True
         )
 
-    # as in test_operators.py
+    # as in test_operator_registration.py
     tolerances = {"eps": 1e-6, "atol": 1e-8, "rtol": 1e-8}
     inputs = (x, *weights, *biases)
     assert torch.autograd.gradcheck(function, inputs, **tolerances)

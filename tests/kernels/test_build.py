@@ -12,7 +12,7 @@ import setuptools
 
 from relu_mlp import ops
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the sources")
 

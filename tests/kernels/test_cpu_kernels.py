@@ -17,7 +17,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import comparison
 import relu_mlp
 import support
 from relu_mlp import ops
@@ -70,7 +69,7 @@ def run_operators(x, weights, biases, grad_output, activation="none"):
     grads = R.backward(grad_output, saved, activation, needs)
     again = R.recompute_backward(grad_output, x, weights, biases, activation, needs)
     loss, by_loss = R.loss_and_grads(x, y - grad_output, weights, biases, "half_sse", activation)
-    names = [*comparison.leaves(x, weights, biases)]
+    names = [*support.leaves(x, weights, biases)]
     found = {"y": y, "y of inference": R.relu_mlp(x, weights, biases, activation), "loss": loss}
     found |= {f"hidden[{layer}]": a for layer, a in enumerate(hidden)}
     for how, gradients in (("", grads), ("recomputed ", again)):
@@ -134,7 +133,7 @@ def exact_case(seed, shape=None):
     grad_output = integers(rows, sizes[-1], density=min(1, 1000 / max(1, rows)))
     activation = ["none", "relu"][seed % 2]
 
-    named = comparison.leaves(x, weights, biases)
+    named = support.leaves(x, weights, biases)
     for leaf in named.values():
         leaf.requires_grad_()
     z, a = [], x
@@ -162,7 +161,7 @@ def check_exactly(seed, dtype, place=lambda t: t, shape=None):
         [place(t.to(dtype)) for t in tensors] for tensors in operands
     ]
     found = run_operators(x, weights, biases, grad_output, activation)
-    comparison.assert_same(
+    support.assert_same(
         found, {name: t.to(dtype) for name, t in expected.items()}, f"{shape or random_shape(seed)}"
     )
 
@@ -199,7 +198,7 @@ def test_within_the_bounds_of_rounding(instruction_set, dtype):
         exact = support.Exact(x, weights, biases, activation, hidden, found["y"])
         exact.y.check(found["y"], "y")
         grads = exact.backward(grad_output)
-        for name in comparison.leaves(x, weights, biases):
+        for name in support.leaves(x, weights, biases):
             grads[name].check(found[f"grad of {name}"], f"{rows, sizes} grad of {name}")
             grads[name].check(
                 found[f"recomputed grad of {name}"], f"{rows, sizes} recomputed grad of {name}"
@@ -252,31 +251,32 @@ def test_reads_nothing_but_the_operands(instruction_set, dtype, where):
         if is_own or dtype != torch.bfloat16 or "matrix" not in where:
             check_exactly(seed, dtype, placed)
     for now, before in around:
-        comparison.assert_same(now, before)
+        support.assert_same(now, before)
 
 
 @every_dtype
 def test_expanded_operands(instruction_set, dtype):
     """Strides of 0, as those of the gradient that y.sum() sends back."""
     for rows, sizes in [(7, [5, 33, 17]), (500, [33, 17, 65]), (50, [500, 300, 17])]:
-        weights, biases = comparison.integer_network(
+        weights, biases = support.integer_network(
             sizes, dtype=dtype, requires_grad=False, largest=1
         )
-        x, one = comparison.integers(1, sizes[0], dtype=dtype), torch.ones(1, 1, dtype=dtype)
+        x, one = support.integers(1, sizes[0], dtype=dtype), torch.ones(1, 1, dtype=dtype)
         operands = (x.expand(rows, sizes[0]), one.expand(rows, sizes[-1]))
         found = run_operators(operands[0], weights, biases, operands[1])
         x, grad_output = [t.contiguous() for t in operands]
-        comparison.assert_same(found, run_operators(x, weights, biases, grad_output))
+        support.assert_same(found, run_operators(x, weights, biases, grad_output))
 
 
 GUARDED = """
-import torch, test_kernels
+import torch
+from kernels import test_cpu_kernels as t
 torch.set_num_threads(1)
-for name in test_kernels.SETS:
-    test_kernels.R._choose_instruction_set(name)
-    for dtype in test_kernels.support.DTYPES:
+for name in t.SETS:
+    t.R._choose_instruction_set(name)
+    for dtype in t.support.DTYPES:
         for seed in range(25):
-            test_kernels.check_exactly(seed, dtype)
+            t.check_exactly(seed, dtype)
 """
 
 
@@ -353,7 +353,7 @@ def errors(found, x, weights, biases, grad_output):
 
 
 def run_natively(x, weights, biases, grad_output):
-    named = comparison.leaves(x, weights, biases)
+    named = support.leaves(x, weights, biases)
     for leaf in named.values():
         leaf.requires_grad_()
     found, a = {}, x
@@ -361,7 +361,7 @@ def run_natively(x, weights, biases, grad_output):
         a = F.linear(a, weight, bias)
         if layer < len(weights) - 1:
             a = found[f"hidden[{layer}]"] = a.relu()
-    grads = comparison.gradients(a, named, grad_output)
+    grads = support.gradients(a, named, grad_output)
     for leaf in named.values():
         leaf.requires_grad_(False)
     found |= {"y": a} | {f"grad of {name}": g for name, g in grads.items()}
@@ -449,7 +449,7 @@ def test_the_same_bits_for_any_number_of_threads(instruction_set, threads, rows,
     first = bits(run_operators(*network))
     for count in (1, 2, 3):
         threads(count)
-        comparison.assert_same(bits(run_operators(*network)), first, f"{count} threads")
+        support.assert_same(bits(run_operators(*network)), first, f"{count} threads")
 
 
 @every_dtype
@@ -461,7 +461,7 @@ def test_the_same_bits_whether_hidden_activations_are_kept(instruction_set, dtyp
         kept, hidden = R.forward(x, weights, biases, "sigmoid", True)
         not_kept, nothing = R.forward(x, weights, biases, "sigmoid", False)
         assert len(hidden) == len(weights) - 1 and nothing == []
-        comparison.assert_same(bits({"y": not_kept}), bits({"y": kept}), f"{rows, sizes}")
+        support.assert_same(bits({"y": not_kept}), bits({"y": kept}), f"{rows, sizes}")
 
 
 # -- Numbers that are not finite ---------------------------------------------------------
@@ -487,7 +487,7 @@ def check_where_nan_goes(rows, sizes, where, dtype):
     r = random.Random(0)
     weights, biases = support.make_network(sizes, dtype=dtype)
     x, grad_output = torch.randn(rows, sizes[0]).to(dtype), torch.randn(rows, sizes[-1]).to(dtype)
-    operand = {**comparison.leaves(x, weights, biases), "grad_output": grad_output}[where]
+    operand = {**support.leaves(x, weights, biases), "grad_output": grad_output}[where]
     edges = [0, 3, 4, 5, 6, 7, 8, 15, 16, 17, 31, 32, 47, 48, 63, 64]
     for _ in range(4):
         index = tuple(r.choice([e for e in [*edges, n - 1] if e < n]) for n in operand.shape)
@@ -501,7 +501,7 @@ def check_where_nan_goes(rows, sizes, where, dtype):
             (x_,), weights_, biases_, (grad_,) = tensors
             expected = kinds(run_natively(x_, weights_, biases_, grad_))
             for name, kind in expected.items():
-                comparison.assert_same(found[name], kind, f"{value} at {index}: {name}")
+                support.assert_same(found[name], kind, f"{value} at {index}: {name}")
         operand[index] = before
 
 
@@ -538,7 +538,7 @@ def test_every_number_of_16_bits(instruction_set, dtype):
     numbers = all_numbers(dtype)[:, None]
     one = torch.ones(1, 1, dtype=dtype)
     is_on = ~(numbers <= 0)
-    same, relu = comparison.assert_same, torch.where(is_on, numbers, 0)
+    same, relu = support.assert_same, torch.where(is_on, numbers, 0)
     for x in (numbers, numbers.flip(0)[:5], numbers[-13:-1]):  # for every way to multiply
         same(R.relu_mlp(x, [one], [], "none"), x)
     y, (hidden,) = R.forward(numbers, [one, one], [], "none", True)
@@ -563,10 +563,10 @@ def test_every_number_of_16_bits_between_the_library_s_products(instruction_set,
     assert strategy(2, [1, width, 1], dtype)["products"] == "library"
     _, (hidden,) = R.forward(zeros, weights, [numbers, zeros[0]], "none", True)
     # not the numbers themselves: the library takes subnormal bfloat16 for 0
-    comparison.assert_same(hidden, F.linear(zeros, weights[0], numbers).relu())
+    support.assert_same(hidden, F.linear(zeros, weights[0], numbers).relu())
     saved = [weights[1], numbers.expand(2, width)]
     (grad,) = R.backward(ones, saved, "none", "00010")
-    comparison.assert_same(grad, 2 * (~(numbers <= 0)).to(dtype))
+    support.assert_same(grad, 2 * (~(numbers <= 0)).to(dtype))
 
 
 @every_narrow_dtype
@@ -581,13 +581,13 @@ def test_rounds_to_the_nearest_number_of_16_bits(instruction_set, dtype):
             x = torch.where(x.float().abs() < torch.finfo(dtype).tiny, 0, x)
         expected = x.double().sum(1, keepdim=True).float().to(dtype)
         found = R.relu_mlp(x, [torch.ones(1, 2, dtype=dtype)], [], "none")
-        comparison.assert_same(found, expected, f"{part}")
+        support.assert_same(found, expected, f"{part}")
         # The same sums as a weight's gradient: in one block of rows, and in several.
         for rows in (6, 500):
             column = torch.zeros(rows, x.shape[0], dtype=dtype)
             column[:2] = x.T
             (grad,) = R.backward(torch.ones(rows, 1, dtype=dtype), [column], "none", "010")
-            comparison.assert_same(grad, expected.T, f"{part}, {rows} rows")
+            support.assert_same(grad, expected.T, f"{part}, {rows} rows")
 
 
 # -- How a call is served ----------------------------------------------------------------
@@ -696,15 +696,16 @@ def asks_for_huge_pages(tensor):
 
 
 HUGE_PAGES = """
-import torch, test_kernels
+import torch
+from kernels import test_cpu_kernels as t
 dtype = {dtype}
 width = 2**8 // dtype.itemsize
 x = torch.zeros(2**18, width, dtype=dtype)
 weights = [torch.zeros(width, width, dtype=dtype)] * 2
-assert not test_kernels.asks_for_huge_pages(x)
-y, [hidden] = test_kernels.R.forward(x, weights, [], "none", True)
-[grad] = test_kernels.R.backward(y, [*weights, hidden], "none", "10000")
-assert all(test_kernels.asks_for_huge_pages(result) for result in [y, hidden, grad])
+assert not t.asks_for_huge_pages(x)
+y, [hidden] = t.R.forward(x, weights, [], "none", True)
+[grad] = t.R.backward(y, [*weights, hidden], "none", "10000")
+assert all(t.asks_for_huge_pages(result) for result in [y, hidden, grad])
 """
 
 

@@ -1,6 +1,6 @@
 """The operators on a GPU. tools/on_gpu.sh runs this; elsewhere it is skipped.
 
-tests/test_cuda_on_host.py runs the same kernels on the host.
+tests/kernels/test_cuda_on_host.py runs the same kernels on the host.
 """
 
 import copy
@@ -8,10 +8,9 @@ import copy
 import pytest
 import torch
 
-import comparison
 import support
-from passes import compare, integer_network, to
 from relu_mlp import ReluMLP, backend, loss_and_grads, ops, reference
+from support.passes import compare, integer_network, to
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
@@ -111,8 +110,8 @@ def test_the_same_bits_run_to_run(dtype, sizes):
     x, target = x.to("cuda", dtype), target.to("cuda", dtype)
     runs = [loss_and_grads(x, target, weights, biases) for _ in range(5)]
     for run in runs[1:]:
-        comparison.assert_same(dict(enumerate(run.weights)), dict(enumerate(runs[0].weights)))
-        comparison.assert_same(dict(enumerate(run.biases)), dict(enumerate(runs[0].biases)))
+        support.assert_same(dict(enumerate(run.weights)), dict(enumerate(runs[0].weights)))
+        support.assert_same(dict(enumerate(run.biases)), dict(enumerate(runs[0].biases)))
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -137,7 +136,7 @@ def test_another_stream_and_another_device(dtype):
         on_device[0].mul_(2).div_(2)  # what the kernels must wait for
         y = ops.extension.relu_mlp(*on_device[:3], "none")
     stream.synchronize()
-    comparison.assert_same(y.cpu(), expected)
+    support.assert_same(y.cpu(), expected)
 
 
 def test_tensors_on_two_devices():
@@ -153,7 +152,7 @@ def test_more_than_two_to_the_31_elements():
     net = ReluMLP(64, 64, 64).cuda().bfloat16()
     x = torch.randn(rows, 64, dtype=torch.bfloat16, device="cuda")
     with torch.no_grad():
-        comparison.assert_same(net(x)[-70:], net(x[-70:].clone()))
+        support.assert_same(net(x)[-70:], net(x[-70:].clone()))
 
 
 @pytest.mark.parametrize("sizes", [[64, [64, 64], 64], [256, [1024], 256]], ids=str)
@@ -183,7 +182,7 @@ def test_a_captured_training_step(sizes):
     for _ in range(7):
         step(other, optimizers[1])
     for p, q in zip(net.parameters(), other.parameters(), strict=True):
-        comparison.assert_same(p.detach(), q.detach())
+        support.assert_same(p.detach(), q.detach())
 
 
 def test_compiled_with_less_overhead():

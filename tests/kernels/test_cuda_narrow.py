@@ -25,7 +25,7 @@ from torch.utils import cpp_extension
 import support
 from relu_mlp import reference
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 COMPILER = os.environ.get("CXX", "c++").split()[0]
 SOURCES = [
     "csrc/cuda/narrow.cu",

@@ -20,12 +20,11 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
-import comparison
 import support
-from passes import compare, integer_network, kept_of
 from relu_mlp import ops, reference
+from support.passes import compare, integer_network, kept_of
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 COMPILER = os.environ.get("CXX", "c++").split()[0]
 SOURCES = [
     "csrc/cuda/plan.cpp",
@@ -263,7 +262,7 @@ def test_hidden_activations_at_an_odd_address(cuda, dtype):
     expected = reference.backward(grad_output, saved, "none", "11111")
     saved[-1] = strided(saved[-1], "odd-address")
     found = cuda.backward(grad_output, saved, "none", "11111")
-    comparison.assert_same(dict(enumerate(found)), dict(enumerate(expected)))
+    support.assert_same(dict(enumerate(found)), dict(enumerate(expected)))
 
 
 def test_leading_dimensions(cuda):
@@ -295,7 +294,7 @@ def test_the_same_bits_in_every_order_of_execution(cuda, dtype, sizes):
         loss, gradients = cuda.loss_and_grads(x, target, weights, biases, "sse", "tanh")
         found.append(dict(enumerate([loss, *gradients])))
     for other in found[1:]:
-        comparison.assert_same(other, found[0])
+        support.assert_same(other, found[0])
 
 
 # -- cuBLASLt ------------------------------------------------------------------------
@@ -349,7 +348,7 @@ def test_a_failure_names_the_call(cuda, stand_in):
 IN_ANOTHER_PROCESS = """
 import pathlib, sys, torch
 sys.path[:0] = [{tests!r}, {package!r}]
-import test_cuda_on_host as t
+from kernels import test_cuda_on_host as t
 folder = pathlib.Path({folder!r})
 if {passes_nan} is not None:
     t.stand_in_of(folder).relu_passes_nan = {passes_nan}

@@ -13,11 +13,10 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-import passes
 import relu_mlp
 import support
-from comparison import assert_same, integers
 from relu_mlp import ReluMLP, loss_and_grads, ops, reference
+from support import assert_same, integers, passes
 
 R = torch.ops.relu_mlp
 SETS = R._supported_instruction_sets().split()
@@ -470,7 +469,7 @@ def test_words_and_class_of_what_cannot_be_had(case, dtype):
 def test_words_are_those_of_the_native_layers(backend):
     x, weight = one(2**40, 1), one(7, 1)
     said = []
-    for call in (relu_mlp.relu_mlp, support.native):
+    for call in (relu_mlp.relu_mlp, support.native_mlp):
         with pytest.raises(RuntimeError) as error:
             call(x, [weight])
         said.append(str(error.value).splitlines()[0])

@@ -4,19 +4,22 @@ import itertools
 
 import torch
 
-import comparison
 from relu_mlp import ops, reference
+
+from . import networks
+from .comparison import assert_same
+from .networks import integers
 
 
 def integer_network(sizes, dtype, rows, bias="all"):
     """x, weights, biases (without elements where missing) and grad_output, all small."""
     torch.manual_seed(sum(sizes) + rows)
-    weights, biases = comparison.integer_network(
+    weights, biases = networks.integer_network(
         sizes, bias, dtype=dtype, requires_grad=False, largest=1
     )
     biases = [ops.NO_TENSOR.to(dtype) if b is None else b for b in biases or []]
-    x = comparison.integers(rows, sizes[0], dtype=dtype, largest=1)
-    return x, weights, biases, comparison.integers(rows, sizes[-1], dtype=dtype, largest=1)
+    x = integers(rows, sizes[0], dtype=dtype, largest=1)
+    return x, weights, biases, integers(rows, sizes[-1], dtype=dtype, largest=1)
 
 
 def to(device, network):
@@ -45,7 +48,7 @@ def compare(operators, network, activation):
     layers = x, weights, biases
     y, hidden = reference.forward(*layers, activation, True)
     found, found_hidden = operators.forward(*layers, activation, True)
-    same = comparison.assert_same
+    same = assert_same
     same(dict(enumerate([found, *found_hidden])), dict(enumerate([y, *hidden])), "forward")
     found, found_hidden = operators.forward(*layers, activation, False)
     same(found, y, "forward without hidden")

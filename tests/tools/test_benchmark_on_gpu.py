@@ -12,7 +12,7 @@ import relu_mlp
 pandas = pytest.importorskip("pandas")
 pytest.importorskip("matplotlib")
 
-PROGRAM = Path(__file__).parent.parent / "benchmarks" / "on_gpu.py"
+PROGRAM = Path(__file__).parents[2] / "benchmarks" / "on_gpu.py"
 
 pytestmark = pytest.mark.skipif(not PROGRAM.exists(), reason="needs the checkout")
 

@@ -25,7 +25,7 @@ from relu_mlp import cli
 from relu_mlp.bench import candidates, memory, plan, report, roofline, suite, turns
 from relu_mlp.cli import bench
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 LOOK_FOR_JAX = candidates.has_jax.__wrapped__  # each test looks anew

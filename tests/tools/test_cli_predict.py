@@ -15,7 +15,7 @@ from relu_mlp.cli import train
 
 pandas = pytest.importorskip("pandas")
 
-PAGE = Path(__file__).parent.parent / "docs" / "train.md"
+PAGE = Path(__file__).parents[2] / "docs" / "train.md"
 SMALL = ["--data", "table.csv", "--target", "y", "--hidden", "4", "3", "--epochs", "3"]
 
 

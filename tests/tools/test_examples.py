@@ -17,7 +17,7 @@ import relu_mlp
 import support
 from relu_mlp import LossAndGrads
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 
 # agreement.py is what the others share. digits.py is `make demo`, which `.ci/run` runs: it

@@ -18,7 +18,7 @@ from support import BACKENDS, make_network
 pytest.importorskip("pandas")
 pytest.importorskip("matplotlib")
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 # What the source document printed: losses of epochs 500, 1000, ..., 5000; w, b.
 LOSSES = {

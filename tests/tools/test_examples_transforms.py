@@ -16,7 +16,7 @@ import relu_mlp
 import support
 from relu_mlp import LossAndGrads, Parameters, second_order
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 SMALL = {
     "physics_informed": {"STEPS": 20, "ENOUGH": 1.0},
     "gradient_penalty": {"STEPS": 3, "ENOUGH": 100.0},

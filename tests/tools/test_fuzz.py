@@ -12,7 +12,7 @@ import torch
 
 import relu_mlp
 
-PATH = Path(__file__).parent.parent / "tools" / "fuzz.py"
+PATH = Path(__file__).parents[2] / "tools" / "fuzz.py"
 
 pytestmark = [
     pytest.mark.skipif(not PATH.exists(), reason="the tools are not beside the tests"),

@@ -16,7 +16,7 @@ jupyter_client = pytest.importorskip("jupyter_client")
 nbclient = pytest.importorskip("nbclient")
 nbformat = pytest.importorskip("nbformat")
 
-NOTEBOOK = Path(__file__).parent.parent / "examples" / "backpropagation.ipynb"
+NOTEBOOK = Path(__file__).parents[2] / "examples" / "backpropagation.ipynb"
 
 
 def read():
