@@ -114,6 +114,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("operator", ["relu_mlp", *RAW])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)

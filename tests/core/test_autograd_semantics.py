@@ -345,6 +345,7 @@ INCOMING = {
 }
 
 
+@pytest.mark.covering
 @RECOMPUTE
 @pytest.mark.parametrize("activation", [None, "relu"], ids=str)
 @pytest.mark.parametrize("loss", INCOMING)
@@ -592,6 +593,7 @@ def test_graph_is_released(backend):
         gc.enable()
 
 
+@pytest.mark.covering
 @RECOMPUTE
 @pytest.mark.parametrize("activation", support.ACTIVATIONS, ids=str)
 @pytest.mark.parametrize("penalized", list(patterns(5))[1:])
@@ -618,6 +620,7 @@ def test_what_a_second_derivative_reaches(backend, activation, penalized, recomp
         assert (native is not None and native.any()) == (ours is not None and ours.any()), name
 
 
+@pytest.mark.covering
 @RECOMPUTE
 @pytest.mark.parametrize("leaf", [True, False], ids=["leaf", "not a leaf"])
 @pytest.mark.parametrize("asked", NAMES)

@@ -52,6 +52,7 @@ def assert_like_native(x, weights, biases, named=None, grad_output=None, **setti
 # -- Sizes ------------------------------------------------------------------------
 
 
+@pytest.mark.covering
 @EXACT_ACTIVATION
 @BIAS
 @pytest.mark.parametrize("leading", [(), (5,), (2, 3), (2, 1, 3), (0, 3), (3, 0, 2)], ids=str)
@@ -76,6 +77,7 @@ def test_sizes_of_0_and_1(backend, rows, bias):
         assert_like_native(x, *integer_network(sizes, bias))
 
 
+@pytest.mark.covering
 @ACTIVATION
 @pytest.mark.parametrize("sizes", [(0, 3, 2), (3, 0, 2), (3, 2, 0), (0, 0, 0)], ids=str)
 @pytest.mark.parametrize("dtype", support.DTYPES, ids=str)
@@ -277,6 +279,7 @@ def test_strides_are_the_native_ones(backend, leading, bias):
 # -- NaN and infinity -------------------------------------------------------------
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @ACTIVATION
 @pytest.mark.parametrize("size", LAYOUT_SIZES)
@@ -442,6 +445,7 @@ def test_sums_over_features_are_not_made_in_half_precision(backend, dtype):
 # -- What takes the native path ---------------------------------------------------
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int8, torch.uint8], ids=str)
 @pytest.mark.parametrize("leading", [(3,), (2, 3)], ids=str)
 @ACTIVATION
@@ -458,6 +462,7 @@ def test_integers(backend, activation, leading, dtype):
 ALL_DTYPES = [*support.DTYPES, torch.int64, torch.bool, torch.complex64]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("rows", [0, 2])
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("x_dtype", ALL_DTYPES, ids=str)

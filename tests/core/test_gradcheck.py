@@ -109,11 +109,13 @@ def finite_difference_bound(x, weights, biases, activation, grad_output):
     return rounding + STEP**2 / 6 * max(1, terms) * (5 * size**4 + 3 * 2 * size**3)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("depth, bias, activation, needs", CASES)
 def test_first_and_second_derivative(backend, depth, bias, activation, needs):
     check_two_orders(depth, bias, activation, needs, recompute=False)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("needs", ["all", "x", "weights[0]", "biases[last]"])
 @pytest.mark.parametrize("activation", support.ACTIVATIONS, ids=str)
 @pytest.mark.parametrize("depth", SIZES)
@@ -152,6 +154,7 @@ def third_order(mlp, x, weights, biases, directions, **settings):
     return dict(zip(named, grads, strict=True))
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("activation", support.ACTIVATIONS, ids=str)
 @pytest.mark.parametrize("bias", ["all", "none", "some"])
 @pytest.mark.parametrize("depth", SIZES)

@@ -66,6 +66,7 @@ def by_rows(x, weights, biases, activation):
 # -- Values --------------------------------------------------------------------
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("bias", ["all", "none", "some"])
 @pytest.mark.parametrize("activation", support.ACTIVATIONS)
@@ -85,6 +86,7 @@ def test_is_that_of_torch_autograd(backend, activation, bias):
     assert_within(found, expected, bounds_of(x, weights, biases, activation))
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("sizes", [[3, 2], [3, 4, 3, 1]], ids=str)
 @pytest.mark.parametrize("bias", ["all", "none", "some"])
 @pytest.mark.parametrize("activation", [None, "relu"])
@@ -100,6 +102,7 @@ def test_has_the_bits_of_the_native_one(backend, dtype, activation, bias, sizes)
     assert_same(by_name(found), expected)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(("sizes", "bias"), [([3, 2], "all"), ([7, 16, 5, 2], "some")], ids=str)
 @pytest.mark.parametrize("activation", support.ACTIVATIONS)
 @pytest.mark.parametrize("dtype", support.DTYPES, ids=str)
@@ -150,6 +153,7 @@ def test_document_004(backend):
     printed.check((features.T @ u)[:, 0], "J^T u")
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("loss", ["sse", "half_sse", "mse"])
 @pytest.mark.parametrize("bias", ["all", "none", "some"])
 @pytest.mark.parametrize("activation", support.ACTIVATIONS)
@@ -230,6 +234,7 @@ def test_rows_do_not_mix(backend, special):
     assert not all(entry[1].isfinite().all() for entry in found.values())
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("bias", ["all", "some"])
 @pytest.mark.parametrize("activation", support.ACTIVATIONS)
 @pytest.mark.parametrize(
@@ -253,6 +258,7 @@ def test_sizes_of_zero(backend, sizes, rows, activation, bias):
 # -- What comes in and what goes out -------------------------------------------
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("sizes", [[3, 2], [5, 1, 4, 3]], ids=str)
 @pytest.mark.parametrize("bias", ["all", "none", "some"])
 @pytest.mark.parametrize("dtype", support.DTYPES, ids=str)

@@ -111,6 +111,7 @@ def error_of(x, weights, products):
 # -- Values --------------------------------------------------------------------
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(("sizes", "leading"), NETWORKS_AND_ROWS, ids=str)
 @pytest.mark.parametrize("bias", ["all", "none", "some"])
 @pytest.mark.parametrize("activation", support.ACTIVATIONS)
@@ -140,6 +141,7 @@ def test_products_are_the_native_ones(backend, activation, bias, sizes, leading)
     assert_within(by_name(linear.gauss_newton(v)), expected, bounds, "J^T J v")
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(
     ("bias", "leading"), [("all", [6]), ("none", []), ("some", [2, 3])], ids=str
 )
@@ -169,6 +171,7 @@ def test_products_have_the_bits_of_the_native_ones(backend, dtype, activation, b
     assert_same(by_name(linear.gauss_newton(v)), by_name(linear.vjp(jv)))
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(("sizes", "bias"), [([3, 2], "all"), ([7, 16, 5, 2], "some")], ids=str)
 @pytest.mark.parametrize("activation", support.ACTIVATIONS)
 @pytest.mark.parametrize("dtype", support.DTYPES, ids=str)
@@ -360,6 +363,7 @@ def test_sizes_of_zero(backend, sizes, leading, activation):
         assert_same(found.biases[1], u.sum(0))
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("where", ["x", "weights[0]", "weights[1]", "biases[0]", "v", "u"])
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("activation", [None, "relu"])
@@ -748,6 +752,7 @@ def test_its_class_is_public():
 # -- The norms of the rows' gradients -----------------------------------------------------
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("bias", ["all", "none", "some"])
 @pytest.mark.parametrize("activation", support.ACTIVATIONS, ids=str)
 @pytest.mark.parametrize("sizes", [[3, 2], [3, 4, 5, 2]], ids=str)

@@ -99,6 +99,7 @@ def check(actual, bounds):
         bounds[name].check(tensor, name)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(("sizes", "leading"), NETWORKS, ids=str)
 @pytest.mark.parametrize("bias", ["all", "none", "some"])
 @pytest.mark.parametrize("activation", support.ACTIVATIONS)
@@ -196,6 +197,7 @@ def test_integer_targets(backend, dtype, kind):
         assert torch.equal(tensor, named(converted)[name])
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("strange", support.LAYOUTS)
 @pytest.mark.parametrize("which", ["x", "target", "weights", "biases", "all"])
 @pytest.mark.parametrize(("leading", "width"), [([5], 6), ([2, 3], 6), ([64], 123)], ids=str)
@@ -247,6 +249,7 @@ def test_sizes_of_zero(backend, sizes, leading, loss):
 SPECIAL = [float("nan"), float("inf"), -float("inf")]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("where", ["x", "target", "weights[0]", "weights[1]", "biases[0]"])
 @pytest.mark.parametrize("special", SPECIAL)
 @pytest.mark.parametrize("activation", support.ACTIVATIONS)
@@ -353,6 +356,7 @@ def test_document_004(backend):
 # -- Training by hand ------------------------------------------------------------
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("activation", support.ACTIVATIONS)
 @pytest.mark.parametrize("sizes", [[3, 2, 1], [42, 64, 16, 3]], ids=str)

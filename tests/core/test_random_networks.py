@@ -19,6 +19,7 @@ def random_case(seed):
     return sizes, r.choice(ROWS), r.choice(["all", "none", "some"]), r.choice(support.ACTIVATIONS)
 
 
+@pytest.mark.covering(strength=2)
 @pytest.mark.parametrize("dtype", support.DTYPES, ids=str)
 @pytest.mark.parametrize("seed", range(60))
 def test_random_networks(backend, seed, dtype):

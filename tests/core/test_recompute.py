@@ -61,6 +61,7 @@ def test_equals_backward_for_all_needs(backend, activation, dtype):
             support.assert_same(actual, expected, needs)
 
 
+@pytest.mark.covering
 @every_dtype
 @pytest.mark.parametrize("bias", ["all", "none", "some"])
 @pytest.mark.parametrize("leading", [[], [1], [0], [2, 3], [700]], ids=str)
@@ -75,6 +76,7 @@ def test_equals_backward_for_all_shapes(backend, leading, bias, dtype):
         support.assert_same(actual, expected)
 
 
+@pytest.mark.covering
 @every_dtype
 @pytest.mark.parametrize("activation", support.ACTIVATIONS)
 @pytest.mark.parametrize("rows", [6, 500])
