@@ -1,5 +1,7 @@
+import fcntl
 import itertools
 import os
+import shutil
 
 import pytest
 import torch
@@ -67,6 +69,29 @@ def backend(request):
     """Every backend present in turn; the test runs under it."""
     with relu_mlp.backend(request.param):
         yield request.param
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory):
+    """made_once(name, make): the path of a folder that make(path) has filled.
+
+    The processes of one test run share it. Who comes while another fills it waits.
+    """
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def folder_of(name, make):
+        folder, done = base / name, base / f"{name}.done"
+        with (base / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a process that failed
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return folder_of
 
 
 @pytest.fixture

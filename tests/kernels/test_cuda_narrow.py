@@ -75,15 +75,17 @@ class Call(ctypes.Structure):
     ]
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    path = tmp_path_factory.mktemp("cuda_on_host") / "narrow.so"
+def compile_kernels(folder):
     flags = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-DRELU_MLP_CUDA_ON_HOST"]
     flags += ["-U_FORTIFY_SOURCE"]  # it takes a fiber's longjmp for a mistake
     include = [ROOT, ROOT / "tests" / "cuda_on_host", *cpp_extension.include_paths()]
     command = [COMPILER, *flags, *(f"-I{path}" for path in include), "-x", "c++", *SOURCES]
-    subprocess.run([*command, "-o", path], cwd=ROOT, check=True)
-    library = ctypes.CDLL(str(path))
+    subprocess.run([*command, "-o", folder / "narrow.so"], cwd=ROOT, check=True)
+
+
+@pytest.fixture(scope="module")
+def library(made_once):
+    library = ctypes.CDLL(str(made_once("cuda_narrow", compile_kernels) / "narrow.so"))
     for function in library.run_forward, library.run_backward, library.run_mistake:
         function.restype = ctypes.c_char_p
     for name, arguments in ("index_of_column", 2), ("index_of_chunk", 3), ("stride_of_floats", 1):

@@ -8,7 +8,6 @@ kernels run on a GPU, or how fast.
 """
 
 import ctypes
-import fcntl
 import itertools
 import os
 import shutil
@@ -78,17 +77,10 @@ def compile_all(folder):
     run("-x", "c++", *SOURCES, *link, "-o", folder / "operators.so")
 
 
-@pytest.fixture(scope="session")
-def built(tmp_path_factory):
-    """The folder with the libraries; the processes of one test run share it."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cuda_on_host"
-    folder.mkdir(exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "operators.so").exists():
-            compile_all(folder)
-    return folder
+@pytest.fixture(scope="module")
+def built(made_once):
+    """The folder with the libraries."""
+    return made_once("cuda_on_host", compile_all)
 
 
 class StandIn(ctypes.Structure):

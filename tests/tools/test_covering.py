@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+
 from support.covering import covering
 
 
