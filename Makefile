@@ -13,7 +13,7 @@ OTHERS ?=
 CROSS ?= aarch64-linux-gnu-g++
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test torch-suite lint format bench overhead abi fuzz sanitize cross cuda-check gpu-wheel build dist clean FORCE
+.PHONY: help demo test test-fast torch-suite lint format bench overhead abi fuzz sanitize cross cuda-check gpu-wheel build dist clean FORCE
 .NOTPARALLEL:
 # ninja would look there for a jobserver that nobody passes on to it.
 unexport MAKEFLAGS
@@ -37,8 +37,14 @@ demo: $(call needs,demo) build/extension  ## train on handwritten digits, next t
 	PYTHONPATH=. $(PYTHON) examples/digits.py $(ARGS)
 
 # One process for each core; each computes on one thread unless a test asks for more.
-test: $(call needs,test) build/extension  ## run the tests
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 8 $(ARGS)
+PYTEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 8
+
+test: $(call needs,test) build/extension  ## run the tests, at most 6 minutes on 2 cores
+	$(PYTEST) $(ARGS)
+
+# Every test that takes no seconds, in so few cases that each value of each parameter occurs.
+test-fast: $(call needs,test) build/extension  ## run every quick test in few cases, less than a minute on 2 cores
+	$(PYTEST) -m "not slow" --strength 1 $(ARGS)
 
 torch-suite: $(call needs,torch-suite) build/extension  ## run PyTorch's generic tests on our entries and native controls
 	PYTHONPATH=. $(PYTHON) tests/torch_suite $(ARGS)

@@ -6,7 +6,7 @@ layout, without its memory, a list too short, a name that is none. Of every case
 
 - The answer is right. Most numbers are small integers, times a power of two: their sums have no
   rounding, so answers must have the bits of the network in float64 (or of the native layers),
-  NaN and infinities included. Real numbers are held to the bounds of tests/support.py.
+  NaN and infinities included. Real numbers are held to the bounds of tests/support/bounds.py.
 - Or an exception of PyTorch's kinds comes, without the name of a C++ file. A valid call must not
   raise; where the native layers raise, so must the call.
 - The arguments, and all memory that they are part of, are as they were.
@@ -682,7 +682,7 @@ def op_loss_and_grads(case: Case) -> str:
 
 def native(x, weights, biases=None, *, output_activation=None, recompute=False):
     functional.activation_name(output_activation)  # ValueError for what is none
-    return support.native(x, weights, biases, output_activation)
+    return support.native_mlp(x, weights, biases, output_activation)
 
 
 def operator(x, weights, biases=None, *, output_activation=None, recompute=False):

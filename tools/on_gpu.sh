@@ -25,17 +25,19 @@ smoke() { # loads, and one step of each regime and dtype against float64
     "$python" -m relu_mlp info && "$python" tools/gpu_smoke.py --device "$device"
 }
 check() { # the kernels' own tests
-    "$python" -m pytest -q -n "$processes" tests/test_cuda*.py
+    "$python" -m pytest -q -n "$processes" tests/kernels/test_cuda*.py
 }
 speed() { # by CUDA events, beside eager, torch.compile and what else can be imported
     "$python" benchmarks/on_gpu.py --out "$out" --device "$device" --seconds 130 $shapes
 }
 suite() { # the tests of what goes through the layer, most telling first
     "$python" -m pytest -q -n "$processes" --maxfail 200 -k 'not reference' \
-        tests/test_values.py tests/test_gradcheck.py tests/test_autograd_semantics.py \
-        tests/test_transforms.py tests/test_training.py tests/test_autocast.py \
-        tests/test_batching.py tests/test_recompute.py tests/test_loss_and_grads.py \
-        tests/test_jacobian.py tests/test_linearization.py tests/test_module.py
+        tests/core/test_random_networks.py tests/core/test_gradcheck.py \
+        tests/core/test_autograd_semantics.py tests/composition/test_transforms.py \
+        tests/core/test_training.py tests/composition/test_autocast.py \
+        tests/composition/test_batching.py tests/core/test_recompute.py \
+        tests/core/test_loss_and_grads.py tests/core/test_jacobian.py \
+        tests/core/test_linearization.py tests/core/test_module.py
 }
 sanitize() { # one case of each kernel
     local tool failed=0

@@ -1,0 +1,175 @@
+"""What setup.py does with what it finds: compilers, a person's flags, the folder it stands in."""
+
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import setuptools
+
+from relu_mlp import ops
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the sources")
+
+FLAGS = ("CC", "CXX", "LDSHARED", "CPPFLAGS", "CFLAGS", "CXXFLAGS", "LDFLAGS")
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """The functions of setup.py, which is told to build, and does not."""
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    monkeypatch.setattr(sys, "argv", ["setup.py", "build_ext"])
+    for name in (*FLAGS, "RELU_MLP_EXTENSION"):
+        monkeypatch.setenv(name, "")  # so that what the script changes is put back
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("FORCE_CUDA", "0")
+    monkeypatch.setenv("RELU_MLP_EXTENSION", "0")
+    monkeypatch.chdir(ROOT)
+    functions = runpy.run_path("setup.py")
+    monkeypatch.delenv("RELU_MLP_EXTENSION")
+    return functions
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch):
+    """Makes the commands that alone are on the path."""
+
+    def make(*names):
+        for name in names:
+            (tmp_path / name).write_text("#!/bin/sh\n")
+            (tmp_path / name).chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path))
+
+    make()
+    return make
+
+
+# -- The compiler ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "there, named, expected",
+    [
+        (["c++", "g++"], None, "c++"),
+        (["g++", "clang++"], None, "g++"),
+        (["clang++"], None, "clang++"),
+        (["c++"], "", "c++"),
+        (["c++"], "  ", "c++"),
+        (["mine"], "mine", "mine"),
+        (["mine"], " mine -pipe ", "mine -pipe"),
+        (["ccache", "g++"], "ccache g++", "ccache g++"),
+        (["ccache"], "ccache g++", None),
+        (["c++", "g++"], "nonsense", None),
+        ([], None, None),
+        ([], "", None),
+    ],
+)
+def test_finds_the_compiler(there, named, expected, script, commands, monkeypatch):
+    commands(*there)
+    if named is not None:
+        monkeypatch.setenv("CXX", named)
+    assert script["find_compiler"]() == expected
+    if expected:  # PyTorch takes CXX, or else c++
+        assert script["os"].environ.get("CXX", "c++").split() == expected.split()
+
+
+@pytest.mark.parametrize("named", [None, "", "nonsense"])
+def test_goes_on_without_a_compiler(named, script, commands, monkeypatch, capsys):
+    if named is not None:
+        monkeypatch.setenv("CXX", named)
+    assert script["extension_arguments"]() == {}
+    (line,) = capsys.readouterr().err.splitlines()
+    by_name = ": CXX is 'nonsense'" if named else ""
+    assert line == f"relu_mlp: no C++ compiler found{by_name}; building without the extension"
+
+
+@pytest.mark.parametrize("named", [None, "", "nonsense"])
+def test_stops_without_a_compiler_where_it_is_a_must(named, script, commands, monkeypatch):
+    if named is not None:
+        monkeypatch.setenv("CXX", named)
+    monkeypatch.setenv("RELU_MLP_EXTENSION", "1")
+    with pytest.raises(SystemExit, match="RELU_MLP_EXTENSION=1, but no C\\+\\+ compiler found"):
+        script["extension_arguments"]()
+
+
+def test_works_without_a_path(script, monkeypatch):
+    monkeypatch.delenv("PATH")
+    if shutil.which("c++") is None:
+        pytest.skip("no compiler where the system has its commands")
+    assert script["extension_arguments"]()["ext_modules"]
+
+
+# -- A person's flags ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variable", FLAGS)
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "-Ofast",
+        "-ffast-math",
+        "-funsafe-math-optimizations",
+        "-ffinite-math-only",
+        "-fno-honor-nans",
+        "-fno-signed-zeros",
+        "-fassociative-math",
+        "-freciprocal-math",
+        "-mdaz-ftz",
+        "-fdenormal-fp-math=preserve-sign",
+    ],
+)
+def test_leaves_out_what_breaks_numbers(variable, flag, script, monkeypatch, capsys):
+    monkeypatch.setenv(variable, f"-first  {flag} -DNAME='a b' {flag}")
+    script["leave_out_unsafe_flags"]()
+    assert script["os"].environ[variable] == "-first -DNAME='a b'"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"relu_mlp: {variable}: without {flag} {flag}, which breaks NaN")
+
+
+def test_leaves_out_what_chooses_instructions(script, monkeypatch, capsys):
+    monkeypatch.setattr(script["platform"], "machine", lambda: "x86_64")
+    monkeypatch.setenv("CXXFLAGS", "-O2 -march=native -mavx2 -mno-avx512f -m64 -mtune=native")
+    script["leave_out_unsafe_flags"]()
+    assert script["os"].environ["CXXFLAGS"] == "-O2 -m64 -mtune=native"
+    assert "without -march=native -mavx2 -mno-avx512f; the library" in capsys.readouterr().err
+    monkeypatch.setattr(script["platform"], "machine", lambda: "aarch64")
+    monkeypatch.setenv("CXXFLAGS", "-march=armv8.2-a")
+    script["leave_out_unsafe_flags"]()
+    assert script["os"].environ["CXXFLAGS"] == "-march=armv8.2-a"
+
+
+def test_leaves_other_flags_as_they_are(script, monkeypatch, capsys):
+    flags = "-O2   -DNAME='a  b' -fno-trapping-math -fno-fast-math -ffp-contract=off"
+    for variable in FLAGS:
+        monkeypatch.setenv(variable, flags)
+    script["leave_out_unsafe_flags"]()
+    assert {script["os"].environ[variable] for variable in FLAGS} == {flags}
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="asks a compiler")
+@pytest.mark.parametrize("unsafe", ["-ffast-math", "-Ofast", "-ffinite-math-only"])
+def test_what_comes_from_elsewhere_is_overridden(unsafe, script):
+    """Python's own flags stand before those of the extension."""
+    command = ["c++", unsafe, *script["FLAGS"], *script["SAFE"], "-dM", "-E", "-xc++", "/dev/null"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "__FAST_MATH__" not in said and "__FINITE_MATH_ONLY__ 1" not in said
+
+
+# -- The folder ------------------------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="without a compiler nothing is built")
+def test_the_library_names_no_folder_of_its_builder(script):
+    """Or two builds of the same sources would differ."""
+    (extension,) = script["extension_arguments"]()["ext_modules"]
+    flags = extension.extra_compile_args["cxx"]
+    assert f"-ffile-prefix-map={ROOT.resolve()}/=" in flags
+    if ops.LIBRARY_PATH is not None:
+        data = ops.LIBRARY_PATH.read_bytes()
+        assert re.findall(rb"\0(/[^\0]*\.(?:h|hpp|cuh|cpp|cu))\0", data) == []

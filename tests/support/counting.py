@@ -1,0 +1,106 @@
+"""Who computed what: the operators, or PyTorch's own layers; and what was saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from relu_mlp import reference
+
+#: PyTorch's matrix products, as its dispatcher calls them.
+PRODUCTS = {"aten::addmm", "aten::mm", "aten::linear", "aten::bmm", "aten::matmul"}
+
+
+@contextmanager
+def count_calls() -> Iterator[dict[str, int]]:
+    """Counts the calls of the operators, or of the reference in their place.
+
+    The keys are "forward", "backward" and "loss_and_grads", and "native" for
+    the linear layers and matrix products that ran outside of them. A pass is
+    counted under its direction, whichever of the operators makes it.
+    """
+    counts = dict.fromkeys(["forward", "backward", "loss_and_grads", "native"], 0)
+    passes = {
+        "relu_mlp": "forward",
+        "forward": "forward",
+        "backward": "backward",
+        "recompute_backward": "backward",
+        "loss_and_grads": "loss_and_grads",
+    }
+    inside = [0]
+
+    class Mode(TorchDispatchMode):
+        understands_relu_mlp = True
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func._schema.name
+            if name.startswith("relu_mlp::"):
+                counts[passes[name.removeprefix("relu_mlp::")]] += 1
+            elif name in PRODUCTS and not inside[0]:
+                counts["native"] += 1
+            return func(*args, **(kwargs or {}))
+
+    originals = {name: getattr(reference, name) for name in passes if name != "relu_mlp"}
+    passes |= {f"_{name}_in_cpp": direction for name, direction in passes.items()}
+
+    def counted(name):
+        def function(*args, **kwargs):
+            if not inside[0]:
+                counts[passes[name]] += 1
+            inside[0] += 1
+            try:
+                return originals[name](*args, **kwargs)
+            finally:
+                inside[0] -= 1
+
+        return function
+
+    for name in originals:
+        setattr(reference, name, counted(name))
+    try:
+        with Mode():
+            yield counts
+    finally:
+        for name, function in originals.items():
+            setattr(reference, name, function)
+
+
+@contextmanager
+def dispatched() -> Iterator[list[tuple[str, int]]]:
+    """Collects what PyTorch computes: each operation's name, and the most elements
+    that a tensor returned by it holds in memory."""
+    operations: list[tuple[str, int]] = []
+
+    class Mode(TorchDispatchMode):
+        understands_relu_mlp = True
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            held = [
+                tensor.untyped_storage().nbytes() // tensor.element_size()
+                for tensor in tree_leaves(result)
+                if isinstance(tensor, Tensor)
+            ]
+            operations.append((func._schema.name, max(held, default=0)))
+            return result
+
+    with Mode():
+        yield operations
+
+
+@contextmanager
+def saved_tensors() -> Iterator[list[Tensor]]:
+    """Collects the tensors that are saved for a backward pass."""
+    saved: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield saved

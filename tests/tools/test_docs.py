@@ -1,0 +1,192 @@
+"""What the documentation says is so.
+
+In every Markdown file of the repository:
+
+- a fenced block whose first line names a file after the language, as in
+  ```python relu_mlp/reference.py, quotes it: its lines stand there, one after the
+  other (a line of three dots leaves some out; indentation may differ);
+- any other block of Python runs, after those above it on the page; a block of text
+  right after it is what it prints;
+- so do the lines of other blocks that begin with "$ relu-mlp";
+- a relative link leads to a file.
+"""
+
+import contextlib
+import io
+import linecache
+import re
+import shlex
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import relu_mlp
+from relu_mlp import cli
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+FENCE = re.compile(r"^```(\w*) ?(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+CODE = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)")
+
+
+@dataclass
+class Block:
+    language: str
+    path: str  #: of the file that is quoted, or nothing
+    text: str
+    line: int  #: where it begins
+    follows: bool  #: nothing but a blank line stands between it and the block before
+
+
+def blocks_of(page):
+    text, end, blocks = page.read_text(encoding="utf-8"), 0, []
+    for match in FENCE.finditer(text):
+        between = text[end : match.start()]
+        line = text.count("\n", 0, match.start()) + 1
+        blocks.append(Block(*match.groups(), line, bool(blocks) and not between.strip()))
+        end = match.end()
+    return blocks
+
+
+def name_of(page):
+    return str(page.relative_to(ROOT))
+
+
+def file_of(path):
+    """A file of the repository; the package's own may be installed elsewhere."""
+    if path.startswith("relu_mlp/"):
+        return Path(relu_mlp.__file__).parent / path.removeprefix("relu_mlp/")
+    return ROOT / path
+
+
+def stripped(text):
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def quote_problem(quote, source):
+    """What keeps a quote from standing in a source, or None."""
+    lines, at = stripped(source), 0
+    for part in re.split(r"^\s*\.\.\.$", quote, flags=re.MULTILINE):
+        wanted = stripped(part)
+        found = [
+            n for n in range(at, len(lines)) if wanted and lines[n : n + len(wanted)] == wanted
+        ]
+        if not found:
+            return f"not in the file, or not in this order: {wanted}"
+        at = found[0] + len(wanted)
+    return None
+
+
+quotes = [
+    pytest.param(block, id=f"{name_of(page)}:{block.line}")
+    for page in PAGES
+    for block in blocks_of(page)
+    if block.path
+]
+
+
+@pytest.mark.parametrize("block", quotes)
+def test_quoted_lines_stand_in_the_code(block):
+    source = file_of(block.path).read_text(encoding="utf-8")
+    assert quote_problem(block.text, source) is None
+
+
+def test_there_are_quotes():
+    assert len(quotes) > 10
+
+
+@pytest.mark.parametrize(
+    ("quote", "stands"),
+    [
+        ("b\nc", True),
+        ("  b\n  c", True),
+        ("a\n...\nd", True),
+        ("b\nd", False),
+        ("d\n...\na", False),
+        ("x", False),
+        ("", False),
+    ],
+)
+def test_a_quote_that_does_not_stand_is_found(quote, stands):
+    assert (quote_problem(quote, "a\nb\n\n    c\nd\n") is None) == stands
+
+
+def runs(page):
+    return [b for b in blocks_of(page) if b.language == "python" and not b.path]
+
+
+def run(page):
+    """Runs a page's Python from top to bottom, and compares what it prints."""
+    namespace = {"__name__": "docs"}
+    blocks = blocks_of(page)
+    for n, block in enumerate(blocks):
+        for command in re.findall(r"^\$ relu-mlp (.*)$", block.text, re.MULTILINE):
+            assert cli.main(shlex.split(command)) == 0, command
+        if block.language != "python" or block.path:
+            continue
+        name, source = f"{page}:{block.line}", "\n" * block.line + block.text
+        linecache.cache[name] = (len(source), None, source.splitlines(True), name)
+        code = compile(source, name, "exec", dont_inherit=True)
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(code, namespace)
+        after = blocks[n + 1] if n + 1 < len(blocks) else None
+        if after and after.follows and after.language == "text":
+            actual = "\n".join(line.rstrip() for line in printed.getvalue().splitlines())
+            assert actual == after.text.rstrip("\n"), f"line {block.line} prints\n{actual}"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if runs(page)], ids=name_of)
+def test_code_in_the_documentation_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(page)
+
+
+@pytest.mark.parametrize("code", ["print(1 / 0)", "print(2)"])
+def test_code_that_fails_or_prints_something_else_is_found(code, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(textwrap.dedent(f"Text.\n\n```python\n{code}\n```\n\n```text\n1\n```\n"))
+    with pytest.raises((AssertionError, ZeroDivisionError)):
+        run(page)
+
+
+def test_a_command_that_fails_is_found(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = tmp_path / "page.md"
+    page.write_text("```\n$ relu-mlp train --data missing.csv --target y\n```\n")
+    with pytest.raises(AssertionError, match="missing"):
+        run(page)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page):
+    text = CODE.sub("", page.read_text(encoding="utf-8"))
+    targets = [target for target in LINK.findall(text) if "://" not in target]
+    for target in targets:
+        path = (page.parent / target).resolve()
+        if path.is_relative_to(ROOT):
+            path = file_of(path.relative_to(ROOT).as_posix())
+        assert path.exists(), f"{target} does not exist"
+
+
+@pytest.mark.parametrize(
+    "program", [p.name for p in sorted(ROOT.glob("examples/*")) if p.suffix in (".py", ".ipynb")]
+)
+def test_every_program_is_named_in_the_documentation(program):
+    assert any(program in page.read_text(encoding="utf-8") for page in PAGES)
+
+
+def test_compatibility_names_tests_that_exist():
+    text = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if re.match(r"\| [^|]*[^|\s-]", line)]
+    named = re.findall(r"`(\w+\.py)::(\w+)`", text)
+    assert len(rows) > 90 and all(re.search(r"`\w+\.py::\w+`", row) for row in rows)
+    sources = {path.name: path.read_text() for path in (ROOT / "tests").rglob("*.py")}
+    missing = [
+        (file, test)
+        for file, test in named
+        if not re.search(rf"^def {test}\(", sources.get(file, ""), re.MULTILINE)
+    ]
+    assert not missing

@@ -1,0 +1,222 @@
+"""The fuzzer: some of its cases, that it finds what is broken on purpose, and that a case which
+crashes or hangs is told like others. What it found in the reference is here, too."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import relu_mlp
+
+PATH = Path(__file__).parents[2] / "tools" / "fuzz.py"
+
+pytestmark = [
+    pytest.mark.skipif(not PATH.exists(), reason="the tools are not beside the tests"),
+    # PyTorch's words about layouts that are in beta, and the like.
+    pytest.mark.filterwarnings("ignore"),
+]
+
+
+@pytest.fixture
+def fuzz():
+    """The fuzzer as a module; what it has chosen in this process is put back."""
+    spec = importlib.util.spec_from_file_location("fuzz", PATH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    before = relu_mlp.build_info().instruction_set
+    yield module
+    if module.INSTRUCTION_SETS:
+        torch.ops.relu_mlp._choose_instruction_set(before)
+
+
+def run(code, *arguments):
+    """Runs the fuzzer in a process of its own, after some code."""
+    code = f"import sys; sys.path[:0] = [{str(PATH.parent)!r}]; import fuzz\n{code}\n"
+    code += f"sys.exit(fuzz.main({list(arguments)!r}))"
+    environment = {"PYTHONPATH": str(Path(relu_mlp.__file__).parent.parent)}
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+
+
+def test_cases():
+    """Of every kind, with two processes."""
+    done = run("", "--seed", "tests", "--cases", "250", "--processes", "2")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert "250 cases, 0 of them wrong" in done.stdout
+    for kind in ("op_forward", "op_backward", "public_relu_mlp", "fuse"):
+        assert f"{kind}, right" in done.stdout
+
+
+def test_a_case_follows_from_seed_and_number(fuzz):
+    def log(seed, number):
+        case = fuzz.Case(seed, number)
+        fuzz.Network(case)
+        return case.log, case.r.random()
+
+    assert log("a", 3) == log("a", 3)
+    assert log("a", 3)[1] != log("a", 4)[1] != log("b", 4)[1]
+
+
+# -- What is broken on purpose ---------------------------------------------------------
+
+
+def last_number_off(answer):
+    """The same with 1 more in the last number of the last tensor that has any."""
+    for tensor in reversed(torch.utils._pytree.tree_leaves(answer)):
+        if tensor.numel():
+            tensor.view(-1)[-1] += 1
+            return answer
+    return answer
+
+
+def raises(error):
+    def call(*arguments):
+        raise error
+
+    return call
+
+
+def changes_an_argument(operator):
+    def call(x, *arguments):
+        answer = operator(x, *arguments)
+        with torch.no_grad():
+            if x.numel() and not x._is_zerotensor():
+                x.untyped_storage()[0] = (x.untyped_storage()[0] + 1) % 256
+        return answer
+
+    return call
+
+
+BREAKS = {
+    "a wrong number": (lambda f: lambda *a: last_number_off(f(*a)), "numbers are wrong"),
+    "another dtype": (lambda f: lambda *a: f(*a).to(torch.complex64), "should be"),
+    "an argument changed": (changes_an_argument, "an argument was changed"),
+    "a valid call refused": (lambda f: raises(RuntimeError("no")), "a valid call was refused"),
+    "another exception": (lambda f: raises(KeyError("x")), "KeyError"),
+    "an assertion": (lambda f: raises(AssertionError("x")), "AssertionError"),
+}
+
+
+@pytest.mark.parametrize("how", BREAKS)
+def test_finds_what_is_broken(fuzz, monkeypatch, how):
+    change, words = BREAKS[how]
+    operator = torch.ops.relu_mlp.relu_mlp
+
+    def small(case):
+        net = fuzz.Network(case, [torch.float32], scale=0)
+        exact = net.is_exact(torch.float32)
+        return fuzz.judge(case, "relu_mlp", [*net.operands(), net.name], True, exact)
+
+    monkeypatch.setattr(fuzz, "KINDS", {small: 1})
+    for number in range(20):
+        assert fuzz.run_case("broken", number) == ("small", "right")
+    monkeypatch.setattr(fuzz, "R", SimpleNamespace(relu_mlp=change(operator)))
+    monkeypatch.setattr(fuzz, "INSTRUCTION_SETS", [])
+    said = []
+    for number in range(20):
+        try:
+            fuzz.run_case("broken", number)
+        except fuzz.Wrong as error:
+            said.append(str(error))
+    assert any(words in text for text in said), said
+    assert "case" in said[0] and "weights: [float32" in said[0]
+
+
+def test_a_wrong_gradient_is_found(fuzz, monkeypatch):
+    """Of the public function, in the bits and, of real numbers, beyond the bounds."""
+    monkeypatch.setattr(fuzz, "KINDS", {fuzz.public_relu_mlp: 1})
+
+    def scaled(*arguments, **options):
+        y = real(*arguments, **options)
+        return y * 1.0 if not y.requires_grad else Scaled.apply(y)
+
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * 1.25
+
+    real = relu_mlp.relu_mlp
+    monkeypatch.setattr(relu_mlp, "relu_mlp", scaled)
+    said = []
+    for number in range(60):
+        try:
+            fuzz.run_case("gradients", number)
+        except fuzz.Wrong as error:
+            said.append(str(error))
+    assert any("numbers are wrong" in text for text in said)
+    assert any("the gradient of" in text and "within" in text for text in said)
+
+
+CRASHES = """
+import os, signal, time
+def kind(case):
+    number = int(case.log[0].split()[-1])
+    if number == 3:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if number == 4:
+        time.sleep(1000)
+    return "right"
+def run_case(seed, number):
+    case = fuzz.Case(seed, number)
+    case.note("number", number)
+    return "kind", kind(case)
+fuzz.run_case = run_case
+"""
+
+
+def test_a_case_that_crashes_or_hangs_is_reported():
+    done = run(CRASHES, "--seed", "s", "--cases", "9", "--patience", "5")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "case 3: the process ended with SIGSEGV" in done.stdout
+    assert "case 4: the process ended with SIGABRT" in done.stdout
+    assert "number: 4" in done.stdout  # what it was made of
+    assert 'make fuzz ARGS="--seed s --case 3"' in done.stdout
+    assert "9 cases, 2 of them wrong" in done.stdout
+
+
+# -- What it has found --------------------------------------------------------------------
+
+X, W, Y = torch.ones(3, 2), torch.ones(4, 2), torch.ones(3, 4)
+BAD = {
+    "saved too short": ("backward", Y, [X], "none", "110"),
+    "saved too long": ("backward", Y, [X, X], "none", "010"),
+    "needs too short": ("backward", Y, [X], "none", "01"),
+    "needs of an even length": ("backward", Y, [X], "none", "0101"),
+    "needs of other characters": ("backward", Y, [X], "none", "020"),
+    "needs with a NUL": ("backward", Y, [X], "none", "01\0"),
+    "an unknown activation": ("backward", Y, [X], "gelu", "010"),
+    "a scalar gradient": ("backward", torch.ones(()), [X], "none", "010"),
+    "y of other rows": ("backward", Y, [X, Y[:1]], "tanh", "010"),
+    "x of other rows": ("backward", Y, [X[:1]], "none", "010"),
+    "a weight of another width": ("backward", Y, [W[:3]], "none", "100"),
+    "a weight of rank 3": ("backward", Y, [W[None]], "none", "100"),
+    "a gradient of another dtype": ("backward", Y.double(), [X], "none", "010"),
+    "needs for other layers": ("recompute_backward", Y, X, [W], [], "none", "01010"),
+    "no x": ("relu_mlp", None, [W], [], "none"),
+    "no x for forward": ("forward", None, [W], [], "none", True),
+    "no gradient": ("backward", None, [X], "none", "010"),
+    "no gradient and nothing saved": ("backward", None, [], "none", "001"),
+    "no gradient for recompute_backward": ("recompute_backward", None, X, [W], [], "none", "010"),
+    "no x for recompute_backward": ("recompute_backward", Y, None, [W], [], "none", "010"),
+    "a gradient of integers": ("backward", Y.to(torch.int8), [], "none", "001"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
+def test_operators_refuse(backend, mode, what):
+    name, *arguments = BAD[what]
+    with (
+        pytest.raises((RuntimeError, TypeError), match=r"must|asks for|no kernel|undefined"),
+        mode(),
+    ):
+        getattr(torch.ops.relu_mlp, name)(*arguments)
