@@ -1,9 +1,9 @@
 """Compiles all C++ with -Wall -Wextra -Werror by g++ and clang++: `make warnings`.
 
-Nothing is linked or run, and no object file is written (-fsyntax-only). Flags are those of setup.py,
-plus what the tests pass: csrc/cuda and tests/cuda_on_host are compiled for the host, as
-tests/test_cuda_on_host.py does, and .cu files as C++. MAX_JOBS compilers run at once, 2 if it is
-not set. A compiler that is not installed is left out; with none of the two this fails.
+Nothing is linked or run, and no object file is written (-fsyntax-only). The flags are those of
+setup.py. csrc/cuda and tests/cuda_on_host are compiled for the host, as tests/test_cuda_on_host.py
+compiles them. MAX_JOBS compilers run at once, 2 if it is not set. A compiler that is not installed
+is left out; if neither is, the command fails.
 
     python tools/compiler_warnings.py                # every file by every compiler found
     python tools/compiler_warnings.py csrc/ops.cpp   # some files
@@ -65,7 +65,7 @@ def flags_of(name: str) -> list[str]:
 
 
 def complaint(compiler: str, name: str) -> str | None:
-    """What a compiler says of a file, or None if it is content."""
+    """A compiler's output for a file, or None if it accepts the file."""
     command = [compiler, *flags_of(name), *WARNINGS, "-fsyntax-only", "-x", "c++", name]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return done.stderr if done.returncode else None
@@ -82,7 +82,8 @@ def main(names: list[str]) -> int:
     failed = [(*pair, text) for pair, text in zip(pairs, complaints, strict=True) if text]
     for compiler, name, text in failed:
         print(f"{compiler} {name}\n{text}")
-    print(f"{' and '.join(compilers)}: {len(pairs) - len(failed)} of {len(pairs)} without a warning")
+    clean = len(pairs) - len(failed)
+    print(f"{' and '.join(compilers)}: {clean} of {len(pairs)} compilations without a warning")
     return 1 if failed else 0
 
 
