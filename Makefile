@@ -13,7 +13,7 @@ OTHERS ?=
 CROSS ?= aarch64-linux-gnu-g++
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast torch-suite lint format bench overhead abi fuzz sanitize cross cuda-check gpu-wheel build dist clean FORCE
+.PHONY: help demo test test-fast torch-suite lint format warnings bench overhead abi fuzz sanitize cross cuda-check gpu-wheel build dist clean FORCE
 .NOTPARALLEL:
 # ninja would look there for a jobserver that nobody passes on to it.
 unexport MAKEFLAGS
@@ -49,14 +49,26 @@ test-fast: $(call needs,test) build/extension  ## run every quick test in few ca
 torch-suite: $(call needs,torch-suite) build/extension  ## run PyTorch's generic tests on our entries and native controls
 	PYTHONPATH=. $(PYTHON) tests/torch_suite $(ARGS)
 
-lint: $(call needs,dev)  ## run ruff and mypy
+CPP = $(shell find csrc tests examples tools -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+# The one that pip installed beside this Python: other versions format differently.
+CLANG_FORMAT = $(PYTHON) -c 'from clang_format import clang_format; clang_format()' --style=file
+# LINT_CPP=0 leaves clang-format out.
+LINT_CPP ?= 1
+
+lint: $(call needs,dev)  ## check with ruff, mypy and clang-format
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m ruff format --check
 	$(PYTHON) -m mypy
+	$(if $(filter-out 0,$(LINT_CPP)),$(CLANG_FORMAT) --dry-run --Werror $(CPP))
 
-format: $(call needs,dev)  ## let ruff sort the imports and lay out the code
+format: $(call needs,dev)  ## sort imports and format all code with ruff and clang-format
 	$(PYTHON) -m ruff check --fix
 	$(PYTHON) -m ruff format
+	$(CLANG_FORMAT) -i $(CPP)
+
+# MAX_JOBS compilers at once, 2 if it is not set.
+warnings: $(call needs,torch)  ## compile all C++ with -Wall -Wextra -Werror, by g++ and clang++ where installed
+	$(PYTHON) tools/compiler_warnings.py $(ARGS)
 
 # What is not the whole suite does not replace its results.
 bench: $(call needs,bench) build/extension  ## measure, about 15 minutes; writes benchmarks/results; ARGS=--quick tries it out in build/bench
