@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 
 from relu_mlp import ReluMLP, linearize
-from relu_mlp.bench.candidates import Shape, Step, name_of, parameters_of
-from relu_mlp.bench.turns import Figure, machine, take_turns
+from relu_mlp.cli.bench.candidates import Shape, Step, name_of, parameters_of
+from relu_mlp.cli.bench.turns import Figure, machine, take_turns
 
 PER_SAMPLE: list[Shape] = [(256, 64, 64, 8), (64, 3, 2, 1), (256, 784, 512, 10)]
 SECOND: list[Shape] = [(256, 64, 64, 8), (2048, 64, 64, 64)]

@@ -19,8 +19,8 @@ from torch.func import jacrev, jvp, vjp, vmap
 from torch.nn import functional as F
 
 from relu_mlp import Parameters, ReluMLP, jacobian, linearize
-from relu_mlp.bench.candidates import Shape, Step, name_of, parameters_of
-from relu_mlp.bench.turns import Figure, machine, take_turns
+from relu_mlp.cli.bench.candidates import Shape, Step, name_of, parameters_of
+from relu_mlp.cli.bench.turns import Figure, machine, take_turns
 
 SHAPES: list[Shape] = [(64, 8, 64, 64, 4), (64, 3, 2, 1), (256, 64, 64, 8)]
 

@@ -31,7 +31,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from relu_mlp import ReluMLP
-from relu_mlp.bench.turns import median_of_ratios
+from relu_mlp.cli.bench.turns import median_of_ratios
 
 SHAPES = [
     (1 << 20, 64, 64, 64, 64),

@@ -17,13 +17,13 @@ import torch
 from torch import nn
 
 from relu_mlp import ReluMLP
-from relu_mlp.bench.candidates import (
+from relu_mlp.cli.bench.candidates import (
     eager_loss_step,
     inference,
     loss_and_grads_step,
     training_step,
 )
-from relu_mlp.bench.turns import machine, take_turns
+from relu_mlp.cli.bench.turns import machine, take_turns
 
 SHAPES = [(64, 3, 2, 1), (1, 8, 64, 64, 4)]
 

@@ -89,7 +89,7 @@ def main() -> None:
 
     import torch
 
-    from relu_mlp.bench.turns import machine, median_of_ratios
+    from relu_mlp.cli.bench.turns import machine, median_of_ratios
 
     about = {"date": datetime.date.today().isoformat(), "torch": torch.__version__}
     about["processor"] = machine()["processor"]

@@ -12,8 +12,9 @@ from torch import nn
 
 import relu_mlp
 import support
-from relu_mlp import GradientReport, check_gradients, differences
-from relu_mlp.gradient_report import HEAD, ulp
+from relu_mlp import GradientReport, check_gradients
+from relu_mlp.gradient_checks import differences
+from relu_mlp.gradient_checks.report import HEAD, ulp
 from test_errors import (
     NETWORKS,
     NO_ACTIVATIONS,

@@ -22,8 +22,8 @@ import torch
 
 import relu_mlp
 from relu_mlp import cli
-from relu_mlp.bench import candidates, memory, plan, report, roofline, suite, turns
-from relu_mlp.cli import bench
+from relu_mlp.cli.bench import candidates, memory, plan, report, roofline, suite, turns
+from relu_mlp.cli.bench import command as bench
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

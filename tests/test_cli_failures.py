@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from relu_mlp import cli
-from relu_mlp.bench import report, suite
 from relu_mlp.cli import files, info, train
+from relu_mlp.cli.bench import report, suite
 from relu_mlp.cli.checkpoint import Checkpoint, check_seal, sealed
 
 pandas = pytest.importorskip("pandas")

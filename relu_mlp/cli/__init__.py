@@ -19,8 +19,14 @@ from typing import Any, NoReturn
 from .._version import __version__
 from .terminal import forgiving
 
-#: In the order in which `relu-mlp --help` lists them.
-COMMANDS = ("info", "check", "train", "predict", "bench")
+#: The module of each command, in the order in which `relu-mlp --help` lists them.
+COMMANDS = {
+    "info": ".info",
+    "check": ".check",
+    "train": ".train",
+    "predict": ".predict",
+    "bench": ".bench.command",
+}
 
 
 class Problem(Exception):
@@ -60,8 +66,8 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"relu-mlp {__version__}")
     commands = top.add_subparsers(title="commands", dest="command", metavar="COMMAND")
-    for name in COMMANDS:
-        module: Any = importlib.import_module(f".{name}", __name__)
+    for name, path in COMMANDS.items():
+        module: Any = importlib.import_module(path, __name__)
         command = commands.add_parser(
             name,
             help=module.DESCRIPTION.splitlines()[0].rstrip("."),

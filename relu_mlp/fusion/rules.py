@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import functional
-from .checks import DTYPES
-from .functional import fused, is_plain, is_served, leaves_python
-from .modules import Run, _are_all_patched, _is_patched, find_run
+from .. import functional
+from ..checks import DTYPES
+from ..functional import fused, is_plain, is_served, leaves_python
+from ..modules import Run, _are_all_patched, _is_patched, find_run
 from .recognition import (
     CAST,
     METHODS,

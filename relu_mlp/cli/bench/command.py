@@ -12,11 +12,11 @@ from typing import TypeVar
 
 import torch
 
-from ..bench import memory, report, suite
-from ..bench.candidates import SHAPES, Shape
-from ..bench.plan import FEWEST_ROUNDS, LENGTHS, OTHER_CASES, ROUNDS, SHAPE_CASES, Plan
-from . import Missing, Problem, needs
-from .info import checked_build_info
+from .. import Missing, Problem, needs
+from ..info import checked_build_info
+from . import memory, report, suite
+from .candidates import SHAPES, Shape
+from .plan import FEWEST_ROUNDS, LENGTHS, OTHER_CASES, ROUNDS, SHAPE_CASES, Plan
 
 DESCRIPTION = """\
 Compare eager, torch.compile and this package side by side, on the CPU.
@@ -91,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
     for name in PICTURES:  # of what may no longer be there
         (options.out / name).unlink(missing_ok=True)
     if draws:
-        from ..bench import plots
+        from . import plots
 
         plots.draw(options.out)
     print(f"results are in {options.out}: {', '.join(_results_in(options.out))}")

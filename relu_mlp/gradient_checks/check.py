@@ -19,7 +19,16 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from . import checks, reference
+from .. import checks, reference
+from ..functional import (
+    Loss,
+    OutputActivation,
+    activation_name,
+    checked_parameters,
+    loss_and_grads,
+    native,
+)
+from ..ops import NO_TENSOR
 from .differences import (
     ROUNDINGS,
     STEP,
@@ -29,17 +38,8 @@ from .differences import (
     by_differences,
     value_of,
 )
-from .functional import (
-    Loss,
-    OutputActivation,
-    activation_name,
-    checked_parameters,
-    loss_and_grads,
-    native,
-)
-from .gradient_report import GradientReport, ParameterReport
-from .gradient_rounding import dense, effects_of_inputs, effects_of_operations
-from .ops import NO_TENSOR
+from .report import GradientReport, ParameterReport
+from .rounding import dense, effects_of_inputs, effects_of_operations
 
 Backward = Callable[..., Any]
 Inputs = Mapping[str, Tensor] | Sequence[Tensor]
@@ -333,7 +333,7 @@ def _tolerances(
     """How far by hand and autograd may be apart by rounding, for each input.
 
     Not by how large the loss is, of which a part may be constant, but by how much the
-    gradient moves where what it is computed from does; see gradient_rounding.py.
+    gradient moves where what it is computed from does; see rounding.py.
     """
     names = list(gradients)
     by_operations = effects_of_operations(function, tensors, names, list(gradients.values()))

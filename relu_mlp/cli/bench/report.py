@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from ..cli.files import write
+from ..files import write
 from .candidates import SHAPES, name_of
 
 #: The small and the narrow shapes come first, and have a mean of their own too.

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._jit_internal import _copy_to_script_wrapper, is_scripting
 
-from . import functional, interception
-from .functional import fused, is_served, leaves_python
-from .modules import ReluMLP, Run, _are_all_patched, _slice_or_child, find_run
+from .. import functional, interception
+from ..functional import fused, is_served, leaves_python
+from ..modules import ReluMLP, Run, _are_all_patched, _slice_or_child, find_run
+from ..scripting import Scriptable
 from .rules import (
     FusedModule,
     does_nothing,
@@ -24,7 +25,6 @@ from .rules import (
     reason_to_leave,
     rule_for,
 )
-from .scripting import Scriptable
 
 M = TypeVar("M", bound=nn.Module)
 

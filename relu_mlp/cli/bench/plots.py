@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from ..cli.files import write
+from ..files import write
 from .report import Row, read_suite
 
 COLORS = {

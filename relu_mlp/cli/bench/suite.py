@@ -25,8 +25,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .. import ReluMLP
-from ..cli.files import write
+from ... import ReluMLP
+from ..files import write
 from . import memory, report, roofline
 from .candidates import (
     WIDE,

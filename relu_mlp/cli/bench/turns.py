@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from .. import __version__, build_info
+from ... import __version__, build_info
 
 #: From here on the first call of a turn counts too, or a slow case would take twice as
 #: long. For steps of 0.2 to 1.5 s, on a busy machine, it took 0.94 to 1.02 of the second's

@@ -4,7 +4,7 @@ What counts is the growth of the resident set over its size just before the
 step, with input and weights in place and the libraries warmed up by a tiny
 step: what a C++ kernel takes for itself counts as a tensor does. Linux only.
 
-`python -m relu_mlp.bench.memory ROWS CANDIDATE THREADS` is such a process; it prints bytes.
+`python -m relu_mlp.cli.bench.memory ROWS CANDIDATE THREADS` is such a process; it prints bytes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .. import ReluMLP
+from ... import ReluMLP
 from .candidates import WIDE, training_step
 
 ROWS = [4096, 8192, 16384, 32768, 65536]
@@ -27,9 +27,16 @@ CAN_BE_MEASURED = Path("/proc/self/clear_refs").exists()
 
 def peak_of_a_step(rows: int, candidate: str, threads: int) -> int:
     """The growth of memory, in bytes, in a fresh process."""
-    command = [sys.executable, "-m", "relu_mlp.bench.memory", str(rows), candidate, str(threads)]
+    command = [
+        sys.executable,
+        "-m",
+        "relu_mlp.cli.bench.memory",
+        str(rows),
+        candidate,
+        str(threads),
+    ]
     # `-m` looks in the current folder first: there it finds this package, and no other one.
-    here = Path(__file__).parents[2]
+    here = Path(__file__).parents[3]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=here)
     return int(done.stdout)
 

@@ -19,7 +19,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from .. import ReluMLP, loss_and_grads
+from ... import ReluMLP, loss_and_grads
 
 Step = Callable[[], object]
 Shape = tuple[int, ...]  #: rows, in_features, hidden widths, out_features

@@ -1,0 +1,1 @@
+"""`check_gradients`, which compares a derivation with autograd and with finite differences."""
