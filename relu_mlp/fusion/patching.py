@@ -1,155 +1,25 @@
-"""The patching of models that people have: `fuse`, its report, and `unfuse`."""
+"""`fuse` and `unfuse`: which modules of a model get another class, and the way back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Generic, Literal, NamedTuple, TypeVar, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch._jit_internal import _copy_to_script_wrapper, is_scripting
+from torch import nn
 
-from .. import functional, interception
-from ..functional import fused, is_served, leaves_python
-from ..modules import ReluMLP, Run, _are_all_patched, _slice_or_child, find_run
-from ..scripting import Scriptable
-from .rules import (
-    FusedModule,
-    does_nothing,
-    dropouts_of,
-    fused_class,
-    is_linear_like,
-    may_do_nothing,
-    problem_of,
-    reason_to_leave,
-    rule_for,
-)
+from ..modules import ReluMLP
+from .classes import FusedModule, fused_class
+from .conditions import is_linear_like, may_do_nothing, problem_of
+from .known_models import register_known_models
+from .matching import dropouts_of, reason_to_leave
+from .report import FuseReport, Left, M, Replaced
+from .rules import rule_for
+from .sequential import FusedSequential, run_at
 
-M = TypeVar("M", bound=nn.Module)
+register_known_models()
 
-#: In the __dict__ of what was an `nn.Sequential` before `fuse`.
+#: A key in the __dict__ of a module that was an `nn.Sequential` before `fuse`.
 _MARK = "_is_fused"
-
-
-class FusedSequential(Scriptable):
-    """What `fuse` makes of an `nn.Sequential` that has runs among its children.
-
-    It holds the same children and calls them in the same order, but every run
-    of Linear, ReLU, ..., Linear as one operator. Within a run, Identity is passed
-    over, and so is Dropout in eval mode or of p = 0.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        if is_scripting():
-            return self._scripted_forward(input)
-        elif leaves_python():
-            return super().forward(input)
-        else:
-            if _are_all_patched() or type(self).__iter__ is not interception.iterate:
-                return super().forward(input)
-            children = list(self._modules.values())
-            position = 0
-            while position < len(children):
-                run = None
-                if is_served(input) and not _are_all_patched():
-                    run, end = _run_at(children, position, does_nothing)
-                if run is not None:
-                    functional.check_empty_biases(run.weights, run.biases)
-                    input = fused(input, run.weights, run.biases, run.activation, False)
-                    position = end
-                else:
-                    input = children[position](input)
-                    position += 1
-            return input
-
-    def _find_runs(self) -> list[tuple[int, Run]]:
-        children = list(self._modules.values())
-        runs: list[tuple[int, Run]] = []
-        position = 0
-        while position < len(children) and not _are_all_patched():
-            # A script may leave eval mode later: nothing is passed over.
-            run, end = _run_at(children, position, lambda child: False)
-            if run is not None:
-                runs.append((position, run))
-            position = max(end, position + 1)
-        return runs
-
-    @_copy_to_script_wrapper
-    def __getitem__(self, index: Any) -> Any:
-        return _slice_or_child(self, index)
-
-
-def _run_at(
-    children: list[nn.Module], start: int, is_passed_over: Callable[[nn.Module], bool]
-) -> tuple[Run | None, int]:
-    """The run of two Linears or more from `start` on, or None; and where it ends."""
-    kept = []
-    for n in range(start, len(children)):
-        if children[n] is None:  # it can't be called, but that is for the call to say
-            break
-        if not is_passed_over(children[n]):
-            kept.append(n)
-    run = find_run([children[n] for n in kept])
-    if run is None or len(run.weights) < 2:
-        return None, start
-    return run, kept[len(run.children) - 1] + 1
-
-
-# -- The report ------------------------------------------------------------------------------
-
-
-class Replaced(NamedTuple):
-    """A module that `fuse` replaced."""
-
-    name: str  #: as in `named_modules`; empty for the model itself
-    kind: str  #: the name of its class before
-    became: str  #: the name of its class now
-    note: str  #: what is one operator, and when
-
-
-class Left(NamedTuple):
-    """A module with two Linears or more, or one of its Linears, that `fuse` left as it was."""
-
-    name: str  #: as in `named_modules`; empty for the model itself
-    kind: str  #: the name of its class
-    reason: str
-
-
-@dataclass(frozen=True)
-class FuseReport(Generic[M]):
-    """What `fuse(model, report=True)` returns. `print` shows it as text."""
-
-    model: M
-    replaced: list[Replaced]
-    left: list[Left]
-
-    def __str__(self) -> str:
-        replaced = [
-            (entry.name, entry.kind, f"{entry.became}: {entry.note}") for entry in self.replaced
-        ]
-        left = [(entry.name, entry.kind, entry.reason) for entry in self.left]
-        return "\n".join(
-            [
-                f"replaced: {len(replaced) or 'nothing'}",
-                *_table(replaced),
-                f"left as it was: {len(left) or 'nothing'}",
-                *_table(left),
-            ]
-        )
-
-
-def _table(rows: list[tuple[str, str, str]]) -> list[str]:
-    names = [name or "(the model)" for name, _, _ in rows]
-    width = max(map(len, names), default=0)
-    width_of_kind = max((len(kind) for _, kind, _ in rows), default=0)
-    return [
-        f"  {name:{width}}  {kind:{width_of_kind}}  {text}"
-        for name, (_, kind, text) in zip(names, rows, strict=True)
-    ]
-
-
-# -- Fusing -----------------------------------------------------------------------------------
 
 
 @overload
@@ -157,21 +27,20 @@ def fuse(model: M, report: Literal[False] = False) -> M: ...
 @overload
 def fuse(model: M, report: Literal[True]) -> FuseReport[M]: ...
 def fuse(model: M, report: bool = False) -> M | FuseReport[M]:
-    """Patches a model so that its ReLU networks run as one operator each.
+    """Patches a model so that each of its ReLU networks runs as one operator.
 
-    Goes through `model` and all modules in it. An `nn.Sequential` whose
-    children are Linear, ReLU, ..., Linear (two Linears or more, and perhaps an
-    output activation) becomes a `ReluMLP`, one that has such a run among other
-    children goes on holding them and serves the run fused. A module whose class
-    has a rule, see `register_fusion`, serves its Linears fused; there are rules for
-    the layers of `nn.Transformer`, for T5 and for OPT. It is the class of the
-    object that changes: parameters, `state_dict` keys, names and hooks stay.
-    Subclasses of `nn.Sequential`, of `Linear` and of classes with a rule stay as
-    they are.
+    Visits `model` and all modules in it. An `nn.Sequential` whose children are Linear,
+    ReLU, ..., Linear (two Linears or more, and perhaps an output activation) becomes a
+    `ReluMLP`. An `nn.Sequential` that has such a run among other children becomes a
+    `FusedSequential`, which holds the same children and runs the run fused. A module
+    whose class has a rule (see `register_fusion`) runs its Linears fused; the package has
+    rules for the layers of `nn.Transformer`, for T5 and for OPT. Only the class of an
+    object changes: parameters, `state_dict` keys, names and hooks stay. Subclasses of
+    `nn.Sequential`, of `Linear` and of classes with a rule are left as they are.
 
     Args:
         model: any module.
-        report: return a report on what was replaced, what was not, and why.
+        report: whether to return a report on what was replaced, what was not, and why.
 
     Returns:
         The same object, or with `report` a `FuseReport(model, replaced, left)`.
@@ -204,9 +73,9 @@ def fuse(model: M, report: bool = False) -> M | FuseReport[M]:
 def unfuse(model: M) -> M:
     """Undoes `fuse`: every module gets back the class that it had.
 
-    What was never fused stays as it is, a `ReluMLP` that somebody made too: of that,
-    ``net[:]`` is the `nn.Sequential` of the same children. A fused
-    module that got yet another class since, by `fully_shard` for example, keeps it.
+    A module that was not made by `fuse` is left as it is. That includes a `ReluMLP` that
+    was constructed: ``net[:]`` is the `nn.Sequential` of its children. A fused module
+    whose class has changed since, by `fully_shard` for example, keeps its class.
 
     Args:
         model: any module.
@@ -235,16 +104,16 @@ def _check_model(model: Any) -> None:
 
 
 def _set_class(module: nn.Module, module_class: type[nn.Module]) -> None:
-    """Gives a module another class, whatever its own class makes of `module.x = y`."""
+    """Gives a module another class, even if its own class overrides `__setattr__`."""
     object.__setattr__(module, "__class__", module_class)
 
 
 class _Plan(NamedTuple):
-    """What to do with a module."""
+    """What `fuse` does with one module."""
 
     module: nn.Module
-    module_class: type[nn.Module]  #: that it is to have
-    replaced: Replaced | None  #: if that is another
+    module_class: type[nn.Module]  #: the class that it gets
+    replaced: Replaced | None  #: None if that is the class that it has
     left: list[Left]
 
 
@@ -259,7 +128,7 @@ def _plan_for_sequential(name: str, module: nn.Module) -> _Plan:
     for position, child in enumerate(children):
         if position < end or may_do_nothing(child):
             continue
-        run, stop = _run_at(children, position, may_do_nothing)
+        run, stop = run_at(children, position, may_do_nothing)
         if run is not None and not any(map(problem_of, run.children)):
             runs.append((position, stop))
             end = stop
@@ -292,7 +161,7 @@ def _plan_for_other(name: str, module: nn.Module) -> _Plan:
             note = f"{', '.join(rule.linears)} as one operator{_when(dropouts_of(module, rule))}"
             dtypes = {getattr(module, linear).weight.dtype for linear in rule.linears}
             if len(dtypes) > 1:
-                note += "; natively without autocast, for the dtypes of the Linears differ"
+                note += "; native without autocast, because the dtypes of the Linears differ"
             replaced = Replaced(name, kind.__name__, module_class.__name__, note)
             return _Plan(module, module_class, replaced, [])
         reason = problem
@@ -304,7 +173,7 @@ def _plan_for_other(name: str, module: nn.Module) -> _Plan:
 
 
 def _has_linears(module: nn.Module) -> bool:
-    """Whether there could be a network among its children."""
+    """Whether a module has two children or more that look like Linears."""
     return sum(map(is_linear_like, module._modules.values())) >= 2
 
 
@@ -323,15 +192,15 @@ def _why_no_rule(module: nn.Module) -> str:
 
 
 def _when(functions: list[Any]) -> str:
-    """What to say about the dropouts in a network that is fused."""
+    """When the dropouts of a network make it run natively, in the words of a report."""
     p = max((function.p for function in functions if isinstance(function, nn.Dropout)), default=0)
     if p:
-        return f"; natively in training, for a Dropout has p = {p:g}"
-    return "; natively where F.dropout drops something" if F.dropout in functions else ""
+        return f"; native in training, because a Dropout has p = {p:g}"
+    return "; native when F.dropout drops something" if F.dropout in functions else ""
 
 
 def _why_not(children: list[nn.Module], position: int) -> str:
-    """Why the Linear at a position of an `nn.Sequential` is in no run."""
+    """Why the Linear at a position of an `nn.Sequential` is not in a run."""
     problem = problem_of(children[position])
     if problem is not None:
         return problem
