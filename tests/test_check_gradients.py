@@ -14,7 +14,8 @@ import relu_mlp
 import support
 from relu_mlp import GradientReport, check_gradients
 from relu_mlp.gradient_checks import differences
-from relu_mlp.gradient_checks.report import HEAD, ulp
+from relu_mlp.gradient_checks.diagnosis import ulp
+from relu_mlp.gradient_checks.report import HEAD
 from test_errors import (
     NETWORKS,
     NO_ACTIVATIONS,
@@ -1234,7 +1235,7 @@ def test_of_a_large_parameter_4096_elements_have_a_numerical_gradient():
 def test_large_parameters(monkeypatch, shape):
     """The elements that have one are spread over all rows and columns, and the others are
     compared as well."""
-    monkeypatch.setattr(differences, "MOST_ELEMENTS", 32)
+    monkeypatch.setattr(differences, "MAX_ELEMENTS", 32)
     gradient, p = draw(*shape), torch.zeros(shape)
     report = check_gradients(lambda p: (p * gradient).sum(), [p], lambda p: gradient)
     has_one = ~of(report)["p"].numerical.isnan()

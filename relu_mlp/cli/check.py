@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import backend, check_gradients, loss_and_grads, ops, relu_mlp
 from ..checks import name_of
 from ..functional import ACTIVATION_NAMES, OutputActivation, native
-from ..gradient_checks.report import ulp
+from ..gradient_checks.diagnosis import ulp
 from . import Problem, rounding
 from .rounding import Arithmetic, Bounded
 
