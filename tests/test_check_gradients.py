@@ -1106,8 +1106,8 @@ INPUTS = {
     "None": (None, TypeError, ["inputs", "sequence", "NoneType"]),
     "a number among them": ([3.0], TypeError, ["p", "Tensor", "float"]),
     "an array by name": ({"p": np.ones(3)}, TypeError, ["p", "Tensor", "ndarray"]),
-    "none": ([], ValueError, ["inputs", "floating point", "none"]),
-    "integers": ([torch.arange(3)], ValueError, ["inputs", "floating point", "none"]),
+    "none": ([], ValueError, ["inputs", "floating-point", "none"]),
+    "integers": ([torch.arange(3)], ValueError, ["inputs", "floating-point", "none"]),
 }
 
 

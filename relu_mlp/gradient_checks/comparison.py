@@ -156,6 +156,6 @@ def _check_loss(loss: object) -> None:
         )
     if not loss.requires_grad:
         raise RuntimeError(
-            "the function must be made of differentiable operations: autograd knows of no way from "
-            "its inputs to what it returned"
+            "the function must be made of differentiable operations: as far as autograd knows, "
+            "what it returned does not depend on its inputs"
         )
