@@ -1,11 +1,12 @@
-"""How fast the layer is: what `relu-mlp bench` measures, and how.
+"""The benchmark behind `relu-mlp bench`. Nothing else in the package imports it.
 
-plan.py        what is to be measured, and roughly how long that takes
-candidates.py  the networks, and the ways of running them
-turns.py       timing by turns, and what the times come to
-roofline.py    the least time that a step can take
+command.py     the command
+plan.py        what is measured, and an estimate of how long that takes
+candidates.py  the networks of the suite, and the ways to run them
+turns.py       timing by turns, and the figures that follow from it
+roofline.py    the shortest time that a step can take
 memory.py      the peak memory of a step
-suite.py       runs a plan, and keeps what was found
-report.py      rows of CSV files, lines for the terminal, tables for the README
-plots.py       pictures of the CSV files; the only one that needs matplotlib
+suite.py       runs a plan and stores the results
+report.py      results as CSV files, as lines for the terminal, and as Markdown
+plots.py       pictures of the CSV files; the only module that needs matplotlib
 """
