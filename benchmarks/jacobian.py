@@ -1,9 +1,8 @@
-"""The Jacobian and products with it, against torch.func on the native network.
+"""The Jacobian and products with it, compared with torch.func on the native network.
 
-`python benchmarks/jacobian.py` measures by turns, in float32 on one thread, and keeps
-the figures in results/jacobian.json. The first candidate of a case is the baseline;
-"per row" is `torch.vmap` over the rows of `jacrev` of one row, which knows that rows do
-not mix, as `jacobian` does.
+`python benchmarks/jacobian.py` measures by turns, in float32 on one thread, and writes the figures
+to results/jacobian.json. The first candidate of a case is the baseline. "per row" is `torch.vmap`
+over `jacrev` of one row: like `jacobian`, it uses that rows do not mix.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ def jacobian_candidates(x: Tensor, parameters: Pair) -> dict[str, Step]:
 
 
 def product_candidates(x: Tensor, parameters: Pair) -> dict[str, Step]:
-    """J^T J v, with the forward pass that it takes."""
+    """J^T J v, including the forward pass."""
     tangent = tuple([torch.randn_like(each) for each in group] for group in parameters)
     function = partial(native, x=x)
 
