@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from .._version import __version__
 from ..modules import ReluMLP
 from . import Problem
-from .checkpoint_fields import has_settings, wrong_field
+from .checkpoint_fields import CheckpointFields, has_settings, wrong_field
 from .files import read_bytes, write
 from .seal import Damaged, check_seal, sealed
 from .task import Standardization, Task
@@ -24,33 +23,8 @@ from .task import Standardization, Task
 FORMAT = 1
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """The file is a dict of these fields, which `torch.load(weights_only=True)` reads.
-
-    All tensors are on the CPU and are shared with nothing else.
-    """
-
-    model: dict[str, Tensor]  #: the state_dict
-    features: list[str]
-    targets: list[str]
-    classes: list[Any] | None
-    feature_mean: Tensor
-    feature_scale: Tensor
-    target_mean: Tensor | None  #: None for a classification; target_scale too
-    target_scale: Tensor | None
-    settings: dict[str, Any]  #: those of `relu-mlp train`, by the names of its flags
-    rows: int  #: the number of rows of the table
-    table: str  #: `fingerprint` of the table
-    epoch: int  #: the number of epochs that are done
-    history: list[dict[str, float]]  #: the lines of curves.csv
-    optimizer: dict[str, Any]  #: its state_dict
-    master_weights: list[Tensor]  #: the float32 parameters of a 16-bit network
-    generator: Tensor  #: the state of the generator that orders the rows
-
-    @property
-    def task(self) -> Task:
-        return Task(self.features, self.targets, self.classes)
+class Checkpoint(CheckpointFields):
+    """The state of a training after an epoch."""
 
     @property
     def feature_standardization(self) -> Standardization:

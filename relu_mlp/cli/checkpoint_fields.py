@@ -1,19 +1,50 @@
-"""Whether the fields of a checkpoint have values that `relu-mlp train` can have written."""
+"""The fields of a checkpoint, and checks of the values that a file has for them."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .settings import DEFAULTS, OPTIMIZERS, is_setting, is_whole
+from .task import Task
 
-if TYPE_CHECKING:
-    from .checkpoint import Checkpoint
+
+@dataclass(frozen=True)
+class CheckpointFields:
+    """The file is a dict of these fields, which `torch.load(weights_only=True)` reads.
+
+    All tensors are on the CPU and are shared with nothing else.
+    """
+
+    model: dict[str, Tensor]  #: the state_dict
+    features: list[str]
+    targets: list[str]
+    classes: list[Any] | None
+    feature_mean: Tensor
+    feature_scale: Tensor
+    target_mean: Tensor | None  #: None for a classification; target_scale too
+    target_scale: Tensor | None
+    settings: dict[str, Any]  #: those of `relu-mlp train`, by the names of its flags
+    rows: int  #: the number of rows of the table
+    table: str  #: `fingerprint` of the table
+    epoch: int  #: the number of epochs that are done
+    history: list[dict[str, float]]  #: the lines of curves.csv
+    optimizer: dict[str, Any]  #: its state_dict
+    master_weights: list[Tensor]  #: the float32 parameters of a 16-bit network
+    generator: Tensor  #: the state of the generator that orders the rows
+
+    @property
+    def task(self) -> Task:
+        return Task(self.features, self.targets, self.classes)
+
+
+# -- Whether the fields have values that `relu-mlp train` can have written --------------------
 
 Shapes = list[tuple[int, ...]]
 
@@ -23,7 +54,7 @@ def has_settings(settings: Any) -> bool:
     return isinstance(settings, dict) and settings.keys() >= {"hidden", "dtype", "seed"}
 
 
-def wrong_field(checkpoint: Checkpoint) -> str | None:
+def wrong_field(checkpoint: CheckpointFields) -> str | None:
     """The first field with a value that `Checkpoint.save` never writes, or None."""
     for name, is_right in checks(checkpoint):
         if not is_right:
@@ -31,7 +62,7 @@ def wrong_field(checkpoint: Checkpoint) -> str | None:
     return None
 
 
-def checks(saved: Checkpoint) -> Iterator[tuple[str, bool]]:
+def checks(saved: CheckpointFields) -> Iterator[tuple[str, bool]]:
     """The fields in turn, and whether each is right, given that those before it are."""
     yield "features", is_names(saved.features)
     yield "targets", is_names(saved.targets)
@@ -86,7 +117,7 @@ def is_list(value: Any, *kinds: type) -> bool:
     return isinstance(value, list) and all(type(entry) in kinds for entry in value)
 
 
-def is_classes(saved: Checkpoint) -> bool:
+def is_classes(saved: CheckpointFields) -> bool:
     classes = saved.classes
     return any(is_list(classes, kind) for kind in (str, bool, int, float)) and (
         0 < len(classes or ()) == len(set(classes or ()))
@@ -121,7 +152,7 @@ def is_scale(value: Any, columns: int) -> bool:
     return is_tensor(value, (columns,), torch.float64) and bool((value > 0).all())
 
 
-def is_history(saved: Checkpoint) -> bool:
+def is_history(saved: CheckpointFields) -> bool:
     """Whether the history has an entry for each epoch, with all scores."""
     history = saved.history
     if not is_list(history, dict) or len(history) != saved.epoch:

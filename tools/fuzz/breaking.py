@@ -110,9 +110,7 @@ def broken(case: Case, arguments: Sequence[Any]) -> list[Any]:
     def other_tensor(t: Any) -> Any:
         if not isinstance(t, Tensor) or lacks_memory(t):
             return t
-        new = outcome(
-            lambda: broken_tensor(case, t)
-        )  # some of these are impossible for some tensors
+        new = outcome(lambda: broken_tensor(case, t))  # it fails for some tensors
         return t if isinstance(new, Refused) else new
 
     for n in case.r.sample(range(len(arguments)), 1 if case.chance(0.8) else 2):
