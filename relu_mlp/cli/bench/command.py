@@ -14,6 +14,7 @@ import torch
 
 from .. import Missing, Problem, needs
 from ..arguments import count, network_shape, threads
+from ..files import make_folder
 from ..info import checked_build_info
 from . import memory, report, suite
 from .candidates import SHAPES, Shape
@@ -150,12 +151,7 @@ def _check_backend() -> None:
 
 def _prepare(directory: Path, force: bool) -> None:
     """Makes the folder. Raises a `Problem` if it can't be written to, or has results already."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Problem(f"--out must be a folder: {error}") from None
-    if not os.access(directory, os.W_OK | os.X_OK):
-        raise Problem(f"--out must be a folder that can be written to, got {directory}")
+    make_folder(directory)
     there = _results_in(directory)
     if there and not force:
         raise Problem(
