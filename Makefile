@@ -88,7 +88,7 @@ abi: build/extension  ## run the tests of the same binary under other PyTorches,
 
 # New memory and memory given back have a pattern, so that what reads it is found.
 fuzz: $(call needs,torch) build/extension  ## random calls against float64, 5 minutes; ARGS="--seed 7 --seconds 60", or --case 57
-	PYTHONPATH=. MALLOC_PERTURB_=165 $(PYTHON) tools/fuzz.py $(ARGS)
+	PYTHONPATH=. MALLOC_PERTURB_=165 $(PYTHON) tools/fuzz $(ARGS)
 
 # MAX_JOBS compilers at once, 2 if it is not set.
 sanitize: $(call needs,torch)  ## kernels and operators under the address, undefined behaviour and thread sanitizers

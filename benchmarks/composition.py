@@ -1,9 +1,9 @@
-"""What composes, against the native network: per-sample gradients, derivatives of the
-derivative, ensembles, and the compiled layer.
+"""Per-sample gradients, second derivatives, ensembles and the compiled layer, compared with the
+native network.
 
-`python benchmarks/composition.py` measures by turns, in float32, and keeps the figures in
-results/composition.json. The first candidate of a case is the baseline, the second the
-same again: what noise can do. `torch.func` and the second derivatives run on one thread,
+`python benchmarks/composition.py` measures by turns, in float32, and writes the figures to
+results/composition.json. The first candidate of a case is the baseline. The second is the same
+once more, which shows the noise. `torch.func` and the second derivatives run on one thread,
 compiled training steps on all.
 """
 
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 
 from relu_mlp import ReluMLP, linearize
-from relu_mlp.bench.candidates import Shape, Step, name_of, parameters_of
-from relu_mlp.bench.turns import Figure, machine, take_turns
+from relu_mlp.cli.bench.candidates import Shape, Step, name_of, parameters_of
+from relu_mlp.cli.bench.turns import Figure, machine, take_turns
 
 PER_SAMPLE: list[Shape] = [(256, 64, 64, 8), (64, 3, 2, 1), (256, 784, 512, 10)]
 SECOND: list[Shape] = [(256, 64, 64, 8), (2048, 64, 64, 64)]
@@ -57,7 +57,7 @@ def by_turns(case: str, native: Step, fused: Step, **more: Step) -> list[Figure]
 
 
 def per_sample(shape: Shape) -> list[Figure]:
-    """Every row's gradient of every parameter by vmap(grad) and by hand, and only their norms."""
+    """Every row's gradient for every parameter, by vmap(grad) and by hand; and only their norms."""
     native, net, x, target = twins(shape)
 
     def gradients(model: nn.Module) -> Step:
@@ -110,7 +110,7 @@ def second(shape: Shape) -> list[Figure]:
 
 
 def ensemble(shape: Shape, members: int = 16) -> list[Figure]:
-    """Many networks of one shape on the same rows, as one call."""
+    """Many networks of one shape on the same rows, in one call."""
     native, net, x, _ = twins(shape)
 
     def outputs(model: nn.Module) -> Step:
@@ -123,7 +123,7 @@ def ensemble(shape: Shape, members: int = 16) -> list[Figure]:
 
 
 def compiled(shape: Shape) -> list[Figure]:
-    """A training step of the compiled layer, against that of the compiled native one."""
+    """A training step of the compiled layer, compared with that of the compiled native one."""
     native, net, x, target = twins(shape)
     torch.compiler.reset()
 
@@ -135,7 +135,7 @@ def compiled(shape: Shape) -> list[Figure]:
             loss = (function(x) - target).square().sum()
             loss.backward()
             with torch.no_grad():
-                last.add_(1e-6)  # as training does: nothing packed for old weights is reused
+                last.add_(1e-6)  # as in training: nothing packed for old weights is reused
             model.zero_grad()
 
         step()

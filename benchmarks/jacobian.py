@@ -1,9 +1,8 @@
-"""The Jacobian and products with it, against torch.func on the native network.
+"""The Jacobian and products with it, compared with torch.func on the native network.
 
-`python benchmarks/jacobian.py` measures by turns, in float32 on one thread, and keeps
-the figures in results/jacobian.json. The first candidate of a case is the baseline;
-"per row" is `torch.vmap` over the rows of `jacrev` of one row, which knows that rows do
-not mix, as `jacobian` does.
+`python benchmarks/jacobian.py` measures by turns, in float32 on one thread, and writes the figures
+to results/jacobian.json. The first candidate of a case is the baseline. "per row" is `torch.vmap`
+over `jacrev` of one row: like `jacobian`, it uses that rows do not mix.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from torch.func import jacrev, jvp, vjp, vmap
 from torch.nn import functional as F
 
 from relu_mlp import Parameters, ReluMLP, jacobian, linearize
-from relu_mlp.bench.candidates import Shape, Step, name_of, parameters_of
-from relu_mlp.bench.turns import Figure, machine, take_turns
+from relu_mlp.cli.bench.candidates import Shape, Step, name_of, parameters_of
+from relu_mlp.cli.bench.turns import Figure, machine, take_turns
 
 SHAPES: list[Shape] = [(64, 8, 64, 64, 4), (64, 3, 2, 1), (256, 64, 64, 8)]
 
@@ -48,7 +47,7 @@ def jacobian_candidates(x: Tensor, parameters: Pair) -> dict[str, Step]:
 
 
 def product_candidates(x: Tensor, parameters: Pair) -> dict[str, Step]:
-    """J^T J v, with the forward pass that it takes."""
+    """J^T J v, including the forward pass."""
     tangent = tuple([torch.randn_like(each) for each in group] for group in parameters)
     function = partial(native, x=x)
 

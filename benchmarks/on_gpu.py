@@ -1,16 +1,16 @@
-"""Training steps and inference on a GPU, beside eager, torch.compile, and what bounds them.
+"""Training steps and inference on a GPU, compared with eager, torch.compile and lower bounds.
 
     PYTHONPATH=. python benchmarks/on_gpu.py --out build/on_gpu
 
-Candidates take turns in one process on the same tensors, in an order that rotates; times are
+Candidates take turns in one process on the same tensors, in an order that rotates. Times are
 medians by CUDA events. Writes cuda.csv, with the GPU, the driver, the versions and the date, and
-cuda.png. A training step is forward, backward from a given gradient, gradients reset, and one
-weight changed in place.
+cuda.png. A training step runs forward, runs backward from a given gradient, resets the gradients,
+and changes one weight in place.
 
-Beside the layers stand "products", the plain matrix products of the case, and for inference "move",
-the copy of as many bytes as x and y have, once read and once written. apex, flash-attention,
-Transformer Engine and tiny-cuda-nn take part where they can be imported, for their time alone:
-apex has a ReLU at the end too, and tiny-cuda-nn no biases and float16.
+Two lower bounds are measured too: "products", the plain matrix products of the case, and for
+inference "move", a copy that reads and writes as many bytes as x and y have. apex,
+flash-attention, Transformer Engine and tiny-cuda-nn take part if they can be imported, but only for
+their time: apex has another ReLU at the end, and tiny-cuda-nn has no biases and uses float16.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from relu_mlp import ReluMLP
-from relu_mlp.bench.turns import median_of_ratios
+from relu_mlp.cli.bench.turns import median_of_ratios
 
 SHAPES = [
     (1 << 20, 64, 64, 64, 64),
@@ -67,7 +67,7 @@ def inference(net: nn.Module, x: Tensor, _: Tensor) -> Step:
 
 
 def products(widths: tuple[int, ...], x: Tensor, is_training: bool) -> Step:
-    """The products alone: forward, and in training those of every gradient but that of x."""
+    """The products alone: those of forward, and in training those of all gradients except x's."""
     rows, like = len(x), {"dtype": x.dtype, "device": x.device}
     calls = []
     for layer, (n_in, n_out) in enumerate(itertools.pairwise(widths)):
@@ -87,14 +87,14 @@ def products(widths: tuple[int, ...], x: Tensor, is_training: bool) -> Step:
 
 
 def move(widths: tuple[int, ...], x: Tensor) -> Step:
-    """A copy that reads and writes, in all, the bytes of x and y."""
+    """A copy that reads and writes as many bytes in all as x and y have."""
     source = torch.randn(len(x) * (widths[0] + widths[-1]) // 2, dtype=x.dtype, device=x.device)
     to = torch.empty_like(source)
     return lambda: to.copy_(source)
 
 
 def others(widths: tuple[int, ...], x: Tensor) -> Iterator[tuple[str, nn.Module]]:
-    """The perceptrons of other packages, as far as they are there and take x."""
+    """The perceptrons of other packages, if they are installed and take x."""
 
     def apex() -> nn.Module:
         from apex.mlp import MLP
@@ -133,10 +133,10 @@ def others(widths: tuple[int, ...], x: Tensor) -> Iterator[tuple[str, nn.Module]
     }.items():
         try:
             net = make()
-            if name != "tiny-cuda-nn":  # which has a precision of its own
+            if name != "tiny-cuda-nn":  # it has a precision of its own
                 net = net.to(x.device, x.dtype)
             net(x)
-        except Exception as error:  # theirs, and no reason to measure nothing
+        except Exception as error:  # their error must not stop the measurement
             print(f"without {name}: {type(error).__name__}: {error}")
         else:
             yield name, net
@@ -146,7 +146,7 @@ def others(widths: tuple[int, ...], x: Tensor) -> Iterator[tuple[str, nn.Module]
 
 
 def seconds_of(step: Step, device: torch.device) -> float:
-    """Of one call of several, the first dropped."""
+    """The seconds of one call, from several; the first is dropped."""
     step()
     if device.type != "cuda":
         begin = time.perf_counter()
@@ -163,7 +163,7 @@ def seconds_of(step: Step, device: torch.device) -> float:
 
 
 def peak_of(step: Step, device: torch.device) -> int | None:
-    """The most bytes that a call takes beyond what is there before it."""
+    """The peak memory of a call in bytes, above what was allocated before."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize()
@@ -177,8 +177,10 @@ def peak_of(step: Step, device: torch.device) -> int | None:
 def measure(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, rounds: int, seconds: float
 ) -> Iterator[dict[str, object]]:
-    """Training and inference of all candidates, in `rounds` rounds or as many as half of the
-    seconds allow for each, but three at least."""
+    """Training and inference of all candidates.
+
+    Each takes `rounds` rounds, or as many as half of the seconds allow, but at least three.
+    """
     rows, *widths = shape
     n_in, *hidden, n_out = widths
     torch.manual_seed(0)
@@ -190,7 +192,7 @@ def measure(
     grad = torch.randn(rows, n_out, device=device, dtype=dtype)
     networks = {
         "eager": eager,
-        "eager again": copy.deepcopy(eager),  # what noise can do
+        "eager again": copy.deepcopy(eager),  # shows the noise
         "compile": torch.compile(to_compile, fullgraph=True),
         "relu_mlp": net,
         "relu_mlp recompute": again,
@@ -227,7 +229,7 @@ def measure(
 
 
 def about(device: torch.device) -> dict[str, object]:
-    """What a result is worth nothing without."""
+    """The machine and the versions, without which a result is worthless."""
     driver = None
     if device.type == "cuda":
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -241,7 +243,7 @@ def about(device: torch.device) -> dict[str, object]:
 
 
 def draw(lines: list[dict[str, object]], path: Path) -> None:
-    """A panel for each dtype and case: how many times as fast as eager, by shape."""
+    """Draws a panel for each dtype and case: the speed-up over eager, by shape."""
     panels = pandas.DataFrame(lines).groupby(["dtype", "case"], sort=False)
     figure = Figure(figsize=(12, 3.5 * len(panels)), layout="constrained")
     for axes, ((dtype, case), rows) in zip(
@@ -280,12 +282,12 @@ def main() -> None:
     end = time.monotonic() + arguments.seconds
     lines = []
     for n, (dtype, shape) in enumerate(cases):
-        # Compiling takes its share before a round is measured.
+        # Part of the time goes to compilation, before the first round.
         seconds = (end - time.monotonic()) / (len(cases) - n) - 4
         for line in measure(shape, DTYPES[dtype], device, arguments.rounds, seconds):
             print(*line.values(), sep="  ", flush=True)
             lines.append(line | about(device))
-        # After every case, because a GPU may be taken back at any moment.
+        # Written after every case, because a borrowed GPU may be withdrawn at any moment.
         with (arguments.out / "cuda.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, lines[0])
             writer.writeheader()

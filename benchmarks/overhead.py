@@ -1,9 +1,9 @@
-"""What a call costs where there is next to nothing to compute.
+"""The cost of a call that has almost nothing to compute.
 
-`python benchmarks/overhead.py` compares the layer with `nn.Sequential`, and
-`loss_and_grads` with forward, loss and backward, in float32 on one thread, and
-keeps the figures in results/overhead.json. "eager again" is a second copy of
-the baseline: its distance from 1 is what noise can do.
+`python benchmarks/overhead.py` compares the layer with `nn.Sequential`, and `loss_and_grads` with
+forward, loss and backward, in float32 on one thread. It writes the figures to
+results/overhead.json. "eager again" is a second copy of the baseline: its distance from 1 shows
+the noise.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import torch
 from torch import nn
 
 from relu_mlp import ReluMLP
-from relu_mlp.bench.candidates import (
+from relu_mlp.cli.bench.candidates import (
     eager_loss_step,
     inference,
     loss_and_grads_step,
     training_step,
 )
-from relu_mlp.bench.turns import machine, take_turns
+from relu_mlp.cli.bench.turns import machine, take_turns
 
 SHAPES = [(64, 3, 2, 1), (1, 8, 64, 64, 4)]
 
-#: Where the products are PyTorch's own, and nothing should be lost: training step only.
+#: Shapes whose products are PyTorch's, where nothing should be lost: training steps only.
 WIDER = [(128, 64, 64, 10), (64, 1000, 100, 10), (256, 64, 64, 8), (2048, 64, 64, 64)]
 
 

@@ -1,12 +1,12 @@
-"""Two checkouts of this package by turns: is the new code slower than the old?
+"""Measures two checkouts of this package by turns: is the new code slower than the old?
 
     PYTHONPATH=. python benchmarks/two_checkouts.py OLD NEW --out benchmarks/results/FILE.csv
 
-Both have their library built in place. Each checkout runs in a process of its own, and a third
-process runs the old one once more, which says what noise can do. The processes take turns of
-some 12 ms, in an order that rotates. A figure is the median of the ratios round by round with its
-95 % confidence interval. A training step is forward, backward from a given gradient, gradients
-reset, and one weight changed in place.
+Both must have their library built in place. Each checkout runs in a process of its own. A third
+process runs the old one again, which shows the noise. The processes take turns of some 12 ms, in an
+order that rotates. A figure is the median of the ratios round by round, with its 95 % confidence
+interval. A training step runs forward, runs backward from a given gradient, resets the gradients,
+and changes one weight in place.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TURN = 0.012  #: seconds
 
 
 def answer(threads: int) -> None:
-    """What a process does: reads "shape case" from stdin, prints the seconds of a call."""
+    """Runs in a process: reads "shape case" from stdin and prints the seconds of a call."""
     import torch
 
     from relu_mlp import ReluMLP
@@ -89,7 +89,7 @@ def main() -> None:
 
     import torch
 
-    from relu_mlp.bench.turns import machine, median_of_ratios
+    from relu_mlp.cli.bench.turns import machine, median_of_ratios
 
     about = {"date": datetime.date.today().isoformat(), "torch": torch.__version__}
     about["processor"] = machine()["processor"]

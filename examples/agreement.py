@@ -1,11 +1,10 @@
-"""What the examples share: autograd's answer, how far from it a right one may be, and
-what happens if it is farther.
+"""What the examples share: autograd's answer, a bound on the rounding errors, and a comparison
+that ends the program if two answers differ by more than the bound.
 
-No tolerance here is a guess. A computer rounds every sum and every product, each by a
-factor of at most 1 + u, where u = 1.1e-16 in double precision. So a sum of n products is
-off by at most gamma(n) = n u / (1 - n u) times the sum of their absolute values, in
-whatever order it is taken (Higham, Accuracy and Stability of Numerical Algorithms,
-section 3.1).
+No tolerance here is a guess. A computer rounds every sum and every product by a factor of at
+most 1 + u, where u = 1.1e-16 in double precision. So a sum of n products is off by at most
+gamma(n) = n u / (1 - n u) times the sum of their absolute values, in any order of summation
+(Higham, Accuracy and Stability of Numerical Algorithms, section 3.1).
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from relu_mlp import LossAndGrads
 def by_autograd(
     x: Tensor, target: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None
 ) -> LossAndGrads:
-    """What `relu_mlp.loss_and_grads` returns, by PyTorch's own layers and its autograd."""
+    """The result of `relu_mlp.loss_and_grads`, computed by PyTorch's layers and autograd."""
     leaves = [parameter.detach().requires_grad_() for parameter in [*weights, *(biases or ())]]
     a = x
     for layer in range(len(weights)):
@@ -46,16 +45,16 @@ def named(result: LossAndGrads) -> dict[str, Tensor]:
 
 
 def compare(what: str, values: tuple[Tensor, Tensor], by: tuple[str, str], bound: Tensor) -> float:
-    """Ends the program if the two `values`, found `by` two ways, are farther apart than `bound`.
+    """Ends the program if two `values`, computed in two ways `by`, differ by more than `bound`.
 
-    All are of one shape. Returns the largest difference as a fraction of its bound.
+    All have the same shape. Returns the largest difference as a fraction of its bound.
     """
     found, expected = values
     if found.shape != expected.shape:
         shapes = [tuple(value.shape) for value in values]
         sys.exit(f"FAILED: {what} has shape {shapes[0]} {by[0]} and {shapes[1]} {by[1]}")
     difference = (found - expected).abs()
-    # Where nothing is rounded the bound is 0, and 0 / 0 is to be 0.
+    # If nothing is rounded, the bound is 0. Then 0 / 0 counts as 0.
     fraction = difference / bound.clamp(min=torch.finfo(bound.dtype).tiny)
     largest = fraction.max().item()
     if not largest <= 1:
@@ -71,7 +70,7 @@ def compare(what: str, values: tuple[Tensor, Tensor], by: tuple[str, str], bound
 def compare_gradients(
     when: str, found: LossAndGrads, by: str, expected: LossAndGrads, bounds: LossAndGrads
 ) -> float:
-    """`compare` for the loss and every gradient; those `expected` are by autograd."""
+    """Applies `compare` to the loss and every gradient. The `expected` ones are by autograd."""
     values, limits = named(found), named(bounds)
     return max(
         compare(f"{when}, {name}", (values[name], tensor), (by, "by autograd"), limits[name])
@@ -83,7 +82,7 @@ def compare_gradients(
 
 
 def gamma(n: int, dtype: torch.dtype = torch.float64) -> float:
-    """How far n roundings can move a number, as a fraction of it."""
+    """How far n roundings can move a number, as a fraction of the number."""
     u = torch.finfo(dtype).eps / 2
     return n * u / (1 - n * u)
 
@@ -100,24 +99,24 @@ def exact(value: Tensor) -> Rounded:
 
 
 def product(a: Rounded, b: Rounded) -> Rounded:
-    """The matrix product a b: the errors that a and b bring with them, and its own."""
+    """The matrix product a b, with the errors carried over from a and b and its own."""
     a_size, b_size = a.value.abs() + a.error, b.value.abs() + b.error
-    brought = a.error @ b_size + a.value.abs() @ b.error
-    return Rounded(a.value @ b.value, brought + gamma(a.value.shape[1]) * (a_size @ b_size))
+    carried = a.error @ b_size + a.value.abs() @ b.error
+    return Rounded(a.value @ b.value, carried + gamma(a.value.shape[1]) * (a_size @ b_size))
 
 
 def gradient_bounds(
     x: Tensor, target: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None
 ) -> LossAndGrads:
-    """How far apart two right computations of the loss, the sum of (y - target)^2, and of
-    its gradients may be: twice as far as one of them from the truth.
+    """How far two correct computations of the loss, the sum of (y - target)^2, and of its
+    gradients may be apart: twice as far as one of them may be from the exact values.
 
-    Arguments as in `relu_mlp.loss_and_grads`, in float64. The bounds come back in the
-    place of the loss and of the gradients.
+    Takes the arguments of `relu_mlp.loss_and_grads`, in float64. Returns the bounds in the
+    places of the loss and the gradients.
     """
     a, inputs, masks = exact(x), [], []
     for layer, weight in enumerate(weights):
-        if biases:  # the weight of one more input, which is always 1
+        if biases:  # a bias is the weight of one more input, which is 1
             a = Rounded(F.pad(a.value, (0, 1), value=1.0), F.pad(a.error, (0, 1)))
             weight = torch.cat([weight, biases[layer][:, None]], 1)
         inputs.append(a)
@@ -126,7 +125,7 @@ def gradient_bounds(
             if not (z.value.abs() > z.error).all():
                 sys.exit(
                     "FAILED: a hidden unit is so close to 0 that rounding decides whether it is "
-                    "on, so nothing can be said about its gradient. Take another seed"
+                    "on, so its gradient has no bound. Take another seed"
                 )
             masks.append(z.value > 0)
             a = Rounded(z.value * masks[layer], z.error * masks[layer])
@@ -150,18 +149,18 @@ def gradient_bounds(
 
 # -- Many steps: bounds for a curve of losses ----------------------------------
 #
-# A step carries along what the steps before it have done amiss, and makes it smaller or
-# larger. How much larger is a matter of the training and not of the arithmetic, and it can
-# be measured: disturb a run in every step by a known amount, far above rounding, and look
-# how far its losses go astray. Rounding does the same, only less of it.
+# A step carries the errors of earlier steps along, and makes them smaller or larger. How much
+# larger depends on the training and not on the arithmetic. It can be measured: disturb a run in
+# every step by a known amount, far above rounding, and see how far its losses move. Rounding
+# does the same to a smaller extent.
 
-#: What fraction of its value `shaken` moves a parameter by: a million times more than
-#: rounding, and still so little that twice as much would do twice the harm.
+#: `shaken` moves a parameter by this fraction of its value: a million times more than rounding,
+#: and little enough for the effect to be proportional.
 SHAKE = 1e-9
 
 
 def shaken(gradients: Callable[..., LossAndGrads]) -> Callable[..., LossAndGrads]:
-    """The same gradients, after every parameter was moved in place, up or down by SHAKE."""
+    """The same gradients, but they first move every parameter, in place, up or down by SHAKE."""
     generator = torch.Generator().manual_seed(0)
 
     def sign(n: int) -> Tensor:
@@ -180,13 +179,13 @@ def shaken(gradients: Callable[..., LossAndGrads]) -> Callable[..., LossAndGrads
 
 
 def roundings(x: Tensor, weights: Sequence[Tensor]) -> int:
-    """How many roundings a product in the loss or in a gradient goes through, at most.
+    """The largest number of roundings that a product in the loss or in a gradient goes through.
 
-    A gradient multiplies a delta by an activation. Both have come up through the
-    layers, in each a sum of in_features products and a bias, and the delta has come
-    down again, in each a sum over out_features. A sum over the rows ends a gradient,
-    and one over all elements of y, which is no shorter, the loss. The other five are
-    y - target, its double or its square, and the step that made the weights.
+    A gradient multiplies a delta by an activation. Both went up through the layers, each of
+    which is a sum of in_features products and a bias. The delta went down again, through sums
+    over out_features. A gradient ends with a sum over the rows; the loss ends with a sum over
+    all elements of y, which is no shorter. The other five are y - target, its double or its
+    square, and the step that made the weights.
     """
     up = sum(weight.shape[1] + 1 for weight in weights)
     down = sum(weight.shape[0] for weight in weights[1:])
@@ -194,19 +193,18 @@ def roundings(x: Tensor, weights: Sequence[Tensor]) -> int:
 
 
 def compare_curves(what: str, curves: dict[str, Tensor], if_shaken: Tensor, n: int) -> None:
-    """Ends the program if two curves of losses are farther apart than rounding explains.
+    """Ends the program if two curves of losses differ by more than rounding explains.
 
-    In every step a product goes through n roundings. They move it by gamma(n) of its
-    value at worst, all in one direction, where shaking moves it by SHAKE, up or down.
-    So each of two runs goes astray by no more than gamma(n) / SHAKE times what shaking
-    did, as a fraction of the loss, in that step or before it; and by gamma(n) in any
-    case. (Roundings seldom come to a tenth of their worst. That is the room for the
-    luck of up and down.)
+    In every step a product goes through n roundings. At worst they all go in one direction and
+    move it by gamma(n) of its value. Shaking moves it by SHAKE, up or down. So each of two runs
+    moves by at most gamma(n) / SHAKE times what shaking did in that step or before it, as a
+    fraction of the loss; and by gamma(n) in any case. (Roundings seldom reach a tenth of their
+    worst. This makes up for the chance in up and down.)
 
     Args:
-        curves: the losses (steps,) by whom they were found; the last are by autograd.
-        if_shaken: those by autograd, `shaken`.
-        n: `roundings`.
+        curves: the losses (steps,) by the way they were computed; the last are by autograd.
+        if_shaken: the losses by autograd, with `shaken` gradients.
+        n: the result of `roundings`.
     """
     *others, by_whom = curves
     losses = curves[by_whom]

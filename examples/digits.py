@@ -1,13 +1,13 @@
-"""Trains a `ReluMLP` on handwritten digits, next to the `nn.Sequential` it replaces.
+"""Trains a `ReluMLP` on handwritten digits, next to the `nn.Sequential` that it replaces.
 
     python examples/digits.py [--epochs 30] [--batch-size 128] [--lr 0.04] [--seed 0] [--out demo]
 
 The 1797 images of 8 x 8 pixels come with scikit-learn. Both networks start from
-the same seed and see the same batches, in float32 and in float64, and the program
+the same seed and see the same batches, in float32 and in float64. The program
 stops with an error unless
 
 - the test accuracy reaches 97 %,
-- the loss of every step is the same for both but for rounding,
+- the loss of every step is the same for both, up to rounding,
 - the gradients by hand and by autograd agree within a bound on their rounding errors,
 - the checkpoint, loaded into a plain `nn.Sequential`, makes the same predictions.
 
@@ -46,29 +46,29 @@ PIXELS, HIDDEN, CLASSES = 64, 64, 10
 LEAST_ACCURACY = 0.97
 
 # How far two losses may be apart, relative to their value. Each computation
-# rounds in an order of its own, so after one step the weights differ by a few
-# units in the last place: 1e-7 in float32, 1e-16 in float64. Three things keep
-# that from growing:
-# - SGD with a small learning rate is near a gradient flow, which carries
+# rounds in its own order, so after one step the weights differ by a few units in
+# the last place: 1e-7 in float32, 1e-16 in float64. Three things keep that from
+# growing:
+# - SGD with a small learning rate is close to a gradient flow, which carries
 #   differences along without multiplying them. (Adam divides by the size of the
-#   gradient, and makes a full step out of the rounding error of a small one.)
-# - Weight decay shrinks them, and keeps the loss away from 0.
+#   gradient, so it makes a full step out of the rounding error of a small one.)
+# - Weight decay shrinks differences, and keeps the loss away from 0.
 # - A unit whose pre-activation is within rounding of 0 may be on in one network
-#   and off in the other, a jump in the gradient of its row. It happens about
-#   once in a run in float32. In a mean over 128 rows and a narrow network it does
-#   not matter; with large steps and more units it can reach the third digit.
-# In 36 trainings whose inputs and hidden units were put in a random order, so that
-# every sum rounded differently, the largest difference in float32 was 3e-6.
+#   and off in the other. Then the gradient of its row jumps. In float32 this
+#   happens about once in a run. In a mean over 128 rows and in a narrow network it
+#   does not matter; with large steps and more units it can reach the third digit.
+# In 36 trainings with inputs and hidden units in random order, so that every sum
+# rounded differently, the largest difference in float32 was 3e-6.
 LIMITS = {torch.float32: 1e-4, torch.float64: 1e-10}
 
 
 class Failure(Exception):
-    """One of the promises above does not hold."""
+    """One of the conditions above does not hold."""
 
 
 @dataclass
 class Digits:
-    """Standardised images (rows, 64) and labels (rows,), for training and test."""
+    """Standardized images (rows, 64) and labels (rows,), for training and test."""
 
     train_x: Tensor
     train_label: Tensor
@@ -112,7 +112,7 @@ def batches(digits: Digits, batch_size: int, generator: torch.Generator) -> tupl
 
 @dataclass
 class Run:
-    """A network in training and how it got there."""
+    """A network in training, and its history."""
 
     net: nn.Module
     optimizer: torch.optim.Optimizer
@@ -154,8 +154,7 @@ class Run:
 def train(dtype: torch.dtype, digits: Digits, options: argparse.Namespace) -> dict[str, Run]:
     """Trains both networks from the seed in `options`.
 
-    They take turns, an epoch each, so that whatever else the machine does slows
-    down both.
+    They take turns, an epoch each, so that other load on the machine slows down both.
     """
     runs = {name: Run.start(make, dtype, options) for name, make in MAKERS.items()}
     with tqdm(total=options.epochs, desc=name_of(dtype), unit="epoch", mininterval=0.2) as progress:
@@ -176,13 +175,13 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def relative_difference(runs: dict[str, Run]) -> np.ndarray:
-    """How far the losses of each step are apart, relative to their value."""
+    """The difference of the losses in each step, relative to their value."""
     losses, expected = (np.array(run.losses) for run in runs.values())
     return np.abs(losses - expected) / np.abs(expected)
 
 
 def check_losses(runs: dict[str, Run], dtype: torch.dtype) -> float:
-    """The largest relative difference; Failure if it is beyond the limit."""
+    """The largest relative difference. Raises `Failure` if it is beyond the limit."""
     difference = relative_difference(runs)
     step = int(difference.argmax())
     if not difference[step] <= LIMITS[dtype]:
@@ -197,19 +196,17 @@ def check_losses(runs: dict[str, Run], dtype: torch.dtype) -> float:
 def gradient_bounds(net: nn.Sequential, x: Tensor, target: Tensor) -> tuple[Tensor, list[Tensor]]:
     """How far two computations of the gradients of the mean squared error may be apart.
 
-    While no unit switches on or off, a gradient is a sum of products of entries
-    of x, target, the weights and the biases. A computed one has every product
-    off by a factor of at most 1 + gamma(n), where gamma(n) = n u / (1 - n u), u
-    is the unit roundoff, and n counts the additions and multiplications that a
-    product passes through (Higham, Accuracy and Stability of Numerical
-    Algorithms, section 3.1). So its error is at most gamma(n) times the same sum
-    of the absolute values, whatever the order of the additions; and two
-    computed gradients are apart by at most twice that.
+    While no unit switches on or off, a gradient is a sum of products of entries of x,
+    target, the weights and the biases. In a computed gradient every product is off by
+    a factor of at most 1 + gamma(n). Here gamma(n) = n u / (1 - n u), u is the unit
+    roundoff, and n is the number of additions and multiplications that a product goes
+    through (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1). So
+    the error is at most gamma(n) times the same sum of absolute values, in any order
+    of additions, and two computed gradients are apart by at most twice that.
 
     Returns:
-        Which rows of x to use, (rows,), and the bounds for the gradients of those
-        rows, one for each parameter. A row is left out if rounding could switch
-        one of its units.
+        Which rows of x to use, (rows,), and for each parameter a bound for its gradient
+        from those rows. A row is left out if rounding could switch one of its units.
     """
     unit_roundoff = torch.finfo(x.dtype).eps / 2
 
@@ -220,8 +217,7 @@ def gradient_bounds(net: nn.Sequential, x: Tensor, target: Tensor) -> tuple[Tens
     weights = [layer.weight.detach().double() for layer in layers]
     biases = [layer.bias.detach().double() for layer in layers]
 
-    # Forward: the activations, the sums of absolute values in their place, and
-    # which units are on.
+    # Forward: the activations, the sums of absolute values, and the units that are on.
     a, a_abs, n = x.double(), x.double().abs(), 0
     inputs, masks = [], []
     clear = torch.ones(len(x), dtype=torch.bool)
@@ -235,10 +231,9 @@ def gradient_bounds(net: nn.Sequential, x: Tensor, target: Tensor) -> tuple[Tens
             masks.append(z > 0)
             a, a_abs = z.clamp(min=0), z_abs * (z > 0)
 
-    # Backward, on absolute values: 2 (y - target) / elements takes up to 5
-    # operations, a product with a weight a sum over the layer's outputs, a
-    # gradient a sum over the rows; and a hidden activation, which it is multiplied
-    # with, has been rounded on its own way up.
+    # Backward, on absolute values. 2 (y - target) / elements takes up to 5 operations,
+    # a product with a weight is a sum over the layer's outputs, and a gradient is a sum
+    # over the rows. The hidden activation in the product was rounded on its way up.
     rows = int(clear.sum())
     n += 5 + sum(weight.shape[0] for weight in weights[1:]) + rows
     n += sum(weight.shape[1] + 1 for weight in weights[:-1])
@@ -252,11 +247,11 @@ def gradient_bounds(net: nn.Sequential, x: Tensor, target: Tensor) -> tuple[Tens
 
 
 def check_gradients(dtype: torch.dtype, digits: Digits, options: argparse.Namespace) -> float:
-    """The gradients of the first batch: by hand, of the layer, and by autograd.
+    """Compares the gradients of the first batch: by hand, by the layer, and by autograd.
 
-    The loss is the mean squared error against one-hot targets, which
-    `loss_and_grads` knows too. Returns the largest difference as a fraction of
-    its bound; raises Failure if that is above 1.
+    The loss is the mean squared error against one-hot targets, which `loss_and_grads`
+    has too. Returns the largest difference as a fraction of its bound. Raises `Failure`
+    if that is above 1.
     """
     nets = {}
     for name, make in MAKERS.items():
@@ -286,7 +281,7 @@ def check_gradients(dtype: torch.dtype, digits: Digits, options: argparse.Namesp
             names, grads[name], grads["nn.Sequential"], bounds, strict=True
         ):
             difference = (grad - expected).double().abs()
-            # A pixel that is the same in all images is 0 throughout, as is its bound.
+            # A pixel that is the same in all images is 0, and so is its bound.
             fraction = (difference / bound.clamp(min=torch.finfo(dtype).tiny)).max().item()
             if not (difference <= bound).all():
                 raise Failure(
@@ -314,7 +309,7 @@ def check_checkpoint(path: Path, net: nn.Module, digits: Digits) -> None:
 
 
 def draw(path: Path, runs: dict[torch.dtype, dict[str, Run]]) -> None:
-    """The loss, how far the two losses are apart, and the accuracy, over the epochs."""
+    """Draws the loss, the difference of the two losses, and the accuracy over the epochs."""
     blue, orange, grey = "#2166ac", "#e08214", "#555555"
     style = {
         "font.size": 10,
@@ -342,7 +337,7 @@ def draw(path: Path, runs: dict[torch.dtype, dict[str, Run]]) -> None:
             right.plot(at_epoch, 100 * np.array(run.accuracies), label=name, **look)
 
         for dtype, color in ((torch.float32, blue), (torch.float64, grey)):
-            # Losses that are equal to the last bit are drawn below those that differ.
+            # Equal losses are drawn below those that differ.
             least = torch.finfo(dtype).eps / 4
             difference = np.maximum(relative_difference(runs[dtype]), least)
             middle.plot(at_step, difference, ".", color=color, markersize=3)
@@ -364,7 +359,7 @@ def draw(path: Path, runs: dict[torch.dtype, dict[str, Run]]) -> None:
         middle.set_yscale("log")
         middle.set_ylim(3e-18, 1e-2)
         final = runs[torch.float32]["ReluMLP"].accuracies[-1]
-        right.set(title=f"Test accuracy: {final:.1%}", ylabel="test images recognised, %")
+        right.set(title=f"Test accuracy: {final:.1%}", ylabel="test images recognized, %")
         right.legend(loc="lower right")
         for axes in (left, middle, right):
             axes.set(xlabel="epoch", xlim=(0, epochs + 0.5))
@@ -393,7 +388,7 @@ def parse_options() -> argparse.Namespace:
 def main() -> None:
     options = parse_options()
     make_folder(options.out)
-    # A network of this size has nothing for a second thread to do.
+    # A network of this size has no work for a second thread.
     torch.set_num_threads(1)
     print(f"PyTorch {torch.__version__}; ReluMLP runs as: {relu_mlp.build_info().runs_on_cpu}")
 

@@ -4,10 +4,10 @@
     torchrun --standalone --nproc-per-node 4 examples/distributed.py
     torchrun --standalone --nproc-per-node 4 examples/distributed.py --tensor-parallel 2
 
-With `--tensor-parallel N`, groups of N processes share the units of the network; the
-groups share the rows, by FSDP. So 4 processes are 4 groups for the rows, or 2 groups
-of 2, or one group of 4. All of them train the same network on the same rows, so the
-loss is the same. The program stops with an error if it is not. It runs on the CPU.
+With `--tensor-parallel N`, N processes form a group, which splits the units of the network. The
+groups split the rows, by FSDP. So 4 processes are 4 groups of 1, 2 groups of 2, or 1 group of 4. In
+every case they train the same network on the same rows, so the loss must be the same; otherwise the
+program stops with an error. It runs on the CPU.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ EXPECTED = 0.0949998370  # the loss in the last step, to ten digits
 
 
 def start_processes() -> None:
-    """Joins the processes that torchrun has started, or makes a group of this one alone."""
+    """Joins the processes that torchrun started, or makes a group of this process alone."""
     if dist.is_torchelastic_launched():
         dist.init_process_group("gloo")
     else:
@@ -38,7 +38,7 @@ def start_processes() -> None:
 
 
 def make_mesh(tensor_parallel: int) -> DeviceMesh:
-    """(groups that share the rows, processes of a group that share the units)"""
+    """A mesh of shape (groups that split the rows, processes of a group that split the units)."""
     processes = dist.get_world_size()
     if tensor_parallel < 1 or processes % tensor_parallel:
         raise SystemExit(
@@ -50,7 +50,7 @@ def make_mesh(tensor_parallel: int) -> DeviceMesh:
 
 
 def make_data() -> tuple[Tensor, Tensor]:
-    """All rows: a smooth function of four numbers."""
+    """All rows of x and target. The target is a simple function of four numbers."""
     x = torch.rand(ROWS, 4, dtype=torch.float64) * 4 - 2
     return x, torch.stack([x[:, 0] * x[:, 1], x[:, 2].abs() - x[:, 3]], dim=1)
 

@@ -2,10 +2,10 @@
 
     python examples/four_runs.py
 
-Redoes source document 001: a network of 64 x 3 -> 2 -> 1, 500 steps, learning rate 1e-6.
-Gradients by hand, by the package and by autograd must give one and the same loss curve;
-the program stops with an error if two of them are farther apart than rounding explains.
-In the end it shows what the document's two mistakes do to the curve.
+Repeats source document 001: a network of 64 x 3 -> 2 -> 1, 500 steps, learning rate 1e-6.
+Gradients by hand, by the package and by autograd must give the same loss curve. The program
+stops with an error if two curves differ by more than rounding explains. At the end it shows what
+the document's two mistakes do to the curve.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def as_in_the_document(
     divided: bool = False,
     early: bool = False,
 ) -> LossAndGrads:
-    """WRONG on purpose, by one of the document's two mistakes or by both."""
+    """WRONG on purpose: with one of the document's two mistakes, or both."""
     (w1, w2), (b1, b2) = weights, biases
     z = x @ w1.T + b1
     h = z.clamp(min=0)
@@ -87,7 +87,7 @@ def train(
 def train_by_adam(
     x: Tensor, target: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
 ) -> Tensor:
-    """The same with Adam in the place of gradient descent, by the package under autograd."""
+    """The same with Adam instead of gradient descent, with the package under autograd."""
     weights, biases = ([p.clone().requires_grad_() for p in kind] for kind in (weights, biases))
     optimizer = torch.optim.Adam([*weights, *biases], lr=LEARNING_RATE)
     losses = []

@@ -2,10 +2,10 @@
 
     python examples/full_size.py
 
-Redoes source document 003 at its full size, without biases, learning rate 1e-6, all from
-one start. In double precision the gradients of the first step and the losses of all steps
-must agree as far as rounding lets them; if not, the program stops with an error. For
-single precision, in which the document computes, it only shows how far they are apart.
+Repeats source document 003 at its full size: no biases, learning rate 1e-6, the same start for
+all. In double precision the gradients of the first step and the losses of all steps must agree
+within the bounds of rounding; otherwise the program stops with an error. For single precision,
+which the document uses, it only shows how far they are apart.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""A critic with a gradient penalty, as in WGAN-GP: the fused layer beside `nn.Sequential`.
+"""A critic with a gradient penalty, as in WGAN-GP: the fused layer next to `nn.Sequential`.
 
     python examples/gradient_penalty.py
 
-Two samples in the plane: the second is the first, moved by 2. The critic D is to be large on the
-second and small on the first, and a penalty keeps the length of dD/dx at 1 between them. Its
-gradient is a second derivative of D. Both critics start alike and see the same points. An error
-ends the program if their losses are farther apart than rounding explains, or if D does not say
-how far the sample was moved.
+There are two samples in the plane; the second is the first, moved by 2. The critic D is trained to
+be large on the second and small on the first. A penalty keeps the length of dD/dx near 1 between
+them, and its gradient is a second derivative of D. Both critics start with the same parameters and
+see the same points. An error ends the program if their losses differ by more than rounding
+explains, or if D does not tell how far the sample was moved.
 """
 
 import copy
@@ -18,18 +18,18 @@ from torch import Tensor, nn
 import agreement
 from relu_mlp import ReluMLP
 
-# A power of two: what one sample adds to the gradient of D's last bias, the other takes away.
-# That must leave nothing, because Adam makes a step of what is left, were it rounding.
+# A power of two. Then the two samples' parts of the gradient of D's last bias cancel exactly.
+# Otherwise a rounding error would be left, and Adam would make a full step of it.
 ROWS = 128
 HIDDEN, STEPS, PENALTY, LEARNING_RATE = 32, 150, 10, 2e-3
 MOVED = torch.tensor([1.2, 1.6], dtype=torch.float64)  # a distance of 2
 
-# D rises by 2 s where its slope is s; 10 (s - 1)^2 - 2 s is least for s = 1.1.
+# With slope s, D rises by 2 s, and 10 (s - 1)^2 - 2 s has its minimum at s = 1.1.
 KNOWN, ENOUGH = 2.2, 0.05
 
 
 def slopes(critic: nn.Module, x: Tensor) -> Tensor:
-    """|dD/dx| (rows,), which can be differentiated again. A row of D depends on its x only."""
+    """|dD/dx| (rows,), which can be differentiated again. A row of D depends only on its x."""
     x = x.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
     return gradient.norm(dim=1)
@@ -46,7 +46,7 @@ def train(critic: nn.Sequential, x: Tensor, shaken: bool = False) -> Tensor:
     draws = torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(critic.parameters(), LEARNING_RATE, betas=(0.9, 0.99))
     weights, biases = ([p.data for p in critic.parameters() if p.dim() == d] for d in (2, 1))
-    shake = agreement.shaken(lambda *parameters: None)  # in place; there is nothing else to do
+    shake = agreement.shaken(lambda *parameters: None)  # it works in place and returns nothing
     curve = []
     for _ in range(STEPS):
         if shaken:
@@ -78,7 +78,7 @@ def main() -> None:
     shaken = train(copy.deepcopy(native), x, shaken=True)
     curve, found = train(native, x), train(fused, x)
 
-    # The penalty's gradient goes up and down the network twice, and no other goes farther.
+    # The gradient of the penalty goes up and down the network twice. No other goes further.
     n = 2 * agreement.roundings(x, [p for p in native.parameters() if p.dim() == 2])
     limit = limits(curve, shaken, n)
     agreement.compare("term", (found, curve), ("by ReluMLP", "by nn.Sequential"), limit)

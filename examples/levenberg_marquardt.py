@@ -1,12 +1,13 @@
-"""Fits a small `ReluMLP` by Levenberg-Marquardt, beside Adam.
+"""Fits a small `ReluMLP` by Levenberg-Marquardt, compared with Adam.
 
     python examples/levenberg_marquardt.py [--out demo]
 
-What is fitted is a controller whose actuator has limits: u = 2 x + v, clipped to [-1, 1],
-at 400 states (x, v). Levenberg-Marquardt takes the step d of (J^T J + damping I) d = -J^T r,
-where r = y - target and J = dy/dw, by conjugate gradients: they need products only, and J is
-never formed. An error ends the program unless J^T J v is that of the whole J, and the loss a
-millionth of Adam's, at three learning rates and with more work. Writes OUT/levenberg_marquardt.png.
+The network learns a controller whose actuator has limits: u = 2 x + v, clipped to [-1, 1], at 400
+states (x, v). A Levenberg-Marquardt step d solves (J^T J + damping I) d = -J^T r, where
+r = y - target and J = dy/dw. Conjugate gradients solve it from products alone, so J is never
+formed. An error ends the program unless J^T J v equals that of the full J, and unless the loss is
+at most a millionth of Adam's, which runs at three learning rates and does more work. Writes
+OUT/levenberg_marquardt.png.
 """
 
 import argparse
@@ -24,13 +25,13 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from relu_mlp import Linearization, Parameters, ReluMLP, jacobian, linearize, loss_and_grads
 
-# Work is counted in forward passes, which multiply with each weight matrix once. J v does
-# that twice, for what changes in a layer's input and in its weight, and so does J^T u.
+# Work is counted in forward passes, which multiply by each weight matrix once. J v multiplies
+# twice, for the change of a layer's input and for that of its weight, and so does J^T u.
 FORWARD, PRODUCT, MOST, SHOWN = 1, 2, 3000, [30, 100, 300, 1000, 3000]
 
-# Where the fit is exact, J^T J is the Hessian, and a step found to 1 % leaves some 1e-3 of the
-# loss, until the rounding of y leaves 1e-32. EXACT is above that; 20 fits that rounded in other
-# orders, 18 with their rows in one, were there within 1206 passes. Adam is at 1e-8 after 3000.
+# At an exact fit J^T J is the Hessian. A step solved to 1 % then leaves some 1e-3 of the loss,
+# until the rounding of y leaves 1e-32. EXACT is above that. 20 fits that rounded in other orders,
+# 18 of them with permuted rows, reached it within 1206 passes. Adam is at 1e-8 after 3000.
 EXACT, MARGIN = 1e-28, 1e-6
 COLORS = "#2166ac", "#fdb863", "#e08214", "#b35806"
 Steps = Iterator[tuple[int, Tensor]]  # the work since the last step, and the mean squared error
@@ -47,7 +48,7 @@ def unflatten(vector: Tensor, like: Parameters) -> Parameters:
 
 
 def solve(net: Linearization, damping: float, b: Tensor, w: Parameters) -> tuple[Tensor, int]:
-    """d with (J^T J + damping I) d = b to 1 % of b, and how many J^T J v that took, 50 at most."""
+    """d with (J^T J + damping I) d = b to 1 % of b, and the number of products, 50 at most."""
     d, rest, direction, products = torch.zeros_like(b), b, b, 0
     while (square := rest @ rest) > 1e-4 * (b @ b) and products < 50:
         product = flatten(net.gauss_newton(unflatten(direction, w))) + damping * direction
@@ -68,8 +69,8 @@ def levenberg_marquardt(x: Tensor, target: Tensor, w: Parameters) -> Steps:
         work = PRODUCT * (1 + 2 * products) + FORWARD
         candidate = unflatten(flatten(w) + d, w)
         there = linearize(x, *candidate)
-        # The gain: how much ½ |residual|² decreased, over how much J had promised. From 1/2
-        # on the damping may be less (H. B. Nielsen's formula, here within 1/3 and 10).
+        # The gain is the decrease of ½ |residual|² over the decrease that J predicts. Above 1/2
+        # the damping decreases (H. B. Nielsen's formula, here limited to 1/3 and 10).
         decrease = residual.square().sum() - (there.y - target).square().sum()
         gain = (decrease / (d @ (damping * d - gradient))).item()
         damping *= min(max(1 / 3, 1 - (2 * gain - 1) ** 3), 10)
@@ -88,7 +89,7 @@ def adam(x: Tensor, target: Tensor, w: Parameters, lr: float) -> Steps:
 
 
 def follow(steps: Steps) -> pd.DataFrame:
-    """The smallest loss so far, over the passes and the seconds since the first."""
+    """The smallest loss so far over the number of passes, and the seconds since the first."""
     passes, rows = 0, []
     while passes < MOST and not (rows and rows[-1][2] < EXACT):
         work, loss = next(steps)
@@ -99,7 +100,7 @@ def follow(steps: Steps) -> pd.DataFrame:
 
 
 def check_gauss_newton(rows: int, like: Parameters) -> None:
-    """J^T J v both ways. Sums and products of small whole numbers are exact: no tolerance."""
+    """J^T J v in both ways. Sums and products of small integers are exact, without a tolerance."""
     x = torch.randint(-3, 4, (rows, like.weights[0].shape[1])).double()
     w, v = (unflatten(torch.randint(-3, 4, flatten(like).shape).double(), like) for _ in range(2))
     of_weights, of_biases = jacobian(x, *w)
@@ -124,7 +125,7 @@ def draw(path: Path, curves: dict[str, pd.DataFrame]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Levenberg-Marquardt beside Adam.")
+    parser = argparse.ArgumentParser(description="Levenberg-Marquardt compared with Adam.")
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the picture")
     picture = parser.parse_args().out / "levenberg_marquardt.png"
     picture.parent.mkdir(parents=True, exist_ok=True)

@@ -2,10 +2,10 @@
 
     python examples/model_and_loss.py
 
-With y = model(x, w), a loss L(y) and the Jacobian J = dy/dw, dL/dw = J^T dL/dy: J knows
-nothing of the loss, and dL/dy nothing of the model. J comes from one call here, and from
-autograd; then the gradient in four ways, of a straight line in training and of a network.
-An error ends the program unless they agree and the known figures come out.
+With y = model(x, w), a loss L(y) and the Jacobian J = dy/dw, dL/dw = J^T dL/dy. J does not depend
+on the loss, and dL/dy does not depend on the model. The example computes J in one call and by
+autograd. Then it computes the gradient in four ways, for a straight line in training and for a
+network. An error ends the program unless they agree and match the known figures.
 """
 
 import sys
@@ -19,23 +19,23 @@ from torch import Tensor
 
 from relu_mlp import LossAndGrads, Parameters, jacobian, linearize, loss_and_grads, relu_mlp
 
-# Temperatures in an unknown unit, scaled, and in degrees Celsius: the data of the document.
+# The data of the document: temperatures in an unknown unit, scaled, and in degrees Celsius.
 X = 0.1 * torch.tensor([35.7, 55.9, 58.2, 81.9, 56.3, 48.9, 33.9, 21.8, 48.4, 60.4, 68.4])[:, None]
 TARGET = torch.tensor([0.5, 14.0, 15.0, 28.0, 11.0, 8.0, 3.0, -4.0, 6.0, 13.0, 21.0])[:, None]
 
-# What it prints of the straight line: the losses of EPOCHS, then b and w.
+# What the document prints for the straight line: the losses of EPOCHS, then b and w.
 EPOCHS = range(500, 5001, 500)
 LOSSES = [7.8601151, 3.8285379, 3.0921912, 2.9576979, 2.9331338]
 LOSSES += [2.9286485, 2.9278297, 2.9276793, 2.9276519, 2.9276469]
 KNOWN = torch.tensor([*LOSSES, -17.3012, 5.3671])
 
-# How far from these a way may end. Rounding moves a loss by 4e-7 of itself, and a gradient
-# that is wrong by 1e-5 of itself the first loss by 1e-5. b and w have four decimals.
+# How far a result may be from these. Rounding moves a loss by 4e-7 of its value, and a relative
+# error of 1e-5 in the gradient moves the first loss by 1e-5. b and w have four decimals.
 LIMIT = torch.cat([1e-5 * KNOWN[:-2], torch.tensor([5e-5, 5e-5])])
 
 
 def by_jacobian(x: Tensor, target: Tensor, *w: Sequence[Tensor]) -> LossAndGrads:
-    """As all four, of the mean of (y - target)^2. w is the weights, and the biases."""
+    """Like all four, for the mean of (y - target)^2. w is the weights and the biases."""
     error = relu_mlp(x, *w) - target
     grad_y = 2 / error.numel() * error
     grads = [[torch.einsum("no,no...->...", grad_y, J) for J in kind] for kind in jacobian(x, *w)]
@@ -64,7 +64,7 @@ def model(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Ten
 
 
 def check(what: str, found: Tensor, known: Tensor, limit: Tensor | float = 0.0) -> None:
-    """No limit for what needs no rounding, like sums and products of small whole numbers."""
+    """Sums and products of small integers have no rounding, and need no limit."""
     excess = (found - known).abs() - limit
     if not (excess <= 0).all():
         one, other = (tensor.flatten()[excess.argmax()].item() for tensor in (found, known))
@@ -84,7 +84,7 @@ def compare_jacobians(x: Tensor, *w: Sequence[Tensor]) -> Parameters:
 
 
 def fit_line(gradients: Callable[..., LossAndGrads]) -> list[float]:
-    """The losses of EPOCHS, then b and w, all from w = 1 and b = 0."""
+    """The losses of EPOCHS, then b and w, starting from w = 1 and b = 0."""
     w, b, shown = torch.ones(1, 1), torch.zeros(1), []
     for epoch in range(1, EPOCHS[-1] + 1):
         loss, (grad_w,), (grad_b,) = gradients(X, TARGET, [w], [b])

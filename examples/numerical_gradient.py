@@ -2,9 +2,9 @@
 
     python examples/numerical_gradient.py
 
-Redoes source document 002: one layer, 4 x 3 -> 2, without and with a sigmoid, and the loss
-1/2 sum of (Y - T)^2. The program stops with an error if a gradient by hand is not
-autograd's, or not the one known to ten digits, or if a numerical gradient is farther away
+Repeats source document 002: one layer, 4 x 3 -> 2, without and with a sigmoid, and the loss
+1/2 sum of (Y - T)^2. The program stops with an error if a gradient by hand differs from
+autograd's or from the values known to ten digits, or if a numerical gradient is farther away
 than Taylor's theorem and rounding explain. X, W, Y and T are the document's names.
 """
 
@@ -38,7 +38,7 @@ def by_hand(W: Tensor, X: Tensor, T: Tensor, activation: str | None) -> Tensor:
 
 
 def numerical(W: Tensor, X: Tensor, T: Tensor, activation: str | None, step: float) -> Tensor:
-    """(loss(W + step) - loss(W - step)) / (2 step), for one element of W after the other."""
+    """(loss(W + step) - loss(W - step)) / (2 step), for each element of W in turn."""
     gradient = torch.zeros_like(W)
     for element in range(W.numel()):
         shift = torch.zeros_like(W)
@@ -49,7 +49,7 @@ def numerical(W: Tensor, X: Tensor, T: Tensor, activation: str | None, step: flo
 
 
 def third_derivative(W: Tensor, X: Tensor, T: Tensor) -> Tensor:
-    """d^3 loss / dW^3 with the sigmoid: what a central difference gets wrong is h^2 / 6 of it."""
+    """d^3 loss / dW^3 with the sigmoid. The error of a central difference is h^2 / 6 times that."""
     Y = torch.sigmoid(X @ W)
     d1 = Y * (1 - Y)
     d2, d3 = d1 * (1 - 2 * Y), d1 * (1 - 6 * d1)
@@ -61,10 +61,10 @@ def numerical_bound(
 ) -> Tensor:
     """How far `numerical` may be off, (3, 2).
 
-    Truncation: at most step^2 / 6 times the largest third derivative, and |d1 d2| < 0.025,
-    |d3| <= 1/8. Rounding: Y takes 4 roundings up to Z (X, W and the step are not negative)
-    and 4 in the sigmoid, Y - T one more, its square 19, the sum of 8 of them 27, and the
-    difference, the quotient and the step 3 more.
+    Truncation: at most step^2 / 6 times the largest third derivative, where |d1 d2| < 0.025 and
+    |d3| <= 1/8. Rounding: Y has 4 roundings up to Z (X, W and the step are not negative) and 4 in
+    the sigmoid; Y - T has one more, its square 19, and the sum of 8 squares 27; the difference,
+    the quotient and the step add 3.
     """
     Z = X @ (W + step)
     Y = torch.sigmoid(Z) if activation else Z
@@ -79,14 +79,14 @@ def check(X: Tensor, W: Tensor, T: Tensor, activation: str | None) -> None:
     hand = by_hand(W, X, T, activation)
     leaf = W.clone().requires_grad_()
     (autograd,) = torch.autograd.grad(loss(leaf, X, T, activation), leaf)
-    # The package holds a weight as nn.Linear does, (out, in): the transpose of W.
+    # In the package a weight is (out, in), as in nn.Linear: the transpose of W.
     result = loss_and_grads(X, T, [W.T], loss="half_sse", output_activation=activation)
     package = result.weights[0].T
     double = numerical(W, X, T, activation, STEP)
     single = numerical(W.float(), X.float(), T.float(), activation, STEP)
 
-    # Without the sigmoid all are sums of integers, and exact. With it, Y comes with 4
-    # roundings, three times, and 4 operations and a sum of 4 products add 8.
+    # Without the sigmoid all are exact sums of integers. With it, Y occurs three times, with 4
+    # roundings each; 4 operations and a sum of 4 products add 8.
     Y = torch.sigmoid(X @ W)
     size = X.T @ ((Y + T) * Y * (1 + Y)) if activation else 0 * W
     bound = agreement.gamma(20) * size

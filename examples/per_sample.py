@@ -2,12 +2,12 @@
 
     python examples/per_sample.py
 
-In such a training the gradient of a sample may be as long as CLIP and is shortened if it is longer;
-then they are added up, and noise is added. One way asks `torch.func` for the gradient of every
-sample. The other asks for their norms, and then for one gradient of all samples, each with its
-factor: no sample's gradient is ever held. An error ends the program unless the gradients of the
-first step are those of a loop over the samples with PyTorch's own layers, and unless both ways
-agree in every step, but for rounding.
+Such training clips the gradient of each sample to the length CLIP, adds up the clipped gradients,
+and adds noise. One way gets every sample's gradient from `torch.func`. The other way gets only
+their norms, and then one gradient of all samples, each scaled by its factor; it never holds the
+gradient of a single sample. An error ends the program unless the gradients of the first step equal
+those of a loop over the samples with PyTorch's layers, and unless both ways agree in every step,
+each up to rounding.
 """
 
 import torch
@@ -37,7 +37,7 @@ def factors(norms: Tensor) -> Tensor:
 
 
 def by_gradients(x: Tensor, target: Tensor, w: Parameters) -> tuple[Tensor, Tensor]:
-    """The norms (rows,), and the sum of the shortened gradients (parameters,)."""
+    """The norms (rows,), and the sum of the clipped gradients (parameters,)."""
     _, of_weights, of_biases = every_gradient(x, target, w)
     grads = torch.cat([grad.flatten(1) for grad in (*of_weights, *of_biases)], 1)
     norms = grads.norm(dim=1)
@@ -45,7 +45,7 @@ def by_gradients(x: Tensor, target: Tensor, w: Parameters) -> tuple[Tensor, Tens
 
 
 def by_norms(x: Tensor, target: Tensor, w: Parameters) -> tuple[Tensor, Tensor]:
-    """The same. What it holds are activations and their gradients."""
+    """The same. It holds only activations and their gradients."""
     net = linearize(x, *w)
     grad_y = 2 * (net.y - target)
     norms = net.row_norms(grad_y)
@@ -54,11 +54,11 @@ def by_norms(x: Tensor, target: Tensor, w: Parameters) -> tuple[Tensor, Tensor]:
 
 
 def bounds(x: Tensor, target: Tensor, w: Parameters, norms: Tensor) -> tuple[Tensor, Tensor]:
-    """How far two right computations of both may be apart.
+    """How far two correct computations of both may be apart.
 
-    n roundings move a sum of products by gamma(n) times the sum of their absolute values,
-    and a network of absolute values, whose units are all on, adds up no less. A factor is
-    off as its norm is.
+    n roundings move a sum of products by at most gamma(n) times the sum of their absolute values.
+    A network of absolute values, whose units are all on, gives at least that sum. A factor has the
+    relative error of its norm.
     """
     gamma, parameters = agreement.gamma, sum(p.numel() for kind in w for p in kind)
     n = agreement.roundings(x, w.weights)

@@ -2,11 +2,11 @@
 
     python examples/physics_informed.py
 
-The solution is sin x. The network u(x) = v tanh(w x + b) + c is two fused layers, trained by
-L-BFGS on what is left of the equation at 40 points, which has the second derivative of the
-network by its input. That comes by `torch.func` and by autograd's `create_graph`, and both must
-give the loss that the formula for tanh'' gives, but for rounding. An error ends the program
-unless they do, and unless u is within 1e-3 of sin x in the end.
+The solution is sin x. The network u(x) = v tanh(w x + b) + c is two fused layers. L-BFGS trains it
+on the residual of the equation at 40 points, which contains the second derivative of the network
+with respect to its input. `torch.func` and autograd's `create_graph` both compute that, and both
+must give the loss that follows from the formula for tanh'', up to rounding. An error ends the
+program unless they do, and unless u ends within 1e-3 of sin x.
 """
 
 import math
@@ -28,12 +28,12 @@ ENDS = torch.tensor([[0.0], [math.pi]], dtype=torch.float64)
 
 
 def by_func(net: nn.Module, x: Tensor) -> Tensor:
-    """u'' (rows, 1): the derivative of the derivative at one point, for all points at once."""
+    """u'' (rows, 1): the second derivative at one point, for all points at once."""
     return vmap(grad(grad(lambda point: net(point[None])[0])))(x[:, 0])[:, None]
 
 
 def by_create_graph(net: nn.Module, x: Tensor) -> Tensor:
-    """u'' (rows, 1). A row of u depends on its own x only, so sums have every row's derivative."""
+    """u'' (rows, 1). A row of u depends only on its x, so the gradient of the sum has all rows."""
     x = x.detach().requires_grad_()
     (slope,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
     return torch.autograd.grad(slope.sum(), x, create_graph=True)[0]
@@ -45,7 +45,7 @@ def loss_of(net: nn.Module, second_derivative: Callable[[nn.Module, Tensor], Ten
 
 
 def by_hand(net: nn.Module) -> tuple[Tensor, Tensor]:
-    """The loss by u'' = sum of v w^2 tanh''(z), and how far apart two right ones may be."""
+    """The loss from u'' = sum of v w^2 tanh''(z), and how far two correct ones may be apart."""
     w, b, v, c = (parameter.detach() for parameter in net.parameters())
 
     def tanh(x: Tensor) -> Rounded:
@@ -53,8 +53,8 @@ def by_hand(net: nn.Module) -> tuple[Tensor, Tensor]:
         return Rounded(z.value.tanh(), z.error + gamma(4))  # tanh' <= 1; tanh is good to 4 units
 
     y = tanh(POINTS)
-    # tanh'' = -2 y + 2 y^3: both parts are 2 at most, and its derivative by y is 4 at most. The
-    # ways take the factors of a product, and no more than eight, in another order.
+    # tanh'' = -2 y + 2 y^3. Both terms are at most 2, and the derivative with respect to y is at
+    # most 4. The two ways multiply the same factors, at most eight, in different orders.
     curvature = Rounded(-2 * y.value * (1 - y.value**2), 4 * y.error + 4 * gamma(8))
     of_unit = Rounded(v.T * w**2, gamma(8) * (v.T * w**2).abs())
     second = product(curvature, of_unit)

@@ -1,13 +1,12 @@
-"""Two layers with biases: gradients derived by hand beside autograd's, at every step.
+"""Two layers with biases: gradients derived by hand compared with autograd's, in every step.
 
     python examples/two_layers.py
 
-Redoes source document 000. A network of 64 x 3 -> 2 -> 1 is trained by gradient
-descent, and then one with three outputs. In every step the loss and the gradient of
-every parameter are computed three times: by hand in the lines below, by the package,
-which does the same in one call, and by autograd. The program stops with an error if
-two of them are farther apart than rounding explains. It runs on the CPU, and on a GPU
-too where there is one.
+Repeats source document 000. Trains a network of 64 x 3 -> 2 -> 1 by gradient descent, and then
+one with three outputs. Every step computes the loss and all gradients three times: by hand, in
+the lines below; by the package, in one call; and by autograd. The program stops with an error if
+two of them differ by more than rounding explains. It runs on the CPU, and also on a GPU if there
+is one.
 """
 
 from __future__ import annotations
@@ -48,10 +47,10 @@ def by_hand(
 
 
 def train(outputs: int, device: str) -> None:
-    """Trains by the gradients found by hand and compares all three in every step."""
+    """Trains with the gradients by hand, and compares all three in every step."""
     torch.manual_seed(0)
 
-    def random(*shape: int) -> Tensor:  # drawn on the CPU, so that a GPU starts from the same
+    def random(*shape: int) -> Tensor:  # on the CPU, so that a GPU gets the same numbers
         return torch.randn(*shape, dtype=torch.float64).to(device)
 
     x, target = random(ROWS, INPUTS), random(ROWS, outputs)

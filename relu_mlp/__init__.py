@@ -3,14 +3,16 @@
 from . import flops as flops  # registers them
 from ._version import __version__
 from .functional import LossAndGrads, loss_and_grads, relu_mlp
-from .gradient_check import check_gradients
-from .gradient_report import GradientReport
+from .fusion.patching import fuse, unfuse
+from .fusion.report import FuseReport
+from .fusion.rules import register_fusion
+from .fusion.sequential import FusedSequential
+from .gradient_checks.check import check_gradients
+from .gradient_checks.report import GradientReport
 from .info import BuildInfo, build_info
 from .linearization import Linearization, Parameters, jacobian, linearize
 from .modules import ReluMLP
 from .ops import backend
-from .patching import FusedSequential, FuseReport, fuse, unfuse
-from .rules import register_fusion
 
 __all__ = [
     "BuildInfo",

@@ -3,7 +3,7 @@
 Under AddressSanitizer and UndefinedBehaviorSanitizer, the first complaint of which ends the
 process:
 
-- the fuzzer (tools/fuzz.py) on a copy of the package in build/sanitize, whose library is built
+- the fuzzer (tools/fuzz) on a copy of the package in build/sanitize, whose library is built
   for that. PyTorch is not: what its own code does to memory is not looked at.
 - tests/sanitize/driver.cpp, the passes on plain data without PyTorch. Every operand, result and
   workspace ends at a page that must not be touched, so that accesses that the sanitizer does
@@ -117,7 +117,7 @@ def runtime(*names: str) -> str:
 def fuzz(arguments: Sequence[str]) -> None:
     run(
         sys.executable,
-        "tools/fuzz.py",
+        "tools/fuzz",
         *(arguments or ["--seconds", "60"]),
         LD_PRELOAD=runtime("libasan.so", "libubsan.so", "libstdc++.so"),
         PYTHONPATH=str(PACKAGE.parent),

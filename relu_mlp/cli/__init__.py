@@ -1,10 +1,9 @@
-"""The command line: ``relu-mlp info`` and the rest, also as ``python -m relu_mlp``.
+"""The command line: ``relu-mlp info`` and the other commands, also as ``python -m relu_mlp``.
 
-A command is a module beside this one, with a `DESCRIPTION` that becomes its help (a
-docstring is gone under `python -OO`), an `EXAMPLE`, `add_arguments(parser)` and
-`run(options)`, which returns the exit status. What needs an optional package imports
-it with `needs`, when it runs. What the person at the terminal can mend is a
-`Problem`: one line and exit status 2.
+A command is a module with a `DESCRIPTION`, which becomes its help (not a docstring, because
+`python -OO` removes those), an `EXAMPLE`, `add_arguments(parser)`, and `run(options)`, which
+returns the exit status. A command that needs an optional package imports it when it runs, with
+`needs`. A mistake that the user can correct is a `Problem`: one line, and exit status 2.
 """
 
 from __future__ import annotations
@@ -19,12 +18,18 @@ from typing import Any, NoReturn
 from .._version import __version__
 from .terminal import forgiving
 
-#: In the order in which `relu-mlp --help` lists them.
-COMMANDS = ("info", "check", "train", "predict", "bench")
+#: The module of each command, in the order in which `relu-mlp --help` lists them.
+COMMANDS = {
+    "info": ".info",
+    "check": ".check",
+    "train": ".train",
+    "predict": ".predict",
+    "bench": ".bench.command",
+}
 
 
 class Problem(Exception):
-    """What the person at the terminal can mend; the text says how, in one line."""
+    """A mistake that the user can correct. The message says how, in one line."""
 
 
 class Missing(Problem):
@@ -32,7 +37,7 @@ class Missing(Problem):
 
 
 def needs(package: str, extra: str, purpose: str) -> Any:
-    """Imports an optional package; `Missing`, which names the extra, if it is not there."""
+    """Imports an optional package. Raises `Missing`, which names the extra, without it."""
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:
@@ -40,12 +45,12 @@ def needs(package: str, extra: str, purpose: str) -> Any:
             raise
         raise Missing(
             f"{purpose} needs {error.name}, which is not installed: "
-            f"pip install 'relu-mlp[{extra}]', or {error.name} by itself"
+            f"pip install 'relu-mlp[{extra}]', or {error.name} alone"
         ) from None
 
 
 class Parser(argparse.ArgumentParser):
-    """Refuses in one line."""
+    """A parser whose error messages are one line."""
 
     def error(self, message: str) -> NoReturn:
         message = " ".join(message.split())
@@ -55,13 +60,13 @@ class Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     top = Parser(
         prog="relu-mlp",
-        description="A fused multilayer perceptron for PyTorch, at the terminal.",
-        epilog="`relu-mlp COMMAND --help` shows an example of each.",
+        description="Commands for relu_mlp, a fused multilayer perceptron for PyTorch.",
+        epilog="`relu-mlp COMMAND --help` shows an example.",
     )
     top.add_argument("--version", action="version", version=f"relu-mlp {__version__}")
     commands = top.add_subparsers(title="commands", dest="command", metavar="COMMAND")
-    for name in COMMANDS:
-        module: Any = importlib.import_module(f".{name}", __name__)
+    for name, path in COMMANDS.items():
+        module: Any = importlib.import_module(path, __name__)
         command = commands.add_parser(
             name,
             help=module.DESCRIPTION.splitlines()[0].rstrip("."),
@@ -77,15 +82,15 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status.
 
-    Whatever goes wrong is one line on the standard error and status 2. (1 is for
-    `relu-mlp check`: something is beyond its limit.) With RELU_MLP_TRACEBACK=1, an
-    error that no command expects is raised instead.
+    An error is one line on standard error, and status 2. (Status 1 comes from
+    `relu-mlp check` alone: a result is beyond its limit.) With RELU_MLP_TRACEBACK=1,
+    unexpected errors are raised.
 
     Args:
-        arguments: without the program's name; by default those of the process.
+        arguments: the arguments after the program's name; by default those of the process.
 
     Raises:
-        SystemExit: with status 2 where argparse refuses the arguments, 0 after --help.
+        SystemExit: status 2 for wrong arguments, status 0 after --help.
     """
     with forgiving() as output:
         name = "relu-mlp"
@@ -112,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
 
 
-#: In the message of a RuntimeError, which is what PyTorch raises.
+#: Words in the RuntimeError that PyTorch raises without memory.
 NO_MEMORY = ("allocate memory", "not enough memory", "out of memory")
 
 
@@ -121,14 +126,14 @@ def is_expected(error: Exception) -> bool:
 
 
 def in_one_line(error: Exception) -> str:
-    """What to tell the person at the terminal."""
+    """An error as one line for the user."""
     if isinstance(error, Problem):
         text = str(error)
     elif isinstance(error, OSError) and error.filename is not None:
         text = f"{error.filename}: {error.strerror}"
     elif isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
         text = "there is not enough memory for this"
-    else:  # no more than a line of PyTorch's, below which its frames may stand
+    else:  # the first line alone: below it, PyTorch may list its frames
         first = next(iter(str(error).splitlines()), "")
         text = f"{type(error).__name__}: {first} (RELU_MLP_TRACEBACK=1 shows where)"
     return " ".join(text.splitlines())

@@ -13,19 +13,20 @@ from torch import Tensor
 from .. import backend, check_gradients, loss_and_grads, ops, relu_mlp
 from ..checks import name_of
 from ..functional import ACTIVATION_NAMES, OutputActivation, native
-from ..gradient_report import ulp
+from ..gradient_checks.diagnosis import ulp
 from . import Problem, rounding
+from .arguments import count, seed
 from .rounding import Arithmetic, Bounded
 
 DESCRIPTION = """\
-Hold every backend, dtype and output activation on this processor against float64.
+Compare every backend, dtype and output activation on this processor with float64.
 
-One random network, and the largest error of its outputs and of its gradients
-(loss_and_grads, sum of squared errors), each in units in the last place of the
-largest entry of its tensor. "limit" is what rounding may do at worst, "native" the
-error of PyTorch's own layers and autograd. float64 is held against PyTorch's
-layers. Then the gradients of a small network by hand, by autograd and by
-differences, side by side. The exit status is 1 if anything is beyond its limit.
+Runs one random network and prints the largest error of its outputs and of its
+gradients (loss_and_grads, sum of squared errors), in units in the last place of the
+largest entry of the tensor. "limit" is the worst that rounding can do; "native" is the
+error of PyTorch's own layers and autograd. float64 is compared with PyTorch's layers.
+Then prints the gradients of a small network by hand, by autograd and by central
+differences, side by side. The exit status is 1 if a result is beyond its limit.
 """
 
 EXAMPLE = "relu-mlp check --network 8 16 16 4 --rows 256"
@@ -37,33 +38,19 @@ ACTIVATIONS: tuple[OutputActivation | None, ...] = (None, "relu", "sigmoid", "ta
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--network",
-        type=_size,
+        type=count,
         nargs="+",
         default=[8, 16, 16, 4],
         metavar="WIDTH",
-        help="in_features, hidden widths, out_features (8 16 16 4 unless told)",
+        help="in_features, hidden widths and out_features (default: 8 16 16 4)",
     )
-    parser.add_argument("--rows", type=_size, default=256, help="of the input (256 unless told)")
-    parser.add_argument("--seed", type=_seed, default=0, help="of the network and its data")
-
-
-def _size(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
-    if int(text) >= 2**31:
-        raise argparse.ArgumentTypeError(f"expected an integer below 2**31, got {text!r}")
-    return int(text)
-
-
-def _seed(text: str) -> int:
-    if not text.removeprefix("-").isdecimal() or not -(2**63) <= int(text) < 2**63:
-        raise argparse.ArgumentTypeError(f"expected an integer of 64 bits, got {text!r}")
-    return int(text)
+    parser.add_argument("--rows", type=count, default=256, help="rows of the input (default: 256)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the random network (default: 0)")
 
 
 def run(options: argparse.Namespace) -> int:
     if len(options.network) < 2:
-        raise Problem("--network must name two widths or more, in_features and out_features")
+        raise Problem("--network must have at least two widths, in_features and out_features")
     backends = ["reference"] if ops.LIBRARY_PATH is None else ["extension", "reference"]
     print(f"{'':<32} {'outputs, in ulps':>26}  {'gradients, in ulps':>26}")
     columns = f"{'error':>8} {'limit':>8} {'native':>8}"
@@ -88,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _small_network(seed: int) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-    """x, target, weights and biases of a network whose gradient fits on a screen."""
+    """x, target, weights and biases of a network whose gradients fit on a screen."""
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
@@ -100,7 +87,7 @@ def _small_network(seed: int) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor
 
 @dataclass
 class Case:
-    """A network in one dtype, and what its results should be, with bounds: y first."""
+    """A network in one dtype. `expected` has y and all gradients, with error bounds."""
 
     x: Tensor
     target: Tensor
@@ -113,7 +100,8 @@ class Case:
     def random(
         cls, options: argparse.Namespace, dtype: torch.dtype, activation: OutputActivation | None
     ) -> Case:
-        """Only with rows that no rounding takes over a kink, where the bounds hold."""
+        """A random network. It keeps only the rows in which no rounding can switch a ReLU: for
+        those the bounds hold."""
         generator = torch.Generator().manual_seed(options.seed)
 
         def randn(*shape: int) -> Tensor:
@@ -129,8 +117,8 @@ class Case:
         clear = rounding.forward(x, weights, biases, name, arithmetic)[1]
         if not clear.any():
             raise Problem(
-                f"all {options.rows} rows come too near to a kink for {name_of(dtype)}; "
-                "--rows must be larger or --network smaller"
+                f"in all {options.rows} rows a ReLU is too near its kink for {name_of(dtype)}; "
+                "take more --rows or a smaller --network"
             )
         x, target = x[clear], target.to(dtype)[clear]
         activations, _ = rounding.forward(x, weights, biases, name, arithmetic)
@@ -155,7 +143,7 @@ class Case:
             return [y.detach(), *torch.autograd.grad(loss, parameters)]
 
     def is_right(self, results: Sequence[Tensor]) -> bool:
-        # The expected values are computed in float64, and round there too.
+        # The expected values were computed in float64, and have rounding errors too.
         exact = 2 if self.x.dtype is torch.float64 else 1
         return all(
             bool(((result.double() - expected.value).abs() <= exact * expected.bound).all())
@@ -163,7 +151,7 @@ class Case:
         )
 
     def figures(self, results: Sequence[Tensor], native_results: Sequence[Tensor]) -> str:
-        """Error, limit and PyTorch's error of the outputs; then of the gradients."""
+        """Error, limit and PyTorch's error: of the outputs, then of the gradients."""
         errors, limits, natives = [], [], []
         for result, other, expected in zip(results, native_results, self.expected, strict=True):
             unit = ulp(expected.value.abs().max(), self.x.dtype)

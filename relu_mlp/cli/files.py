@@ -1,4 +1,4 @@
-"""A person's files: read whole, replaced whole, and never overwritten unasked."""
+"""The user's files: read whole, replaced whole, and never overwritten without --force."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from . import Problem
 
 
 def read_bytes(path: Path) -> bytes:
-    """What a file or a pipe holds; a `Problem` for what has no end, as /dev/zero."""
+    """The contents of a file or a pipe. Raises a `Problem` for devices such as /dev/zero."""
     try:
         with path.open("rb") as file:
             mode = os.fstat(file.fileno()).st_mode
@@ -29,7 +29,7 @@ def read_text(path: Path) -> str:
     """The text of a file in UTF-8, with or without a byte order mark."""
     data = read_bytes(path)
     try:
-        text, bad = data.decode("utf-8-sig"), data.find(0)  # UTF-8, but no text has it
+        text, bad = data.decode("utf-8-sig"), data.find(0)  # valid in UTF-8, but not in a text
     except UnicodeDecodeError as error:
         text, bad = "", error.start
     if bad >= 0:
@@ -41,9 +41,9 @@ def read_text(path: Path) -> str:
 
 
 def check_absent(paths: Iterable[Path], remedy: str) -> None:
-    """A `Problem` that ends in the remedy, if one of the files is there.
+    """Raises a `Problem`, which ends with the remedy, if one of the files exists.
 
-    A device or a pipe is no file that could be lost.
+    Devices and pipes are ignored: nothing is lost by writing to them.
     """
     for path in paths:
         try:
@@ -59,7 +59,7 @@ def check_absent(paths: Iterable[Path], remedy: str) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder to write to, or says now, and not after an hour, that it can't be."""
+    """Makes a folder, or raises a `Problem` before any work is done for it."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -69,14 +69,13 @@ def make_folder(path: Path) -> None:
 
 
 def write(path: Path, data: bytes) -> None:
-    """Puts a file with these bytes in the place of `path`: whole, or not at all.
+    """Replaces a file by these bytes: all of them, or none.
 
-    It is written under a name of its own beside it, which no other process has,
-    flushed to the disk and renamed. A link stays, and what it points to is replaced.
-    What is no regular file, a device or a pipe, is written to as it is.
+    They go to a temporary file in the same folder, which is flushed to disk and renamed. If
+    `path` is a link, its target is replaced. Devices and pipes are written to directly.
 
     Raises:
-        Problem: if it can't be written; what was there is as it was.
+        Problem: if the file can't be written; then it is unchanged.
     """
     try:
         descriptor = _descriptor_of(path)
@@ -90,19 +89,19 @@ def write(path: Path, data: bytes) -> None:
 
 
 def _descriptor_of(path: Path) -> int | None:
-    """Of an open file to write to, where `path` is nothing to be replaced; else None."""
+    """A descriptor to write to, if `path` can't be replaced by a renamed file; else None."""
     try:
         status = path.stat()
     except FileNotFoundError:
         return None
     if not stat.S_ISREG(status.st_mode):
         return os.open(path, os.O_WRONLY)
-    for descriptor in (1, 2):  # /dev/stdout in front of a file
+    for descriptor in (1, 2):  # such as /dev/stdout, redirected to a file
         with suppress(OSError):
             if os.path.samestat(status, os.fstat(descriptor)):
                 sys.stdout.flush()
                 return os.dup(descriptor)
-    if not os.access(path, os.W_OK):  # the rename would not ask
+    if not os.access(path, os.W_OK):  # a rename ignores the permissions of the file
         raise PermissionError(13, "Permission denied")
     return None
 
@@ -119,7 +118,7 @@ def _replace(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    with suppress(OSError):  # the name as well; not every file system can
+    with suppress(OSError):  # flushes the name too, where the file system can do that
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)

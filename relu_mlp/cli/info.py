@@ -7,7 +7,7 @@ import argparse
 from ..info import BuildInfo, build_info
 from . import Problem
 
-DESCRIPTION = "Say what was built, what will run, and what to do if that is less than it could be."
+DESCRIPTION = "Show what was built, what will run, and how to get what is missing."
 
 EXAMPLE = "relu-mlp info"
 
@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def checked_build_info() -> BuildInfo:
-    """`build_info`; a `Problem` if an environment variable stands in the way."""
+    """`build_info`. Raises a `Problem` if an environment variable has a wrong value."""
     try:
         return build_info()
     except (RuntimeError, ValueError) as error:  # RELU_MLP_ISA, RELU_MLP_BACKEND

@@ -17,12 +17,12 @@ from .table import Table, pandas
 from .task import outputs_of
 
 DESCRIPTION = """\
-Predict the target of another CSV table with what `relu-mlp train` has learnt.
+Predict the target of a CSV table with a network that `relu-mlp train` has trained.
 
-The table must have the columns that the network was trained on, under the same
-names; others do not matter. The predictions stand in the order of its rows: a number
-for each target, or a class and the probability of each. If the table has the target
-too, says how good they are.
+The table must have the columns that the network was trained on, under the same names;
+other columns are ignored. Writes one row for each row of the table, in the same order: a
+number for each target, or a class and the probability of each class. If the table has
+the target too, prints how good the predictions are.
 """
 
 EXAMPLE = "relu-mlp predict --model run/model.pt --data new_houses.csv --out predictions.csv"
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("predictions.csv"),
         metavar="CSV",
-        help="(default: predictions.csv)",
+        help="the predictions (default: predictions.csv)",
     )
     parser.add_argument("--force", action="store_true", help="overwrite --out")
 
@@ -80,7 +80,7 @@ def predict(checkpoint: Checkpoint, table: Table) -> Tensor:
 
 
 def as_columns(checkpoint: Checkpoint, outputs: Tensor) -> dict[str, Any]:
-    """The columns of the predictions by name."""
+    """The predictions as columns, by name."""
     standardization = checkpoint.target_standardization
     if standardization is not None:
         columns = standardization.undo(outputs).T.tolist()
@@ -101,7 +101,7 @@ def as_columns(checkpoint: Checkpoint, outputs: Tensor) -> dict[str, Any]:
 
 
 def print_scores(checkpoint: Checkpoint, table: Table, outputs: Tensor) -> None:
-    """How good the predictions are, if the table's targets can be read."""
+    """Prints how good the predictions are, if the table's targets can be read."""
     try:
         targets = checkpoint.task.read_targets(table)
     except Problem as problem:
@@ -111,6 +111,6 @@ def print_scores(checkpoint: Checkpoint, table: Table, outputs: Tensor) -> None:
     if standardization is not None:
         targets = standardization.apply(targets)
     scores = checkpoint.task.scores(outputs, targets, standardization)
-    del scores["loss"]  # it is in the units of the training
+    del scores["loss"]  # it has the units of the training
     known = [f"{name} {value:.4g}" for name, value in scores.items() if not math.isnan(value)]
     print(f"Compared with the target: {', '.join(known)}")

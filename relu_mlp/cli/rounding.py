@@ -1,4 +1,4 @@
-"""How far rounding may take a network and its gradients from their true values.
+"""Error bounds: how far rounding may move a network's outputs and gradients.
 
 A sum of n products, in any order, in arithmetic of unit roundoff u, is off by at
 most gamma(n) = n u / (1 - n u) times the sum of the absolute values of its terms
@@ -19,11 +19,11 @@ from .. import reference
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """The unit roundoff of a dtype, and that of its sums: float32's for 16-bit dtypes."""
+    """The unit roundoff of a dtype, and that of its sums, which for 16-bit dtypes is float32's."""
 
     u: float
     u_sums: float
-    tiny: float  #: the rounding of a number close to 0
+    tiny: float  #: the rounding error of a number near 0
 
     @classmethod
     def of(cls, dtype: torch.dtype, sums: torch.dtype | None = None) -> Arithmetic:
@@ -34,7 +34,7 @@ class Arithmetic:
 
 @dataclass(frozen=True)
 class Bounded:
-    """Values in float64, and how far a computation may be off from them."""
+    """Values in float64, and how far a computation in another dtype may be from them."""
 
     value: Tensor
     bound: Tensor
@@ -80,10 +80,10 @@ def forward(
     activation: str,
     a: Arithmetic,
 ) -> tuple[list[Bounded], Tensor]:
-    """x, the hidden activations and y with bounds, and which rows are clear.
+    """x, the hidden activations and y, with bounds; and which rows are clear.
 
-    A row is clear if rounding can't switch any of its ReLUs; the bounds hold where
-    all rows are.
+    A row is clear if rounding can't switch any of its ReLUs. The bounds hold if all rows
+    are clear.
 
     Args:
         x: (rows, in_features).
@@ -98,14 +98,14 @@ def forward(
             z = z.where(z.value > 0)
         activations.append(z)
     if activation in STEEPEST:
-        # PyTorch's functions are good to a few roundings.
+        # The error of PyTorch's functions is a few roundings.
         value = reference.ACTIVATIONS[activation](z.value)
         y = Bounded(value, STEEPEST[activation][0] * z.bound).stored(a, roundings=4)
         activations[-1] = y
     return activations, clear
 
 
-#: The largest |phi'|, and the largest |d phi' / d y| with phi' written in y.
+#: The largest |phi'(z)|, and the largest |d phi' / d y| with phi' as a function of y.
 STEEPEST = {"sigmoid": (0.25, 1.0), "tanh": (1.0, 2.0)}
 
 
@@ -116,10 +116,10 @@ def gradients(
     activation: str,
     a: Arithmetic,
 ) -> list[Bounded]:
-    """The gradients of the sum of squared errors: of all weights, then of all biases.
+    """The gradients of the sum of squared errors: for all weights, then for all biases.
 
     Args:
-        activations: as `forward` returns them, all rows clear.
+        activations: as `forward` returns them; all rows must be clear.
         target: (rows, out_features).
     """
     y = activations[-1]

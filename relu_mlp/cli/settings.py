@@ -1,4 +1,4 @@
-"""What `relu-mlp train` can be told, by the names of its flags, and which values there are."""
+"""The settings of `relu-mlp train`, by the names of its flags: defaults and allowed values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
-#: Their classes, their own settings, and what they keep for each parameter.
+#: The class of each optimizer, its defaults, and its state for each parameter.
 OPTIMIZERS: dict[str, tuple[Any, dict[str, float], tuple[str, ...]]] = {
     "adam": (torch.optim.Adam, {"lr": 1e-3, "weight_decay": 0}, ("exp_avg", "exp_avg_sq")),
     "adamw": (torch.optim.AdamW, {"lr": 1e-3, "weight_decay": 1e-2}, ("exp_avg", "exp_avg_sq")),
@@ -19,7 +19,7 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, float], tuple[str, ...]]] = {
     ),
 }
 
-#: None: the optimizer's own
+#: None stands for the default of the optimizer.
 DEFAULTS: dict[str, Any] = {
     "hidden": [64, 64],
     "dtype": "float32",
@@ -32,16 +32,16 @@ DEFAULTS: dict[str, Any] = {
     "weight_decay": None,
 }
 
-#: What a training that is resumed can't change: what its parameters and its rows depend on.
+#: Settings that a resumed training can't change: its parameters and its rows depend on them.
 FIXED = ("hidden", "dtype", "optimizer", "seed", "validation")
 
-#: The least and the largest of what is a number.
+#: The smallest and largest values of the numbers.
 WHOLE = {"seed": (0, 2**63 - 1), "epochs": (1, 2**31 - 1), "batch_size": (1, 2**31 - 1)}
 REAL = {"validation": (0.001, 0.999), "lr": (1e-30, 1e6), "weight_decay": (0.0, 1e6)}
 
 
 def is_setting(name: str, value: Any) -> bool:
-    """Whether a training can have that value under that name; of a file, any object may come."""
+    """Whether a setting may have a value, which may be any object that a file holds."""
     if name == "hidden":
         return isinstance(value, list) and all(is_whole(width, 1, 2**31 - 1) for width in value)
     if name == "dtype":

@@ -1,4 +1,4 @@
-"""A person's CSV table: its numbers and labels, and where in the file they stand."""
+"""The user's CSV table: its numbers and labels, and their places in the file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from . import Problem, needs
 from .files import read_text
 
-#: Sums of squares of smaller numbers are finite.
+#: The largest number allowed: sums of its square are finite.
 LARGEST = 1e100
 
 
@@ -28,12 +28,12 @@ def pandas() -> Any:
 
 
 def listed(values: Sequence[Any], most: int = 8) -> str:
-    """The first few of a list that may be long."""
+    """The first few entries of a list, as text."""
     return ", ".join([*map(str, values[:most]), *["..."] * (len(values) > most)])
 
 
 def records(text: str) -> Iterator[tuple[int, list[str]]]:
-    """(number of its first line, fields) of each record that is not blank, as pandas counts."""
+    """(number of the first line, fields) of each record. Blank lines don't count, as in pandas."""
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))
     last = ""
 
@@ -46,29 +46,29 @@ def records(text: str) -> Iterator[tuple[int, list[str]]]:
     reader = csv.reader(lines(), skipinitialspace=True)
     line = 1
     for fields in reader:
-        if last.strip(" \t\r\n"):  # a pair of quotes is an empty value, no blank line
+        if last.strip(" \t\r\n"):  # a pair of quotes is an empty value, not a blank line
             yield line, fields
         line = reader.line_num + 1
 
 
 @dataclass(frozen=True)
 class Table:
-    """The columns of a CSV file that have names, and at least one row of them."""
+    """The named columns of a CSV file, with at least one row."""
 
     path: Path
-    text: str  #: of the file
+    text: str  #: the contents of the file
     cells: Any  #: a pandas.DataFrame
-    nameless: int  #: how many columns were left out because they have no name
+    nameless: int  #: the number of columns that were left out because they have no name
 
     @classmethod
     def read(cls, path: Path) -> Table:
-        """Reads values separated by commas, in UTF-8, whose first line names the columns.
+        """Reads comma-separated values in UTF-8. The first line has the names of the columns.
 
-        Blank lines do not count. What pandas takes for a missing value is missing.
+        Blank lines don't count. Missing values are what pandas takes for missing.
 
         Raises:
-            Problem: if there is no such file or it can't be read so, if two
-                columns have one name, or if there are no rows.
+            Problem: if the file is missing or is not such a table, if two columns have the
+                same name, or if there are no rows.
         """
         text = read_text(path)
         cells = parse(path, text)
@@ -76,7 +76,7 @@ class Table:
         if len(header) == 1 and any(separator in header[0] for separator in ";\t|"):
             raise Problem(f"{path}: expected commas between the names, got {header[0]!r}")
         names = [name.strip() for name in header]
-        if len(names) != cells.shape[1]:  # a lone \r, which not all take for the end of a line
+        if len(names) != cells.shape[1]:  # a lone \r, which is not always an end of line
             raise Problem(
                 f"{path}: expected a CSV table, got: {len(names)} or {cells.shape[1]} names in "
                 "its first line, depending on how lines end"
@@ -100,7 +100,7 @@ class Table:
         return list(self.cells.columns)
 
     def require(self, names: Sequence[str], why: str) -> None:
-        """A `Problem` if a column is missing; `why` says who wants it: "which --target names"."""
+        """Raises a `Problem` if a column is missing; `why` is, say, "which --target names"."""
         for name in names:
             if name not in self.cells.columns:
                 close = difflib.get_close_matches(name, self.names, 1)
@@ -108,19 +108,19 @@ class Table:
                 raise Problem(f"{self.path} has no column {name!r}, {why}; {hint}")
 
     def line(self, row: int) -> int:
-        """The number of a row's first line in the file, from 1 on."""
+        """The number of a row's first line in the file. The first line of the file is 1."""
         return next(itertools.islice(records(self.text), row + 1, None))[0]
 
     def at(self, row: int, name: str) -> str:
-        """Where a cell stands in the file, for a message."""
+        """The place of a cell in the file, for a message."""
         return f"{self.path}, line {self.line(row)}, column {name!r}"
 
     def numbers(self, names: Sequence[str], remedy: str = "") -> Tensor:
         """(rows, len(names)) in float64; true and false are 1 and 0.
 
         Raises:
-            Problem: at the first cell of a column that is not a number from
-                -`LARGEST` to `LARGEST`; `remedy` is added to it.
+            Problem: for the first cell of a column that is not a number from -`LARGEST`
+                to `LARGEST`; it ends with `remedy`.
         """
         return torch.stack([self._numbers(name, remedy) for name in names], 1)
 
@@ -145,10 +145,10 @@ class Table:
     def labels(self, name: str) -> list[Any]:
         """The values of a column: all str, all bool, all int, or all float.
 
-        Numbers are int if all of them are whole.
+        Numbers are int if all of them are integers.
 
         Raises:
-            Problem: at the first cell that is missing or infinite.
+            Problem: for the first cell that is missing or infinite.
         """
         column = self.cells[name]
         missing = column.isna()
@@ -174,9 +174,9 @@ def parse(path: Path, text: str) -> Any:
         try:
             return pd.read_csv(
                 io.StringIO(text),
-                index_col=False,  # a line with one value more does not begin with an index
+                index_col=False,  # otherwise a line with one more value would begin with an index
                 skipinitialspace=True,
-                low_memory=False,  # one type for a column, not one for each chunk of it
+                low_memory=False,  # one type for a column, not one for each chunk
             )
         except pd.errors.EmptyDataError:
             raise Problem(f"{path}: expected the names of columns, got an empty file") from None

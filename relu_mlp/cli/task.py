@@ -1,4 +1,4 @@
-"""What is learnt from a table: which columns from which, and how good it came out."""
+"""The task: the columns to predict, those to predict them from, and the scores."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from . import Problem
 from .table import Table
 
-#: A target of whole numbers with more values than these is regression.
+#: A target of integers with more different values than this is a regression.
 MOST_CLASSES = 20
 
-#: Rows that go through a network together where there is no backward pass.
+#: The rows of one forward pass, if there is no backward pass.
 ROWS_AT_ONCE = 65536
 
 
@@ -36,7 +36,7 @@ class Standardization:
     def of(cls, x: Tensor) -> Standardization:
         """Mean and standard deviation of (rows, columns); the scale of a constant column is 1."""
         scale = x.std(0, correction=0)
-        # By comparison, because the standard deviation of a constant need not round to 0.
+        # Compared, because the standard deviation of a constant may round to something else than 0.
         return cls(x.mean(0), scale.masked_fill(is_constant(x) | (scale == 0), 1))
 
     def apply(self, x: Tensor) -> Tensor:
@@ -48,11 +48,11 @@ class Standardization:
 
 @dataclass(frozen=True)
 class Task:
-    """The columns, and the classes of a classification."""
+    """Features, targets, and the classes of a classification."""
 
     features: list[str]
     targets: list[str]
-    classes: list[Any] | None  #: all str, bool, int or float, in order; None for a regression
+    classes: list[Any] | None  #: all str, bool, int or float, sorted; None for a regression
 
     @property
     def kind(self) -> str:
@@ -64,7 +64,7 @@ class Task:
         return len(self.targets if self.classes is None else self.classes)
 
     def read_targets(self, table: Table) -> Tensor:
-        """(rows, targets) in float64, or for a classification (rows,) in int64."""
+        """(rows, targets) in float64; for a classification (rows,) in int64."""
         if self.classes is None:
             return table.numbers(self.targets)
         (target,) = self.targets
@@ -79,7 +79,7 @@ class Task:
         return torch.tensor(labels)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Cross entropy, or mean squared error of what is standardized; at least in float32."""
+        """Cross entropy, or the mean squared error of standardized targets; at least in float32."""
         outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
         if self.classes is not None:
             return F.cross_entropy(outputs, targets)
@@ -92,13 +92,12 @@ class Task:
 
         Args:
             outputs: (rows, outputs) in float64.
-            targets: as `read_targets` gives them, those of a regression standardized.
-            standardization: of the targets, whose units the RMSE is in.
+            targets: as `read_targets` returns them, for a regression standardized.
+            standardization: that of the targets; it gives the RMSE its units.
 
         Returns:
-            "loss" and "accuracy"; or "loss", "r2" (the mean over the targets;
-            NaN if one is the same in all rows) and "rmse", or "rmse_NAME" for
-            each if there are several.
+            "loss" and "accuracy"; or "loss", "r2" (the mean over the targets, NaN if one
+            is constant) and "rmse", or "rmse_NAME" for each of several targets.
         """
         scores = {"loss": self.loss(outputs, targets).item()}
         if standardization is None:
@@ -114,10 +113,10 @@ class Task:
 def choose_classes(
     table: Table, targets: Sequence[str], kind: str | None
 ) -> tuple[list[Any] | None, str]:
-    """The classes, or None for a regression, and why.
+    """The classes, or None for a regression; and the reason.
 
-    Text, and true and false, are classes. Whole numbers are if there are at most
-    `MOST_CLASSES` different ones. `kind` overrides.
+    Text and booleans are classes. Integers are classes if there are at most
+    `MOST_CLASSES` different ones. `kind` overrides this.
     """
     if kind == "regression":
         return None, "--task says so"

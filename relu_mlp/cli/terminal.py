@@ -1,4 +1,4 @@
-"""The streams of a command: neither a character nor a reader that left may end its work."""
+"""Output streams on which no character and no closed pipe ends a command."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 
 
 class Output:
-    """A text stream that takes every character, and goes on without its reader.
+    """A text stream that accepts every character, and survives a failed write.
 
-    What its encoding lacks is written as an escape. After a write that failed the
-    rest is dropped: the files of a long run are worth more than its lines.
+    Characters that the encoding lacks are written as escapes. After a failed write, all
+    further output is dropped: the files of a long run are worth more than its messages.
     """
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
-        self.error: OSError | None = None  #: of the first write that failed
+        self.error: OSError | None = None  #: from the first write that failed
 
     def __getattr__(self, name: str) -> Any:  # isatty, encoding, ...
         return getattr(self.stream, name)
@@ -43,7 +43,7 @@ class Output:
                 self._give_up(error)
 
     def check(self) -> None:
-        """Raises what kept the lines from being read; a reader that has seen enough is no error."""
+        """Raises the error of a failed write, unless the reader has merely closed the pipe."""
         self.flush()
         if self.error is not None and self.error.errno != errno.EPIPE:
             reason = self.error.strerror or str(self.error)
@@ -51,7 +51,7 @@ class Output:
 
     def _give_up(self, error: OSError) -> None:
         self.error = error
-        # What is left in the buffer is written when the process ends, and must not fail then.
+        # The rest of the buffer is written when the process ends. That must not fail again.
         with suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.stream.fileno())
@@ -60,7 +60,7 @@ class Output:
 
 @contextmanager
 def forgiving() -> Iterator[Output]:
-    """sys.stdout and sys.stderr as `Output`, also where they are closed; yields the first."""
+    """Makes sys.stdout and sys.stderr an `Output`, also if they are closed. Yields the first."""
     saved = sys.stdout, sys.stderr
     out, err = (Output(io.StringIO() if stream is None else stream) for stream in saved)
     sys.stdout, sys.stderr = out, err

@@ -1,4 +1,4 @@
-"""The training of `relu-mlp train`, epoch by epoch, from the start or from a checkpoint."""
+"""The training of `relu-mlp train`, epoch by epoch, from scratch or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .task import Standardization, Task, is_constant, outputs_of
 def check_device(device: str, dtype: str) -> None:
     try:
         torch.zeros(1, device=device, dtype=getattr(torch, dtype)).item()
-    except (RuntimeError, AssertionError, TypeError) as error:  # each device has its own
+    except (RuntimeError, AssertionError, TypeError) as error:  # the class depends on the device
         reason = str(error).splitlines()[0]
         raise Problem(f"--device {device} can't be used with {dtype}: {reason}") from None
 
@@ -26,11 +26,11 @@ class Part(NamedTuple):
     """Rows to train or to validate on."""
 
     x: Tensor  #: (rows, features), standardized
-    targets: Tensor  #: as `Task.read_targets` gives them, those of a regression standardized
+    targets: Tensor  #: as `Task.read_targets` returns them, for a regression standardized
 
 
 class Training:
-    """A network on its way, with all that the rest of the way depends on."""
+    """A network in training, with everything that the next epochs depend on."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class Training:
         self.read(resumed)
         self.net = (resumed.network() if resumed else make_network(task, settings)).to(device)
         parameters = list(self.net.parameters())
-        #: An update is often too small for 16 bits: there, it goes to a copy in float32.
+        #: Float32 copies of 16-bit parameters, which are too coarse for most updates.
         self.master_weights = (
             [parameter.detach().float() for parameter in parameters]
             if settings["dtype"] in ("bfloat16", "float16")
@@ -61,7 +61,7 @@ class Training:
             self.restore(resumed)
 
     def read(self, resumed: Checkpoint | None) -> None:
-        """The rows of the table, standardized: some to train, some to validate on."""
+        """Reads and standardizes the rows of the table, and splits them into two parts."""
         path, task = self.table.path, self.task
         features = self.table.numbers(task.features, "; --ignore leaves a column out")
         targets = task.read_targets(self.table)
@@ -94,7 +94,7 @@ class Training:
     def restore(self, checkpoint: Checkpoint) -> None:
         for weight, saved in zip(self.master_weights, checkpoint.master_weights, strict=True):
             weight.copy_(saved)
-        # Its state; the settings are those of this training.
+        # The optimizer's state. Its settings are those of this training.
         state = {**self.optimizer.state_dict(), "state": copied(checkpoint.optimizer["state"])}
         self.optimizer.load_state_dict(state)
         self.generator.set_state(checkpoint.generator)
@@ -113,7 +113,7 @@ class Training:
 
     @torch.no_grad()
     def step(self) -> None:
-        """A step of the optimizer, for a network in 16 bits by way of float32."""
+        """A step of the optimizer. For a 16-bit network it updates the float32 copies."""
         for master, parameter in zip(self.master_weights, self.net.parameters(), strict=False):
             assert parameter.grad is not None
             master.grad = parameter.grad.float()
@@ -153,7 +153,7 @@ class Training:
 
 
 def copied(value: Any) -> Any:
-    """A state_dict, or a part of one, whose tensors are its own and on the CPU."""
+    """A copy of a state_dict, or of a part of one, on the CPU."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):

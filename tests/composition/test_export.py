@@ -106,7 +106,8 @@ def nodes(program):
             for path, kind in (node.meta.get("nn_module_stack") or {}).values()
         ]
         modules = [
-            (p, k.replace("relu_mlp.patching.FusedSequential", SEQUENTIAL)) for p, k in modules
+            (p, k.replace("relu_mlp.fusion.sequential.FusedSequential", SEQUENTIAL))
+            for p, k in modules
         ]
         sources = node.meta.get("source_fn_stack", [])
         described.append(
@@ -115,6 +116,7 @@ def nodes(program):
     return described, signature.input_specs, signature.output_specs
 
 
+FUSED_SEQUENTIAL = "relu_mlp.fusion.sequential.FusedSequential"
 SEQUENTIAL = "torch.nn.modules.container.Sequential"
 
 #: name: (what is exported, the module of PyTorch's layers that it stands for)

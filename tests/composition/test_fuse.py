@@ -363,7 +363,7 @@ def test_the_report():
     assert str(report) == textwrap.dedent("""\
         replaced: 7
           plain              Sequential  ReluMLP: 0 to 2 as one operator
-          dropped            Sequential  FusedSequential: 0 to 3 as one operator; natively in training, for a Dropout has p = 0.25
+          dropped            Sequential  FusedSequential: 0 to 3 as one operator; native in training, because a Dropout has p = 0.25
           parts              Sequential  FusedSequential: 10 to 12, 14 to 17 as one operator each
           experts.experts.0  Sequential  ReluMLP: 0 to 2 as one operator
           experts.experts.1  Sequential  ReluMLP: 0 to 2 as one operator
@@ -642,7 +642,7 @@ def test_the_report_names_linears_of_another_class(make, kind):
     assert report.left
     for entry in report.left:
         if kind is OwnLinear:
-            assert f"is no nn.Linear but a {__name__}.OwnLinear" in entry.reason
+            assert f"is not an nn.Linear but a {__name__}.OwnLinear" in entry.reason
         else:
             assert "is a subclass of Linear" in entry.reason
 

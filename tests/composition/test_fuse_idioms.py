@@ -438,8 +438,8 @@ def test_a_method_of_tensors_that_somebody_patched(backend, monkeypatch):
     ("body", "before", "reason"),
     [
         ("return type(self)", "", "its forward asks for the class of its object"),
-        ("self = self", "", "its forward may give the name of its object to something else"),
-        ("return x", "@functools.lru_cache", "its forward is no plain function"),
+        ("self = self", "", "its forward may rebind the name of its object"),
+        ("return x", "@functools.lru_cache", "its forward is not a plain function"),
         ("return x", "@unknown_decorator", "its forward has a decorator that may do anything"),
         ("return x", "@self_aware_decorator", "its forward computes no self.fc2(relu(self.fc1"),
     ],

@@ -19,7 +19,8 @@ from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import support
-from relu_mlp import fuse, register_fusion, rules, unfuse
+from relu_mlp import FusedSequential, fuse, register_fusion, unfuse
+from relu_mlp.fusion import rules
 from support.fusing import compiled, fused_like, make_exact, run, same
 
 # -- nn.Transformer -------------------------------------------------------------------------
@@ -93,7 +94,7 @@ def test_dropout_in_training_drops_the_same(backend, kind):
     inputs = sequences(kind)
     expected = run(model, *inputs)
     (entry,) = fuse(model, report=True).replaced
-    assert entry.note.endswith("natively in training, for a Dropout has p = 0.5")
+    assert entry.note.endswith("native in training, because a Dropout has p = 0.5")
     with support.count_calls() as calls:
         actual = run(model, *inputs)
     assert calls["forward"] == calls["backward"] == 0
@@ -494,11 +495,12 @@ def test_reasons():
 
     assert left(lambda m: m.fc1.register_forward_pre_hook(print)) == "its fc1 carries a hook"
     assert left(lambda m: setattr(m, "act", nn.GELU())) == "its act is GELU"
-    assert left(lambda m: m.__delattr__("fc2")) == "its fc2 is no Linear but None"
-    assert left(lambda m: setattr(m, "dropout", nn.ReLU())) == "its dropout is no Dropout but ReLU"
+    assert left(lambda m: m.__delattr__("fc2")) == "its fc2 is not a Linear but None"
+    not_dropout = "its dropout is not a Dropout but ReLU"
+    assert left(lambda m: setattr(m, "dropout", nn.ReLU())) == not_dropout
     assert left(lambda m: setattr(m, "forward", print)) == "has a forward of its own"
     assert left(lambda m: setattr(m, "fc1", MyLinear(3, 5))) == "its fc1 is a subclass of Linear"
-    assert left(lambda m: setattr(m, "fc2", nn.ReLU())) == "its fc2 is no Linear but ReLU"
+    assert left(lambda m: setattr(m, "fc2", nn.ReLU())) == "its fc2 is not a Linear but ReLU"
 
     class Missing(Own):
         pass
@@ -506,7 +508,7 @@ def test_reasons():
     path = f"{Missing.__module__}.{Missing.__qualname__}"
     register_fusion(path, ["fc1", "fc2"], method="missing")
     (entry,) = fuse(Missing(), report=True).left
-    assert entry.reason == "has no missing, which its rule names"
+    assert entry.reason == "has no method missing, which its rule names"
 
 
 class Stubborn(Own):
@@ -762,3 +764,11 @@ def test_torch_compile(backend, name):
     assert all(p.grad is not None for n, p in model.named_parameters() if "fc3" not in n)
     if name == "own":
         assert model.calls == 3
+
+
+def test_whole_models_that_earlier_versions_pickled():
+    """They name a class and a function by the modules that these were in."""
+    assert pickle.loads(b"crelu_mlp.patching\nFusedSequential\n.") is FusedSequential
+    original = "torch.nn.modules.transformer\nTransformerEncoderLayer"
+    new = pickle.loads(f"crelu_mlp.rules\n_new\n(c{original}\ntR.".encode())
+    assert type(new).__name__ == "FusedTransformerEncoderLayer"

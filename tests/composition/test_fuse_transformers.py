@@ -99,7 +99,7 @@ def test_t5_with_one_layer_kept_in_float32(backend):
     x = torch.randint(-2, 3, (2, 4, 3)).bfloat16()
     expected = run(model, x)
     (entry,) = fuse(model, report=True).replaced
-    assert entry.note.endswith("natively without autocast, for the dtypes of the Linears differ")
+    assert entry.note.endswith("native without autocast, because the dtypes of the Linears differ")
     assert same(run(model, x), expected)
     model.wo.bfloat16()
     with support.count_calls() as calls:

@@ -106,7 +106,7 @@ def text_of(traced):
     """A trace's graph, its modules' and its nodes' names and scopes, the places in Python too."""
     text = f"{traced.graph}{traced.inlined_graph}"
     text = re.sub(r"\.___torch_mangle_\d+", "", text)
-    for ours in ("relu_mlp.modules.ReluMLP", "relu_mlp.patching.FusedSequential"):
+    for ours in ("relu_mlp.modules.ReluMLP", "relu_mlp.fusion.sequential.FusedSequential"):
         text = text.replace(ours, "torch.nn.modules.container.Sequential")
     return text
 

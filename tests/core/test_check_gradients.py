@@ -12,8 +12,10 @@ from torch import nn
 
 import relu_mlp
 import support
-from relu_mlp import GradientReport, check_gradients, differences
-from relu_mlp.gradient_report import HEAD, ulp
+from relu_mlp import GradientReport, check_gradients
+from relu_mlp.gradient_checks import differences
+from relu_mlp.gradient_checks.diagnosis import ulp
+from relu_mlp.gradient_checks.report import HEAD
 from support import make_case_with_target
 from support.bad_arguments import (
     NETWORKS,
@@ -1099,8 +1101,8 @@ INPUTS = {
     "None": (None, TypeError, ["inputs", "sequence", "NoneType"]),
     "a number among them": ([3.0], TypeError, ["p", "Tensor", "float"]),
     "an array by name": ({"p": np.ones(3)}, TypeError, ["p", "Tensor", "ndarray"]),
-    "none": ([], ValueError, ["inputs", "floating point", "none"]),
-    "integers": ([torch.arange(3)], ValueError, ["inputs", "floating point", "none"]),
+    "none": ([], ValueError, ["inputs", "floating-point", "none"]),
+    "integers": ([torch.arange(3)], ValueError, ["inputs", "floating-point", "none"]),
 }
 
 
@@ -1228,7 +1230,7 @@ def test_of_a_large_parameter_4096_elements_have_a_numerical_gradient():
 def test_large_parameters(monkeypatch, shape):
     """The elements that have one are spread over all rows and columns, and the others are
     compared as well."""
-    monkeypatch.setattr(differences, "MOST_ELEMENTS", 32)
+    monkeypatch.setattr(differences, "MAX_ELEMENTS", 32)
     gradient, p = draw(*shape), torch.zeros(shape)
     report = check_gradients(lambda p: (p * gradient).sum(), [p], lambda p: gradient)
     has_one = ~of(report)["p"].numerical.isnan()

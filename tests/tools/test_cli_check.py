@@ -93,8 +93,11 @@ def test_a_wrong_small_gradient_has_status_1(monkeypatch, capsys):
     [
         (["--rows", "0"], "--rows: expected an integer of at least 1, got '0'"),
         (["--network", "3", "x"], "--network: expected an integer of at least 1, got 'x'"),
-        (["--network", "3"], "--network must name two widths or more"),
-        (["--network", "8", "512", "512", "4", "--rows", "2"], "all 2 rows come too near to a"),
+        (["--network", "3"], "--network must have at least two widths"),
+        (
+            ["--network", "8", "512", "512", "4", "--rows", "2"],
+            "in all 2 rows a ReLU is too near its kink",
+        ),
     ],
 )
 def test_bad_arguments_have_status_2(arguments, said, capsys):

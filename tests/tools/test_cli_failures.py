@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from relu_mlp import cli
-from relu_mlp.bench import report, suite
-from relu_mlp.cli import files, info, train
-from relu_mlp.cli.checkpoint import Checkpoint, check_seal, sealed
+from relu_mlp.cli import files, info, train_output
+from relu_mlp.cli.bench import report, suite
+from relu_mlp.cli.checkpoint import Checkpoint
+from relu_mlp.cli.seal import check_seal, sealed
 
 pandas = pytest.importorskip("pandas")
 
@@ -27,7 +28,9 @@ TRAIN = "train --data t.csv --target y --hidden 4 --epochs 1"
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "draw", lambda checkpoint, path: files.write(path, b"a picture"))
+    monkeypatch.setattr(
+        train_output, "draw", lambda checkpoint, path: files.write(path, b"a picture")
+    )
     Path("t.csv").write_text("a,b,y\n" + ROWS)
 
 
@@ -37,7 +40,7 @@ def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(train, "draw", lambda checkpoint, path: None)
+        patch.setattr(train_output, "draw", lambda checkpoint, path: None)
         Path("t.csv").write_text("a,b,y\n" + ROWS)
         assert cli.main(TRAIN.split()) == 0
         assert cli.main([*TRAIN.split(), *["--task", "classification", "--out", "classes"]]) == 0
@@ -250,7 +253,7 @@ def test_a_flipped_bit_of_a_value_is_seen_without_a_seal(checkpoints):
         damaged[place] ^= 1
         torch.load(io.BytesIO(damaged), weights_only=True)  # says nothing
         Path("model.pt").write_bytes(damaged)
-        with pytest.raises(cli.Problem, match="a damaged one: its checksums are others"):
+        with pytest.raises(cli.Problem, match="a damaged one: its checksums are not"):
             Checkpoint.load(Path("model.pt"))
         found += 1
     assert found == 4

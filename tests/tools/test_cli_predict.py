@@ -11,7 +11,7 @@ import torch
 import relu_mlp
 import support
 from relu_mlp import cli, ops, reference
-from relu_mlp.cli import train
+from relu_mlp.cli import train_output
 
 pandas = pytest.importorskip("pandas")
 
@@ -22,7 +22,7 @@ SMALL = ["--data", "table.csv", "--target", "y", "--hidden", "4", "3", "--epochs
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "draw", lambda checkpoint, path: None)
+    monkeypatch.setattr(train_output, "draw", lambda checkpoint, path: None)
 
 
 @pytest.fixture
@@ -283,9 +283,9 @@ COMPLAINTS = {
     "a state_dict": IS_NOT + "a bare state_dict, without names of columns and scales",
     "an empty dict": IS_NOT + f"one of another format; relu-mlp {relu_mlp.__version__} reads 1",
     "a newer one": IS_NOT + f"one of another format; relu-mlp {relu_mlp.__version__} reads 1",
-    "one field more": IS_NOT + "one whose fields are others",
-    "one field": IS_NOT + "one whose fields are others",
-    "no settings": IS_NOT + "one whose fields are others",
+    "one field more": IS_NOT + "one with other fields",
+    "one field": IS_NOT + "one with other fields",
+    "no settings": IS_NOT + "one with other fields",
     "other weights": ": expected parameters of the network that it describes, got another's",
 }
 

@@ -12,12 +12,12 @@ import torch
 import relu_mlp
 import support
 from relu_mlp import cli
-from relu_mlp.cli import checkpoint, info, train
+from relu_mlp.cli import checkpoint, info, train, train_output
 from relu_mlp.cli.training import Training
 
 pandas = pytest.importorskip("pandas")
 
-DRAW = train.draw
+DRAW = train_output.draw
 SMALL = ["--data", "table.csv", "--target", "y", "--hidden", "4", "--epochs", "4"]
 
 
@@ -25,7 +25,7 @@ SMALL = ["--data", "table.csv", "--target", "y", "--hidden", "4", "--epochs", "4
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # Pictures take longer than these trainings; who wants one puts DRAW back.
-    monkeypatch.setattr(train, "draw", lambda checkpoint, path: path.write_text("a picture"))
+    monkeypatch.setattr(train_output, "draw", lambda checkpoint, path: path.write_text("a picture"))
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def test_16_bits_take_updates_that_would_round_away(table):
 @pytest.mark.parametrize("device", ["cpu"] + ["cuda"] * torch.cuda.is_available())
 def test_training_is_by_the_fused_operators(device, backend, table, monkeypatch):
     known = relu_mlp.build_info()  # an operator too, but not one to be counted
-    monkeypatch.setattr(train, "checked_build_info", lambda: known)
+    monkeypatch.setattr(train_output, "checked_build_info", lambda: known)
     with support.count_calls() as counts:
         assert run(*SMALL, "--batch-size", 8, "--device", device) == 0
     # 16 rows to train on are 2 batches; both parts are evaluated; 4 epochs
@@ -195,7 +195,7 @@ def test_the_start_is_that_of_a_sequential_with_the_seed(table):
 
 
 def test_writes_a_table_and_a_picture_of_the_curves(table, monkeypatch, capsys):
-    monkeypatch.setattr(train, "draw", DRAW)
+    monkeypatch.setattr(train_output, "draw", DRAW)
     assert run(*SMALL) == 0
     assert "Wrote run/model.pt, run/curves.csv, run/curves.png" in capsys.readouterr().out
     with open("run/curves.csv", newline="") as file:
@@ -506,7 +506,7 @@ NO_FILE = "table.csv can't be read: No such file or directory"
             [],
             "table.csv: expected a name for each column, got 'a' 2 times",
         ),
-        (b"y\n1\n2\n", [], "table.csv: expected columns beside the target, got none"),
+        (b"y\n1\n2\n", [], "table.csv: expected columns besides the target, got none"),
         (
             b"a;b;y\n1;2;3\n",
             [],
@@ -564,7 +564,7 @@ def test_refuses_a_bad_table(content, flags, expected, tmp_path, capsys):
             "table.csv has no column 'A', which --columns names; it has a, b, y",
         ),
         (["--columns", "a", "y"], "--columns: expected features, got the target 'y'"),
-        (["--ignore", "a", "b"], "table.csv: expected columns beside the target, got none"),
+        (["--ignore", "a", "b"], "table.csv: expected columns besides the target, got none"),
         (
             ["--target", "y", "a", "--task", "classification"],
             "--target: expected one column for classification, got 2",
@@ -575,19 +575,19 @@ def test_refuses_a_bad_table(content, flags, expected, tmp_path, capsys):
         (["--out", "table.csv"], "the folder table.csv can't be made: File exists"),
         (["--out", "table.csv/run"], "the folder table.csv/run can't be made: Not a directory"),
         (["--resume"], "run/model.pt can't be read: No such file or directory"),
-        (["--epochs", "0"], "--epochs: expected a whole number from 1 on, got '0'"),
-        (["--epochs", "ten"], "--epochs: expected a whole number from 1 on, got 'ten'"),
-        (["--batch-size", "0"], "--batch-size: expected a whole number from 1 on, got '0'"),
-        (["--hidden", "8", "0"], "--hidden: expected a whole number from 1 on, got '0'"),
-        (["--hidden", "8", "-1"], "--hidden: expected a whole number from 1 on, got '-1'"),
+        (["--epochs", "0"], "--epochs: expected an integer of at least 1, got '0'"),
+        (["--epochs", "ten"], "--epochs: expected an integer of at least 1, got 'ten'"),
+        (["--batch-size", "0"], "--batch-size: expected an integer of at least 1, got '0'"),
+        (["--hidden", "8", "0"], "--hidden: expected an integer of at least 1, got '0'"),
+        (["--hidden", "8", "-1"], "--hidden: expected an integer of at least 1, got '-1'"),
         (["--validation", "0"], "--validation: expected a number from 0.001 to 0.999, got '0'"),
         (["--validation", "1"], "--validation: expected a number from 0.001 to 0.999, got '1'"),
         (["--validation", "half"], "--validation: expected a number from 0.001 to 0.999, got 'ha"),
         (["--lr", "-1"], "--lr: expected a number from 1e-30 to 1e+06, got '-1'"),
         (["--lr", "nan"], "--lr: expected a number from 1e-30 to 1e+06, got 'nan'"),
         (["--weight-decay", "inf"], "--weight-decay: expected a number from 0 to 1e+06, got"),
-        (["--seed", "-1"], "--seed: expected a whole number from 0 to 2**63, got '-1'"),
-        (["--seed", str(2**63)], "--seed: expected a whole number from 0 to 2**63, got"),
+        (["--seed", "-1"], "--seed: expected an integer from 0 to 2**63 - 1, got '-1'"),
+        (["--seed", str(2**63)], "--seed: expected an integer from 0 to 2**63 - 1, got"),
         (["--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
         (["--optimizer", "lbfgs"], "--optimizer: invalid choice: 'lbfgs'"),
         (["--columns", "a", "--ignore", "b"], "--ignore: not allowed with argument --columns"),
@@ -613,18 +613,18 @@ def test_refuses_a_folder_that_cannot_be_written_to(table, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "flags, expected",
     [
-        (["--hidden", "5"], "it has --hidden 4, asked for was --hidden 5"),
-        (["--hidden"], "it has --hidden 4, asked for was --hidden "),
-        (["--dtype", "float64"], "it has --dtype float32, asked for was --dtype float64"),
-        (["--optimizer", "sgd"], "it has --optimizer adam, asked for was --optimizer sgd"),
-        (["--seed", "1"], "it has --seed 0, asked for was --seed 1"),
-        (["--validation", "0.3"], "it has --validation 0.2, asked for was --validation 0.3"),
-        (["--target", "a"], "it has --target y, asked for was --target a"),
-        (["--columns", "b", "a"], "it has --columns a b, asked for was --columns b a"),
-        (["--ignore", "b"], "it has --columns a b, asked for was --columns a"),
+        (["--hidden", "5"], "it has --hidden 4, but --hidden 5 was asked for"),
+        (["--hidden"], "it has --hidden 4, but --hidden was asked for"),
+        (["--dtype", "float64"], "it has --dtype float32, but --dtype float64 was asked for"),
+        (["--optimizer", "sgd"], "it has --optimizer adam, but --optimizer sgd was asked for"),
+        (["--seed", "1"], "it has --seed 0, but --seed 1 was asked for"),
+        (["--validation", "0.3"], "it has --validation 0.2, but --validation 0.3 was asked for"),
+        (["--target", "a"], "it has --target y, but --target a was asked for"),
+        (["--columns", "b", "a"], "it has --columns a b, but --columns b a was asked for"),
+        (["--ignore", "b"], "it has --columns a b, but --columns a was asked for"),
         (
             ["--task", "classification"],
-            "it has --task regression, asked for was --task classification",
+            "it has --task regression, but --task classification was asked for",
         ),
     ],
 )
@@ -692,7 +692,7 @@ def test_without_pandas(table, monkeypatch, capsys):
 
 def test_without_matplotlib(table, monkeypatch, capsys):
     run(*SMALL)
-    monkeypatch.setattr(train, "draw", DRAW)
+    monkeypatch.setattr(train_output, "draw", DRAW)
     Absent(monkeypatch, "matplotlib")
     assert run(*SMALL, "--force") == 0
     said = capsys.readouterr().out

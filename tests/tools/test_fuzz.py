@@ -1,7 +1,7 @@
 """The fuzzer: some of its cases, that it finds what is broken on purpose, and that a case which
 crashes or hangs is told like others. What it found in the reference is here, too."""
 
-import importlib.util
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -12,31 +12,32 @@ import torch
 
 import relu_mlp
 
-PATH = Path(__file__).parents[2] / "tools" / "fuzz.py"
+TOOLS = Path(__file__).parents[2] / "tools"
 
 pytestmark = [
-    pytest.mark.skipif(not PATH.exists(), reason="the tools are not beside the tests"),
+    pytest.mark.skipif(not TOOLS.exists(), reason="the tools are not beside the tests"),
     # PyTorch's words about layouts that are in beta, and the like.
     pytest.mark.filterwarnings("ignore"),
 ]
 
 
 @pytest.fixture
-def fuzz():
-    """The fuzzer as a module; what it has chosen in this process is put back."""
-    spec = importlib.util.spec_from_file_location("fuzz", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def fuzz(monkeypatch):
+    """The fuzzer, as a package; it may choose an instruction set, which is undone."""
+    monkeypatch.syspath_prepend(TOOLS)
+    monkeypatch.setattr(sys, "path", list(sys.path))  # the package adds this folder
     before = relu_mlp.build_info().instruction_set
-    yield module
-    if module.INSTRUCTION_SETS:
+    package = importlib.import_module("fuzz")
+    importlib.import_module("fuzz.command_line")  # and with it all other modules
+    yield package
+    if package.case.INSTRUCTION_SETS:
         torch.ops.relu_mlp._choose_instruction_set(before)
 
 
 def run(code, *arguments):
     """Runs the fuzzer in a process of its own, after some code."""
-    code = f"import sys; sys.path[:0] = [{str(PATH.parent)!r}]; import fuzz\n{code}\n"
-    code += f"sys.exit(fuzz.main({list(arguments)!r}))"
+    code = f"import sys; sys.path[:0] = [{str(TOOLS)!r}]\nfrom fuzz import command_line\n{code}\n"
+    code += f"sys.exit(command_line.main({list(arguments)!r}))"
     environment = {"PYTHONPATH": str(Path(relu_mlp.__file__).parent.parent)}
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment
@@ -54,8 +55,8 @@ def test_cases():
 
 def test_a_case_follows_from_seed_and_number(fuzz):
     def log(seed, number):
-        case = fuzz.Case(seed, number)
-        fuzz.Network(case)
+        case = fuzz.case.Case(seed, number)
+        fuzz.network.Network(case)
         return case.log, case.r.random()
 
     assert log("a", 3) == log("a", 3)
@@ -108,20 +109,20 @@ def test_finds_what_is_broken(fuzz, monkeypatch, how):
     operator = torch.ops.relu_mlp.relu_mlp
 
     def small(case):
-        net = fuzz.Network(case, [torch.float32], scale=0)
+        net = fuzz.network.Network(case, [torch.float32], scale=0)
         exact = net.is_exact(torch.float32)
-        return fuzz.judge(case, "relu_mlp", [*net.operands(), net.name], True, exact)
+        return fuzz.operators.judge(case, "relu_mlp", [*net.operands(), net.name], True, exact)
 
-    monkeypatch.setattr(fuzz, "KINDS", {small: 1})
+    monkeypatch.setattr(fuzz.kinds, "KINDS", {small: 1})
     for number in range(20):
-        assert fuzz.run_case("broken", number) == ("small", "right")
-    monkeypatch.setattr(fuzz, "R", SimpleNamespace(relu_mlp=change(operator)))
-    monkeypatch.setattr(fuzz, "INSTRUCTION_SETS", [])
+        assert fuzz.kinds.run_case("broken", number) == ("small", "right")
+    monkeypatch.setattr(fuzz.operators, "OPERATORS", SimpleNamespace(relu_mlp=change(operator)))
+    monkeypatch.setattr(fuzz.case, "INSTRUCTION_SETS", [])
     said = []
     for number in range(20):
         try:
-            fuzz.run_case("broken", number)
-        except fuzz.Wrong as error:
+            fuzz.kinds.run_case("broken", number)
+        except fuzz.verdict.Wrong as error:
             said.append(str(error))
     assert any(words in text for text in said), said
     assert "case" in said[0] and "weights: [float32" in said[0]
@@ -129,7 +130,7 @@ def test_finds_what_is_broken(fuzz, monkeypatch, how):
 
 def test_a_wrong_gradient_is_found(fuzz, monkeypatch):
     """Of the public function, in the bits and, of real numbers, beyond the bounds."""
-    monkeypatch.setattr(fuzz, "KINDS", {fuzz.public_relu_mlp: 1})
+    monkeypatch.setattr(fuzz.kinds, "KINDS", {fuzz.functions.public_relu_mlp: 1})
 
     def scaled(*arguments, **options):
         y = real(*arguments, **options)
@@ -149,8 +150,8 @@ def test_a_wrong_gradient_is_found(fuzz, monkeypatch):
     said = []
     for number in range(60):
         try:
-            fuzz.run_case("gradients", number)
-        except fuzz.Wrong as error:
+            fuzz.kinds.run_case("gradients", number)
+        except fuzz.verdict.Wrong as error:
             said.append(str(error))
     assert any("numbers are wrong" in text for text in said)
     assert any("the gradient of" in text and "within" in text for text in said)
@@ -158,6 +159,8 @@ def test_a_wrong_gradient_is_found(fuzz, monkeypatch):
 
 CRASHES = """
 import os, signal, time
+from fuzz import kinds
+from fuzz.case import Case
 def kind(case):
     number = int(case.log[0].split()[-1])
     if number == 3:
@@ -166,10 +169,10 @@ def kind(case):
         time.sleep(1000)
     return "right"
 def run_case(seed, number):
-    case = fuzz.Case(seed, number)
+    case = Case(seed, number)
     case.note("number", number)
     return "kind", kind(case)
-fuzz.run_case = run_case
+kinds.run_case = run_case
 """
 
 

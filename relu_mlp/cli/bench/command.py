@@ -12,25 +12,27 @@ from typing import TypeVar
 
 import torch
 
-from ..bench import memory, report, suite
-from ..bench.candidates import SHAPES, Shape
-from ..bench.plan import FEWEST_ROUNDS, LENGTHS, OTHER_CASES, ROUNDS, SHAPE_CASES, Plan
-from . import Missing, Problem, needs
-from .info import checked_build_info
+from .. import Missing, Problem, needs
+from ..arguments import count, network_shape, threads
+from ..files import make_folder
+from ..info import checked_build_info
+from . import memory, report, suite
+from .candidates import SHAPES, Shape
+from .plan import FEWEST_ROUNDS, LENGTHS, OTHER_CASES, ROUNDS, SHAPE_CASES, Plan
 
 DESCRIPTION = """\
 Compare eager, torch.compile and this package side by side, on the CPU.
 
-Training steps and inference of the networks of the suite, or of the sizes given,
-against nn.Sequential and torch.compile of it; loss_and_grads against JAX where it
-is installed, else against eager; and for the suite also the time per row and the
-memory over the number of rows, and what recompute=True costs. They take turns in
-one process on the same tensors. The figure is the median of the ratios round by
-round with its 95 % confidence interval. "eager again" is a second copy of the
-baseline: its distance from 1 is what noise can do.
+Measures training steps and inference of the networks of the suite, or of the given
+sizes, against nn.Sequential and torch.compile of it; and loss_and_grads against JAX,
+or against eager if JAX is not installed. The suite also measures time per row and
+memory over the number of rows, and the cost of recompute=True. The candidates take
+turns in one process on the same tensors. A figure is the median of the ratios round
+by round, with its 95 % confidence interval. "eager again" is a second copy of the
+baseline: its distance from 1 shows the noise.
 
-Writes CSV files, suite.json, which says on what machine, and pictures, which need
-matplotlib.
+Writes CSV files, suite.json, which describes the machine, and pictures, if matplotlib
+is installed.
 """
 
 EXAMPLE = "relu-mlp bench --shape 256,64,64,8 --case training --dtype float32 --threads 1"
@@ -48,30 +50,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--shape",
-        type=_shape,
+        type=network_shape,
         action="append",
         metavar="SIZES",
-        help="rows,in,hidden...,out; may be repeated; the suite unless told",
+        help="rows,in,hidden...,out; may be repeated (default: the suite)",
     )
     add(
         "--case",
         choices=SHAPE_CASES + OTHER_CASES,
         action="append",
-        help="may be repeated; all unless told, with --shape the first three",
+        help="may be repeated (default: all; with --shape the first three)",
     )
-    add("--dtype", choices=list(DTYPES), action="append", help="may be repeated; both unless told")
+    add("--dtype", choices=list(DTYPES), action="append", help="may be repeated (default: both)")
     add("--input-grad", action="store_true", help="the input of a training step needs a gradient")
-    add("--threads", type=_threads, metavar="N", help="of PyTorch; JAX has its own")
+    add("--threads", type=threads, metavar="N", help="threads of PyTorch; JAX uses its own")
     add(
         "--rounds",
-        type=_rounds,
+        type=count,
         metavar="N",
-        help=f"at most; {ROUNDS} unless told, {FEWEST_ROUNDS} if slow",
+        help=f"at most this many (default: {ROUNDS}; {FEWEST_ROUNDS} for slow cases)",
     )
-    add("--quick", action="store_true", help="a smoke run of a minute, of no use as a measurement")
-    add("--out", type=Path, default=Path("bench"), metavar="FOLDER", help="bench unless told")
-    add("--force", action="store_true", help="overwrite the results of an earlier run there")
-    add("--table", action="store_true", help="measure nothing, print what is there as Markdown")
+    add("--quick", action="store_true", help="a smoke test of a minute, not a measurement")
+    add("--out", type=Path, default=Path("bench"), metavar="FOLDER", help="(default: bench)")
+    add("--force", action="store_true", help="overwrite earlier results in --out")
+    add(
+        "--table",
+        action="store_true",
+        help="only print the results in --out as Markdown",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -84,14 +90,14 @@ def run(options: argparse.Namespace) -> int:
     try:
         needs("matplotlib", "bench", "drawing")
         draws = True
-    except Missing as missing:  # said now, while there is time to install it
+    except Missing as missing:  # reported now, while there is time to install it
         print(f"without pictures: {missing}")
         draws = False
     suite.run(plan, options.out)
-    for name in PICTURES:  # of what may no longer be there
+    for name in PICTURES:  # pictures of earlier results
         (options.out / name).unlink(missing_ok=True)
     if draws:
-        from ..bench import plots
+        from . import plots
 
         plots.draw(options.out)
     print(f"results are in {options.out}: {', '.join(_results_in(options.out))}")
@@ -118,7 +124,7 @@ def _plan(options: argparse.Namespace) -> Plan:
 
 
 def _check_memory(shape: Shape, itemsize: int) -> None:
-    """A `Problem` if the widest activation and the weights alone are more than there is."""
+    """Raises a `Problem` if the widest activation and the weights alone exceed the memory."""
     rows, *widths = shape
     weights = sum(map(math.prod, itertools.pairwise(widths)))
     least = (rows * max(widths) + weights) * itemsize
@@ -135,7 +141,7 @@ def _unique(items: Iterable[T]) -> list[T]:
 
 
 def _check_backend() -> None:
-    """Says what will run slower than it could."""
+    """Prints what could run faster."""
     info = checked_build_info()
     if info.runs_on_cpu == "nothing":
         raise Problem(f"RELU_MLP_BACKEND is 'extension', but {info.problem}")
@@ -144,13 +150,8 @@ def _check_backend() -> None:
 
 
 def _prepare(directory: Path, force: bool) -> None:
-    """Makes the folder; a `Problem` if results could not be written, or would overwrite others."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Problem(f"--out must be a folder: {error}") from None
-    if not os.access(directory, os.W_OK | os.X_OK):
-        raise Problem(f"--out must be a folder that can be written to, got {directory}")
+    """Makes the folder. Raises a `Problem` if it can't be written to, or has results already."""
+    make_folder(directory)
     there = _results_in(directory)
     if there and not force:
         raise Problem(
@@ -168,28 +169,3 @@ def _stored_table(directory: Path) -> str:
         return report.markdown(directory)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise Problem(f"--table: no results of relu-mlp bench in {directory}: {error}") from None
-
-
-def _positive(text: str) -> int:
-    if not (text.isdecimal() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
-    return int(text)
-
-
-def _rounds(text: str) -> int:
-    if (rounds := _positive(text)) >= 2**31:
-        raise argparse.ArgumentTypeError(f"expected an integer below 2**31, got {text!r}")
-    return rounds
-
-
-def _threads(text: str) -> int:
-    if (threads := _positive(text)) > 1024:  # the system may refuse more, and end the process
-        raise argparse.ArgumentTypeError(f"expected at most 1024 threads, got {text!r}")
-    return threads
-
-
-def _shape(text: str) -> Shape:
-    sizes = tuple(_positive(size.strip()) for size in text.split(","))
-    if len(sizes) < 3:
-        raise argparse.ArgumentTypeError(f"expected rows,in,hidden...,out, got {text!r}")
-    return sizes

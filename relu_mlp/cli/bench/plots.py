@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from ..cli.files import write
+from ..files import write
 from .report import Row, read_suite
 
 COLORS = {
@@ -28,7 +28,7 @@ DTYPE_COLORS = {"float32": "#4c72b0", "bfloat16": "#dd8452"}
 
 
 def draw(directory: Path) -> None:
-    """Draws what there is."""
+    """Draws pictures of the CSV files in a folder."""
     if (directory / "suite.csv").exists():
         rows = read_suite(directory / "suite.csv")
         draw_speedup(rows, directory / "speedup.png")
@@ -50,7 +50,7 @@ def draw(directory: Path) -> None:
 
 
 def draw_speedup(rows: Sequence[Row], path: Path) -> None:
-    """One panel for each case, one bar for each shape and dtype."""
+    """A panel for each case, with a bar for each shape and dtype."""
     rows = [row for row in rows if row.speedup]
     cases = list(dict.fromkeys(row.case for row in rows))
     shapes = list(dict.fromkeys(row.shape for row in rows))
@@ -80,7 +80,7 @@ def draw_speedup(rows: Sequence[Row], path: Path) -> None:
 
 
 def draw_roofline(rows: Sequence[Row], path: Path) -> None:
-    """One panel for each case and dtype: how far from the limit each candidate is."""
+    """A panel for each case and dtype: how far each candidate is from the limit."""
     rows = [row for row in rows if row.roofline and row.candidate in COLORS]
     shapes = list(dict.fromkeys(row.shape for row in rows))
     groups = list(dict.fromkeys((row.case, row.dtype) for row in rows))
@@ -111,7 +111,10 @@ def draw_roofline(rows: Sequence[Row], path: Path) -> None:
 
 
 def draw_lines(source: Path, column: str, label: str, title: str) -> None:
-    """A column over the number of rows, a line for each candidate, as SOURCE.png."""
+    """A column of a CSV file over the number of rows, with a line for each candidate.
+
+    The picture has the name of the file, with the ending .png.
+    """
     with source.open(newline="", encoding="utf-8") as file:
         records = list(csv.DictReader(file))
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -137,7 +140,7 @@ def draw_lines(source: Path, column: str, label: str, title: str) -> None:
 
 
 def panels_for(count: int, shapes: Sequence[str]) -> tuple[Figure, list[Axes]]:
-    """Panels side by side, all over the same shapes, the first at the top."""
+    """Panels side by side that share the axis of shapes, the first shape at the top."""
     size = 2 + 2.6 * count, 1.5 + 0.4 * len(shapes)
     figure = Figure(figsize=size, layout="constrained")
     axes = list(figure.subplots(1, count, sharey=True, squeeze=False)[0])
@@ -147,12 +150,12 @@ def panels_for(count: int, shapes: Sequence[str]) -> tuple[Figure, list[Axes]]:
 
 
 def offset(n: int, count: int) -> float:
-    """Where the n-th of so many bars of 0.8 in all goes, relative to their middle."""
+    """The place of the n-th bar of a group that is 0.8 wide, relative to its middle."""
     return 0.8 * ((n + 0.5) / count - 0.5)
 
 
 def save(figure: Figure, path: Path) -> None:
-    """With one legend, as the same name has the same color in all panels."""
+    """Saves a figure with one legend: a name has the same color in all panels."""
     handles: dict[str, Artist] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):

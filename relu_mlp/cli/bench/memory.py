@@ -1,10 +1,10 @@
-"""The peak memory of one training step, each in a process of its own.
+"""The peak memory of a training step, measured in a process of its own.
 
-What counts is the growth of the resident set over its size just before the
-step, with input and weights in place and the libraries warmed up by a tiny
-step: what a C++ kernel takes for itself counts as a tensor does. Linux only.
+The figure is the growth of the resident set over its size just before the step. By then input
+and weights exist, and a tiny step has warmed up the libraries. Memory that a C++ kernel takes
+counts like that of a tensor. Linux only.
 
-`python -m relu_mlp.bench.memory ROWS CANDIDATE THREADS` is such a process; it prints bytes.
+`python -m relu_mlp.cli.bench.memory ROWS CANDIDATE THREADS` is such a process; it prints bytes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .. import ReluMLP
+from ... import ReluMLP
 from .candidates import WIDE, training_step
 
 ROWS = [4096, 8192, 16384, 32768, 65536]
@@ -26,10 +26,17 @@ CAN_BE_MEASURED = Path("/proc/self/clear_refs").exists()
 
 
 def peak_of_a_step(rows: int, candidate: str, threads: int) -> int:
-    """The growth of memory, in bytes, in a fresh process."""
-    command = [sys.executable, "-m", "relu_mlp.bench.memory", str(rows), candidate, str(threads)]
-    # `-m` looks in the current folder first: there it finds this package, and no other one.
-    here = Path(__file__).parents[2]
+    """The growth of memory in bytes, measured in a new process."""
+    command = [
+        sys.executable,
+        "-m",
+        "relu_mlp.cli.bench.memory",
+        str(rows),
+        candidate,
+        str(threads),
+    ]
+    # `-m` looks in the current folder first, where it must find this very package.
+    here = Path(__file__).parents[3]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=here)
     return int(done.stdout)
 
@@ -42,7 +49,7 @@ def _step(rows: int, candidate: str, threads: int) -> int:
     step = training_step(net, x, grad_output)
     training_step(net, x[:8], grad_output[:8])()
 
-    # The high-water mark so far is the imports'; writing 5 sets it to the present size.
+    # The imports have set the high-water mark. Writing 5 resets it to the present size.
     Path("/proc/self/clear_refs").write_text("5")
     before = _resident_bytes("VmRSS")
     step()

@@ -1,4 +1,4 @@
-"""What is to be measured, and roughly how long that takes."""
+"""What is measured, and an estimate of how long that takes."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from . import memory, roofline
 from .candidates import WIDE, Shape, Step
 from .turns import LONG_CALL_S
 
-#: The cases that are measured shape by shape; loss_and_grads in float32 only.
+#: The cases that are measured for every shape; loss_and_grads in float32 only.
 SHAPE_CASES = ("training", "inference", "loss_and_grads")
-#: These have networks of their own, in float32.
+#: Cases with networks of their own, in float32.
 OTHER_CASES = ("rows", "memory", "recompute")
 
-#: The roofline is of interest from so many operations on; below, overhead rules.
+#: The roofline matters from this many operations on. Below, overhead dominates.
 ROOFLINE_FROM = 50e6
 
 ROUNDS, FEWEST_ROUNDS, TURN_MS = 45, 25, 10
-BUDGET_S = 5  #: a case that takes longer ends after the fewest rounds
+BUDGET_S = 5  #: a case that takes longer ends after FEWEST_ROUNDS
 
-#: The curve over the rows; each point ends like a case, but after fewer rounds.
+#: The curve over the number of rows. Each point ends like a case, after fewer rounds.
 LENGTHS = tuple(2**n for n in range(12, 21))
 LENGTH_WIDTHS = (64, 64, 64)
 LENGTH_FEWEST_ROUNDS, LENGTH_BUDGET_S = 7, 5
@@ -33,26 +33,26 @@ LENGTH_FEWEST_ROUNDS, LENGTH_BUDGET_S = 7, 5
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be measured."""
+    """What is measured."""
 
     shapes: Sequence[Shape]
-    cases: Sequence[str]  #: of SHAPE_CASES and OTHER_CASES
+    cases: Sequence[str]  #: from SHAPE_CASES and OTHER_CASES
     dtypes: Sequence[torch.dtype]
     threads: int
     input_grad: bool = False  #: whether the input of a training step needs a gradient
-    rounds: int = ROUNDS  #: at most
+    rounds: int = ROUNDS  #: the largest number of rounds
     lengths: Sequence[int] = LENGTHS  #: the points of the case "rows"
-    memory_rows: Sequence[int] = tuple(memory.ROWS)  #: of "memory", and the last of "recompute"
+    memory_rows: Sequence[int] = tuple(memory.ROWS)  #: "recompute" has the last
 
     def dtypes_of(self, case: str) -> Sequence[torch.dtype]:
-        """The dtypes that one of the SHAPE_CASES is measured in."""
+        """The dtypes in which one of the SHAPE_CASES is measured."""
         if case == "loss_and_grads":
             return [dtype for dtype in self.dtypes if dtype is torch.float32]
         return self.dtypes
 
 
 class Speeds(NamedTuple):
-    """What the probes of the roofline say of a dtype."""
+    """What the probes of the roofline measured for a dtype."""
 
     rate: float  #: operations per second
     bandwidth: float  #: bytes per second
@@ -60,7 +60,7 @@ class Speeds(NamedTuple):
 
 
 def estimated_seconds(plan: Plan) -> float:
-    """Roughly how long a plan takes, from the rate and the bandwidth just now."""
+    """Roughly how long a plan takes, estimated from the present rate and bandwidth."""
     speeds = functools.cache(_speeds_just_now)
     total = 0.0
     for case, candidates in {"training": 5, "inference": 4, "loss_and_grads": 3}.items():
@@ -71,7 +71,7 @@ def estimated_seconds(plan: Plan) -> float:
                     for shape in plan.shapes
                 )
     if {"training", "inference"} & set(plan.cases):
-        total += 10 + 4 * len(plan.dtypes) * len(plan.shapes)  # torch.compile; the first is slow
+        total += 10 + 4 * len(plan.dtypes) * len(plan.shapes)  # torch.compile starts slowly
     if "rows" in plan.cases:
         total += 1.3 * LENGTH_BUDGET_S * len(plan.lengths)
     if "memory" in plan.cases:
@@ -86,7 +86,7 @@ def _seconds_of(
     shape: Shape, case: str, dtype: torch.dtype, candidates: int, rounds: int, speeds: Speeds
 ) -> float:
     """Roughly how long one case takes at one shape."""
-    # Eager comes this near to the limits, by experience.
+    # By experience, eager comes this near to the limits.
     operations = roofline.operations(shape, case)
     step = 1.1 * operations / speeds.rate
     step += 4 * roofline.compulsory_bytes(shape, case, dtype) / speeds.bandwidth

@@ -1,4 +1,4 @@
-"""The figures as rows of CSV files, side by side for the terminal, as tables for the README."""
+"""The results as CSV files, as lines for the terminal, and as Markdown tables."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from ..cli.files import write
+from ..files import write
 from .candidates import SHAPES, name_of
 
-#: The small and the narrow shapes come first, and have a mean of their own too.
+#: The number of small and narrow shapes, which come first and have a mean of their own.
 FIRST = 7
 
-#: What stands side by side at the terminal, where it was measured.
+#: The candidates that the terminal shows side by side.
 SIDE_BY_SIDE = ("eager", "compile", "jax", "relu_mlp")
 
 
 @dataclass
 class Row:
-    """What the turns said of one candidate in one case; CSV leaves empty what is None."""
+    """The result of one candidate in one case. None is an empty field in CSV."""
 
     shape: str
     case: str
@@ -34,8 +34,8 @@ class Row:
     ratio: float  #: time over the baseline's
     low: float  #: 95 % confidence interval
     high: float
-    roofline: float | None = None  #: time over the least possible
-    against: str | None = None  #: the fastest alternative, and this candidate's speed-up over it
+    roofline: float | None = None  #: time over the shortest possible time
+    against: str | None = None  #: the fastest alternative, over which the speed-up is taken
     speedup: float | None = None
     speedup_low: float | None = None
     speedup_high: float | None = None
@@ -57,7 +57,7 @@ class LengthRow:
 
 @dataclass
 class MemoryRow:
-    """By how much one training step makes the process grow, at its peak."""
+    """The peak growth of the process in one training step."""
 
     rows: int
     threads: int
@@ -95,7 +95,7 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 
 def mean_speedup(rows: Sequence[Row], count: int) -> float | None:
-    """The geometric mean over the first shapes of the suite, if all of them are in the rows."""
+    """The geometric mean over the first shapes of the suite; None if one was not measured."""
     measured = {row.shape: row.speedup for row in rows if row.speedup}
     names = [name_of(shape) for shape in SHAPES[:count]]
     if not all(name in measured for name in names):
@@ -104,7 +104,7 @@ def mean_speedup(rows: Sequence[Row], count: int) -> float | None:
 
 
 def by_case(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
-    """What was found of the layer, by case and dtype."""
+    """The results of the layer, by case and dtype."""
     result: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if row.speedup:
@@ -113,12 +113,12 @@ def by_case(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
 
 
 def summary(rows: Sequence[Row]) -> list[str]:
-    """The lines that say what the suite came to."""
+    """The results of the suite in lines."""
     return [*side_by_side(rows), *means(rows)]
 
 
 def side_by_side(rows: Sequence[Row]) -> list[str]:
-    """A line for each case: times, the layer's speed-up, and how far it is from the roofline."""
+    """A line for each case: times, the speed-up of the layer, and its distance to the roofline."""
     layers = [row for row in rows if row.speedup]
     if not layers:
         return []
@@ -139,7 +139,7 @@ def side_by_side(rows: Sequence[Row]) -> list[str]:
 
 
 def means(rows: Sequence[Row]) -> list[str]:
-    """What the lines of `side_by_side` come to, and what recompute=True costs."""
+    """The means over the lines of `side_by_side`, and the cost of recompute=True."""
     lines = []
     for (case, dtype), mine in by_case(rows).items():
         title = f"{case} {dtype}"
@@ -150,7 +150,7 @@ def means(rows: Sequence[Row]) -> list[str]:
                 lines.append(
                     f"{title}, first {count} shapes: {mean:.2f} times as fast as {opponents}"
                 )
-        # The median over the ratio is about the baseline's median.
+        # median_us / ratio is about the median of the baseline.
         distances = [
             row.roofline for row in mine if row.roofline and row.median_us >= 1000 * row.ratio
         ]
@@ -169,7 +169,7 @@ def means(rows: Sequence[Row]) -> list[str]:
 
 
 def markdown(directory: Path) -> str:
-    """What suite.csv says, as tables for a README."""
+    """The contents of suite.csv as Markdown tables."""
     cases = by_case(read_suite(directory / "suite.csv"))
     speed, limits = [], []
     for shape in dict.fromkeys(row.shape for rows in cases.values() for row in rows):
@@ -204,7 +204,7 @@ def markdown(directory: Path) -> str:
 
 
 def _table(lines: list[list[str]]) -> str:
-    """The first line is the head."""
+    """A Markdown table whose first line is the header."""
     lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

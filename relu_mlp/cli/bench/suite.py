@@ -1,14 +1,13 @@
-"""The suite: runs a plan, case by case, and keeps what was found.
+"""The suite: runs a plan, case by case, and stores the results. On the CPU.
 
-Networks in training steps and inference, against eager `nn.Sequential`,
-`torch.compile` of it, the training step written by hand with PyTorch's
-operations, and the roofline of the machine; `loss_and_grads` against eager and,
-where it can be imported, JAX; the time per row and the memory of one network
-over the number of rows; and what `recompute=True` costs. On the CPU.
+Training steps and inference are compared with eager `nn.Sequential`, with `torch.compile` of
+it, with the training step written by hand in PyTorch's operations, and with the roofline of the
+machine. `loss_and_grads` is compared with eager and, if it is installed, with JAX. Further
+cases are the time per row and the memory of one network over the number of rows, and the cost
+of `recompute=True`.
 
-Figures are medians of ratios taken by turns (see turns.py), with 95 % confidence
-intervals. "eager again" is a second copy of the baseline: its distance from 1 is
-what noise can do.
+Figures are medians of ratios, measured by turns (see turns.py), with 95 % confidence intervals.
+"eager again" is a second copy of the baseline: its distance from 1 shows the noise.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .. import ReluMLP
-from ..cli.files import write
+from ... import ReluMLP
+from ..files import write
 from . import memory, report, roofline
 from .candidates import (
     WIDE,
@@ -58,23 +57,23 @@ from .turns import Figure, figures, machine, median_of_ratios, time_by_turns
 
 
 def run(plan: Plan, directory: Path) -> None:
-    """Measures, prints as it goes, and writes CSV files and suite.json, which says on what machine.
+    """Measures, prints its progress, and writes CSV files and suite.json.
 
-    suite.csv, rows.csv and memory.csv are written where the plan has cases for
-    them; what is there under these names is overwritten.
+    suite.csv, rows.csv and memory.csv are written if the plan has cases for them. They replace
+    files of these names. suite.json describes the machine.
     """
     torch.set_num_threads(plan.threads)
     torch.manual_seed(0)
     progress = announced(plan)
     load = os.getloadavg()[0]
     if load > 0.5:
-        print(f"load average {load:.1f}: where other programs run, figures are worth little")
+        print(f"load average {load:.1f}: figures are worth little while other programs run")
     suite: list[Row] = []
     try:
         for job in jobs(plan):
             progress(job)
             suite += measured(job, plan.rounds)
-    finally:  # also what an interrupted run has measured
+    finally:  # also after an interruption
         if suite:
             lines = report.summary(suite)
             print("", *lines, "", sep="\n")
@@ -88,9 +87,9 @@ def run(plan: Plan, directory: Path) -> None:
 
 
 def announced(plan: Plan) -> Callable[[object], None]:
-    """Says how long the plan will take; returns a function that says how far it has come."""
+    """Prints how long the plan will take. Returns a function that prints the progress."""
     estimate = duration(estimated_seconds(plan))
-    print(f"about {estimate}; threads of PyTorch: {plan.threads}; JAX has its own", flush=True)
+    print(f"about {estimate}; threads of PyTorch: {plan.threads}; JAX uses its own", flush=True)
     begin = time.perf_counter()
 
     def progress(what: object) -> None:
@@ -104,7 +103,7 @@ def duration(seconds: float) -> str:
 
 
 def jobs(plan: Plan) -> Iterator[Job]:
-    """The cases that are measured shape by shape."""
+    """The cases that are measured for every shape, and recompute."""
     for dtype in plan.dtypes:
         cases = [
             case for case in SHAPE_CASES if case in plan.cases and dtype in plan.dtypes_of(case)
@@ -169,7 +168,7 @@ def row_of(job: Job, figure: Figure, rounds: int, distance: float | None) -> Row
 
 
 def able(candidates: dict[str, Step]) -> dict[str, Step]:
-    """Those that run. torch.compile compiles now; it needs a C++ compiler, and may find none."""
+    """The candidates that run. torch.compile compiles here, and fails without a C++ compiler."""
     result = {}
     for name, step in candidates.items():
         try:
@@ -179,7 +178,7 @@ def able(candidates: dict[str, Step]) -> dict[str, Step]:
         except Exception as problem:
             if name != "compile":
                 raise
-            # The first line may say no more than that the backend raised.
+            # The first line may only say that the backend raised.
             reason = " ".join(str(problem).split("\n")[:2])
             print(f"  without torch.compile: {reason}")
     return result
@@ -188,7 +187,7 @@ def able(candidates: dict[str, Step]) -> dict[str, Step]:
 def add_speedup(
     rows: list[Row], times: dict[str, list[float]], alternatives: Sequence[str]
 ) -> None:
-    """Says of the layer how much faster it is than the best alternative."""
+    """Fills in the speed-up of the layer over the best alternative."""
     there = [row for row in rows if row.candidate in alternatives]
     if there:
         best = min(there, key=lambda row: row.ratio).candidate
@@ -251,11 +250,11 @@ def keep(
     rows: Sequence[Row] | Sequence[LengthRow] | Sequence[MemoryRow],
     **more: object,
 ) -> None:
-    """Writes a CSV file, and what it was measured on under its name in suite.json."""
+    """Writes a CSV file, and a description of the machine under its name in suite.json."""
     report.write_csv(directory / name, rows)
     path = directory / "suite.json"
     about: dict[str, object] = {}
-    with suppress(OSError, ValueError, TypeError):  # none yet, or not readable: it is replaced
+    with suppress(OSError, ValueError, TypeError):  # missing or damaged: it is replaced
         about = dict(json.loads(path.read_text("utf-8")))
     about[name] = {**machine(), **more}
     write(path, (json.dumps(about, indent=1) + "\n").encode())

@@ -1,10 +1,9 @@
-"""What is measured: the networks of the suite, and the ways of running them.
+"""The networks of the suite, and the ways to run them.
 
-A step is a function without arguments. A training step is forward, backward from
-a given gradient, gradients reset, and one weight changed in place, as an optimizer
-would: nothing that was packed for the old weights may be used again. (The steps
-that return the loss and the gradients change nothing: JAX's arrays can't be
-changed in place.)
+A step is a function without arguments. A training step runs forward, runs backward from a
+given gradient, resets the gradients, and changes one weight in place, as an optimizer does, so
+that nothing that was packed for the old weights can be used again. (Steps that return loss and
+gradients change no weight, because JAX's arrays can't be changed in place.)
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from .. import ReluMLP, loss_and_grads
+from ... import ReluMLP, loss_and_grads
 
 Step = Callable[[], object]
 Shape = tuple[int, ...]  #: rows, in_features, hidden widths, out_features
@@ -39,12 +38,12 @@ SHAPES: list[Shape] = [
     (2048, 768, 3072, 768),
 ]
 
-#: Where the hidden activations take most of the memory: for recompute=True.
+#: A network whose hidden activations take most of the memory, for recompute=True.
 WIDE = (64, 1024, 64)
 
 
 def name_of(shape: Shape) -> str:
-    """rows x in - hidden - out, without blanks: 64x3-2-1."""
+    """A shape as text: rows x in-hidden-out, such as 64x3-2-1."""
     return f"{shape[0]}x" + "-".join(map(str, shape[1:]))
 
 
@@ -54,13 +53,13 @@ def name_of_dtype(dtype: torch.dtype) -> str:
 
 @dataclass
 class Job:
-    """A case at a shape."""
+    """One case at one shape."""
 
     shape: Shape
     case: str
     dtype: torch.dtype
     candidates: dict[str, Step]  #: the first is the baseline
-    alternatives: Sequence[str] = ()  #: what the layer's speed-up is taken over: the best of them
+    alternatives: Sequence[str] = ()  #: the speed-up of the layer is that over the best of them
     input_grad: bool = False
     has_roofline: bool = True
 
@@ -73,13 +72,13 @@ class Job:
 
 
 def networks(shape: Shape, dtype: torch.dtype) -> dict[str, nn.Module]:
-    """One network four times, with equal parameters that are not shared."""
+    """Four copies of one network, each with parameters of its own."""
     net = ReluMLP(shape[1], shape[2:-1], shape[-1], dtype=dtype)
     eager, again, to_compile = (nn.Sequential(*copy.deepcopy(list(net))) for _ in range(3))
-    # They all run the same code of nn.Module, for which Dynamo keeps only so many
-    # graphs: those of the last shape must go.
+    # Dynamo keeps a limited number of graphs for the code of nn.Module, which all networks
+    # share: the graphs of the last shape must go.
     torch.compiler.reset()
-    # fullgraph: an error where nothing was compiled, as with compiled.compile() in PyTorch 2.13.
+    # fullgraph makes it an error if nothing is compiled, as by compiled.compile() in PyTorch 2.13.
     compiled = cast(nn.Module, torch.compile(to_compile, fullgraph=True))
     return {"eager": eager, "eager again": again, "compile": compiled, "relu_mlp": net}
 
@@ -112,7 +111,7 @@ def loss_job(shape: Shape, nets: dict[str, nn.Module], x: Tensor, target: Tensor
 
 
 def recompute_job(rows: int) -> Job:
-    """recompute=True against False, where the activations are large."""
+    """recompute=True against recompute=False, with large activations."""
     n_in, hidden, n_out = WIDE
     net = ReluMLP(n_in, hidden, n_out)
     recompute = ReluMLP.from_sequential(copy.deepcopy(net), recompute=True)
@@ -123,13 +122,13 @@ def recompute_job(rows: int) -> Job:
 
 
 def touch(weight: Tensor) -> None:
-    """Changes the version of a weight, and not its values."""
+    """Changes the version counter of a weight, and keeps its values."""
     with torch.no_grad():
         weight.mul_(1.0)
 
 
 def parameters_of(net: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """The weights and the biases of the Linear children."""
+    """The weights and biases of the Linear children."""
     linears = [child for child in net.children() if isinstance(child, nn.Linear)]
     return [linear.weight for linear in linears], [linear.bias for linear in linears]
 
@@ -156,7 +155,7 @@ def inference(net: nn.Module, x: Tensor) -> Step:
 
 
 def training_by_hand(net: nn.Module, x: Tensor, grad_output: Tensor) -> Step:
-    """The same training step as the source documents write it: matrix products, no autograd."""
+    """The training step as the source documents write it: matrix products and no autograd."""
     weights, biases = ([each.detach() for each in group] for group in parameters_of(net))
     rows, input_grad = x.detach(), x.requires_grad
 
@@ -203,7 +202,7 @@ def loss_and_grads_step(net: nn.Module, x: Tensor, target: Tensor) -> Step:
 
 @functools.cache
 def has_jax() -> bool:
-    """Whether JAX can be imported; says so once if not."""
+    """Whether JAX can be imported. Prints once why not."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     try:
         import jax  # noqa: F401
@@ -216,8 +215,7 @@ def has_jax() -> bool:
 def jax_loss_step(net: nn.Module, x: Tensor, target: Tensor) -> Step:
     """`jax.jit(jax.value_and_grad(loss))` of the same network, on the CPU.
 
-    The weights are JAX's own arrays. So are the threads: one for each core,
-    however many PyTorch is told to use.
+    The weights are JAX arrays. JAX uses one thread for each core, whatever PyTorch uses.
     """
     import jax
     import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What `check_gradients` found, and how it is said: elements, findings, a table."""
+"""The report of `check_gradients`: elements, findings, and a table."""
 
 from __future__ import annotations
 
@@ -8,18 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: |by hand - autograd| may be this fraction of the element, beside the tolerance of its
-#: parameter. Rounding makes some 1e-13 of it, and a wrong term far more than 1e-9.
-OF_ELEMENT = 2.0**-30
+from .diagnosis import allowed, diagnosis, ulp
 
 
 @dataclass(frozen=True)
 class Element:
-    """One entry of the gradient of one parameter, three times over."""
+    """One element of the gradient of one parameter, computed in three ways."""
 
     parameter: str
     index: tuple[int, ...]
-    by_hand: float  #: NaN if none was given, or one of another shape
+    by_hand: float  #: NaN if it is missing or has another shape
     autograd: float
     numerical: float  #: NaN where it was not computed
     uncertainty: float  #: how far the numerical value may be off
@@ -43,15 +41,15 @@ HEAD = (
 
 @dataclass(frozen=True)
 class ParameterReport:
-    """What was found for one parameter. The tensors are float64 and have its shape."""
+    """The results for one parameter. The tensors are float64 and have its shape."""
 
     name: str
-    by_hand: Tensor | None  #: None if none was given; of another shape if that was given
+    by_hand: Tensor | None  #: None if it is missing; it may have another shape
     autograd: Tensor
     numerical: Tensor  #: NaN where it was not computed
     uncertainty: Tensor  #: how far the numerical value may be off
     is_at_kink: Tensor  #: bool: where the numerical value means nothing
-    #: the largest |by hand - autograd| that is taken for rounding, beside `OF_ELEMENT` of
+    #: how large |by hand - autograd| may be by rounding, in addition to `OF_ELEMENT` of
     #: autograd's value
     tolerance: float
 
@@ -62,7 +60,7 @@ class ParameterReport:
 
     @property
     def difference(self) -> Tensor:
-        """By hand - autograd: 0 where both are NaN or the same infinity, and if none was given."""
+        """By hand - autograd; 0 where both are NaN or the same infinity, or if none was given."""
         if self.by_hand is None:
             return torch.zeros_like(self.autograd)
         if not self.has_shape:
@@ -86,7 +84,7 @@ class ParameterReport:
 
     @property
     def is_disputed(self) -> Tensor:
-        """bool: where the numerical value contradicts autograd's, beyond all uncertainty."""
+        """bool: where the numerical value contradicts autograd's by more than its uncertainty."""
         gap = (self.numerical - self.autograd).abs()
         rounding = allowed(self.autograd, self.tolerance)
         return (gap > self.uncertainty + rounding) & ~self.is_at_kink
@@ -98,13 +96,13 @@ class ParameterReport:
         return has_shape and not (self.is_wrong | self.is_disputed).any()
 
     def worst(self, count: int) -> list[Element]:
-        """The elements where by hand and autograd differ most, worst first."""
+        """The elements in which by hand and autograd differ most, the worst first."""
         differences = self.difference.abs().flatten()
         order = differences.topk(min(count, differences.numel())).indices
         return [self.element(position) for position in order.tolist()]
 
     def element(self, position: int) -> Element:
-        """The entry at a position of the flattened parameter."""
+        """The element at a position of the flattened parameter."""
 
         def at(tensor: Tensor) -> float:
             return tensor.flatten()[position].item()
@@ -123,7 +121,7 @@ class ParameterReport:
         )
 
     def findings(self) -> Iterator[str]:
-        """Sentences, each to follow the name of the parameter."""
+        """What to say about the parameter: sentences that follow its name and a colon."""
         if self.by_hand is None:
             yield "no gradient by hand was given"
         elif not self.has_shape or self.is_wrong.any():
@@ -159,7 +157,7 @@ class GradientReport:
         return max((parameter.max_error for parameter in self.parameters), default=0.0)
 
     def worst(self, count: int = 8) -> list[Element]:
-        """The elements where by hand and autograd differ most, worst first."""
+        """The elements in which by hand and autograd differ most, the worst first."""
         elements = [e for parameter in self.parameters for e in parameter.worst(count)]
         return sorted(elements, key=lambda e: -abs(e.difference))[:count]
 
@@ -183,85 +181,10 @@ class GradientReport:
 
 
 def index_of(position: int, shape: Sequence[int]) -> tuple[int, ...]:
-    """Of a position in the flattened tensor."""
-    # torch.unravel_index would load sympy, which takes seconds.
+    """The index of a position in the flattened tensor."""
+    # Not by torch.unravel_index, which imports sympy: that takes seconds.
     index: tuple[int, ...] = ()
     for size in reversed(shape):
         position, place = divmod(position, size)
         index = (place, *index)
     return index
-
-
-def ulp(tensor: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """The distance between neighbouring numbers of a dtype at |tensor|; a float64 tensor."""
-    info = torch.finfo(dtype)
-    magnitude = tensor.double().abs().nan_to_num(posinf=info.max).clamp(min=info.smallest_normal)
-    return info.eps * torch.exp2(torch.frexp(magnitude).exponent.double() - 1)
-
-
-def allowed(gradient: Tensor, tolerance: float) -> Tensor:
-    """How far another may be from each element of a gradient."""
-    return tolerance + OF_ELEMENT * gradient.abs().nan_to_num(0, 0, 0)
-
-
-def diagnosis(by_hand: Tensor, autograd: Tensor, tolerance: float) -> str:
-    """What a wrong gradient looks like, next to the right one; to find the mistake by."""
-
-    def is_close(left: Tensor, right: Tensor) -> bool:
-        return left.shape == right.shape and bool(
-            ((left - right).abs() <= allowed(right, tolerance)).all()
-        )
-
-    if by_hand.shape != autograd.shape:
-        shapes = f"it has shape {tuple(by_hand.shape)} instead of {tuple(autograd.shape)}"
-        if autograd.dim() == 2 and is_close(by_hand, autograd.T):
-            return f"{shapes}; it is the transpose"
-        if by_hand.numel() == 1 and is_close(by_hand.reshape(()), autograd.sum()):
-            return f"{shapes}; it is the sum over all elements of the gradient"
-        return shapes
-    if not by_hand.isfinite().all() and autograd.isfinite().all():
-        return "it is not finite"
-    if is_close(by_hand, torch.zeros_like(by_hand)):
-        return "it is 0"
-    if autograd.dim() == 2 and is_close(by_hand, autograd.T):
-        return "it is the transpose"
-    if autograd.numel() > 1 and is_close(by_hand, autograd.sum().expand_as(by_hand)):
-        return "every element is the sum over all elements of the gradient"
-    # Before the factors: of one element, every error is one.
-    error = (by_hand - autograd).abs()
-    if error.max() < 2.0**-16 * autograd.abs().max():
-        return "it is right to some digits only, as if computed in single precision"
-    factor = float((by_hand * autograd).sum() / autograd.square().sum())
-    if is_close(by_hand, factor * autograd):
-        return f"it is {in_words(factor)} autograd's"
-    return where_it_is_wrong(error > allowed(autograd, tolerance))
-
-
-def in_words(factor: float) -> str:
-    """A factor between two gradients; a simple fraction as such."""
-    if abs(factor + 1) < 1e-6:
-        return "minus"
-    if abs(factor - round(factor)) < 1e-6 * abs(factor):
-        return f"{round(factor)} times"
-    if abs(1 / factor - round(1 / factor)) < 1e-6 / abs(factor):
-        return f"{'-' if factor < 0 else ''}1/{abs(round(1 / factor))} of"
-    return f"{factor:.6g} times"
-
-
-def where_it_is_wrong(is_wrong: Tensor) -> str:
-    """Which elements are wrong; which rows or columns, if those are some and not all."""
-    said = f"{int(is_wrong.sum())} of {is_wrong.numel()} elements are wrong"
-    if is_wrong.dim() == 1:
-        return f"{said}{_named('index', 'indices', is_wrong)}"
-    if is_wrong.dim() == 2:
-        rows, columns = is_wrong.any(1), is_wrong.any(0)
-        said += _named("row", "rows", rows) + _named("column", "columns", columns)
-    return said
-
-
-def _named(singular: str, plural: str, is_wrong: Tensor) -> str:
-    places = is_wrong.nonzero().flatten().tolist()
-    if len(places) == len(is_wrong):
-        return ""
-    shown = ", ".join(map(str, places[:5])) + (", ..." if len(places) > 5 else "")
-    return f", all in {singular if len(places) == 1 else plural} {shown}"

@@ -1,15 +1,15 @@
-"""How far rounding takes the gradient of a function, found by changing what is computed.
+"""How far rounding can move a gradient, measured by perturbing the computation.
 
-Two right computations of a gradient differ by rounding. How much that may be follows
-neither from the gradient, whose terms may cancel, nor from the function's value, of
-which a part may be constant. So it is measured:
+Two correct computations of a gradient differ by rounding. Neither the gradient tells how much,
+because its terms may cancel, nor the function's value, because a part of it may be constant.
+So the sensitivity is measured in two ways:
 
-- by the product of the second derivative and a change of all inputs: so a rounding in
-  them, or on the way from them to the loss, acts on the gradient;
-- by backward passes in which the operands of every operation are changed at random: a
-  sum that cancels shows how large its terms are.
+- The product of the second derivative with a change of all inputs. A rounding of an input, or
+  on the way from the inputs to the loss, acts on the gradient like that.
+- Backward passes that perturb the operands of every operation at random. If a sum cancels,
+  this shows how large its terms are.
 
-Neither takes a function over a kink. Both are proportional to the function's scale.
+Neither moves a function across a kink. Both are proportional to the function's scale.
 """
 
 from __future__ import annotations
@@ -23,34 +23,34 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 Function = Callable[..., Tensor]
 
-#: A number is changed by this much of its size: far more than its own rounding.
-CHANGE = 2.0**-26
+#: The relative perturbation of a number: far more than its rounding.
+PERTURBATION = 2.0**-26
 
-#: So often, with other signs; the largest effect counts.
-TIMES = 4
+#: How many times, with different random signs. The largest effect counts.
+REPEATS = 4
 
 
-def effects_of_inputs(
+def input_sensitivity(
     function: Function, tensors: Mapping[str, Tensor], checked: Sequence[str]
 ) -> list[Tensor] | None:
-    """What a change of every input by max(1, |input|), of either sign, makes of each gradient.
+    """How far each gradient moves when every input changes by +-max(1, |input|), to first order.
 
     Args:
         function: takes the inputs in their order and returns a tensor of one element.
-        tensors: the inputs by name, those of floating point in float64.
-        checked: the names of those that have a gradient.
+        tensors: the inputs by name, floating-point inputs in float64.
+        checked: the names of the inputs that have a gradient.
 
     Returns:
-        A tensor of absolute values for each that is checked; None if the function's
-        gradient can't be differentiated.
+        A tensor of absolute values for each checked input; None if the function's gradient
+        can't be differentiated.
     """
     generator = torch.Generator().manual_seed(0)
     effects = [torch.zeros_like(tensors[name]) for name in checked]
     try:
         with torch.enable_grad():
-            leaves, loss = _recorded(function, tensors, checked)
-            grads = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
-            for _ in range(TIMES):
+            leaves, loss = leaves_and_loss(function, tensors, checked)
+            grads = torch.autograd.grad(loss.sum(), leaves, create_graph=True, allow_unused=True)
+            for _ in range(REPEATS):
                 changes = [leaf.detach().abs().clamp(min=1) for leaf in leaves]
                 product = sum(
                     (grad * change * _signs(change, generator)).sum()
@@ -62,52 +62,56 @@ def effects_of_inputs(
                 # The second derivative is symmetric.
                 found = torch.autograd.grad(product, leaves, retain_graph=True, allow_unused=True)
                 effects = _larger(effects, found)
-    except Exception:  # there are many ways to have no second derivative
+    except Exception:  # a second derivative can fail in many ways
         return None
     return effects
 
 
-def effects_of_operations(
+def operand_sensitivity(
     function: Function,
     tensors: Mapping[str, Tensor],
     checked: Sequence[str],
     gradients: Sequence[Tensor],
 ) -> list[Tensor]:
-    """What changes of the size of 1 of all operands in the backward pass make of each gradient.
+    """How far each gradient moves when all operands of the backward pass change by +-100 %.
+
+    The perturbations are small, and their effects are scaled.
 
     Args:
-        function, tensors, checked: as for `effects_of_inputs`.
-        gradients: those of an unchanged pass.
+        function, tensors, checked: as for `input_sensitivity`.
+        gradients: those of an unperturbed pass.
 
     Returns:
-        A tensor of absolute values for each that is checked.
+        A tensor of absolute values for each checked input.
     """
     generator = torch.Generator().manual_seed(0)
     effects = [torch.zeros_like(gradient) for gradient in gradients]
-    for _ in range(TIMES):
+    for _ in range(REPEATS):
         with torch.enable_grad():
-            leaves, loss = _recorded(function, tensors, checked)  # a graph may serve only once
+            leaves, loss = leaves_and_loss(function, tensors, checked)  # one graph for each pass
+            total = loss.sum()
         try:
-            with Changing(generator):
-                found = torch.autograd.grad(loss, leaves, allow_unused=True)
-        except Exception:  # somebody's own backward pass may take no mode, or other numbers ill
+            with PerturbOperands(generator):
+                found = torch.autograd.grad(total, leaves, allow_unused=True)
+        except Exception:  # a custom backward pass may support no mode, or reject the numbers
             break
         changes = [
-            None if grad is None else (dense(grad.detach()) - gradient) / CHANGE
+            None if grad is None else (dense(grad.detach()) - gradient) / PERTURBATION
             for grad, gradient in zip(found, gradients, strict=True)
         ]
         effects = _larger(effects, changes)
     return effects
 
 
-#: Backward formulas whose second operand is compared with a number.
+#: Backward operations that compare their second operand with a number, which makes a mask.
 WITH_MASK = ("aten::threshold_backward", "aten::hardtanh_backward")
 
 
-class Changing(TorchDispatchMode):
-    """Changes the operands of every operation on floating point by `CHANGE` of their size.
+class PerturbOperands(TorchDispatchMode):
+    """Perturbs the floating-point operands of every operation by +-`PERTURBATION` of their size.
 
-    Not those of a view, of what writes to an operand, or of a comparison: a mask stays.
+    Views, operations that write to an operand, and comparisons get their operands unchanged,
+    so that masks stay the same.
     """
 
     def __init__(self, generator: torch.Generator) -> None:
@@ -120,31 +124,31 @@ class Changing(TorchDispatchMode):
         schema, kwargs = getattr(func, "_schema", None), kwargs or {}
         if schema is not None and not any(argument.alias_info for argument in schema.arguments):
             count = 1 if schema.name in WITH_MASK else len(args)
-            changed = func(*map(self._changed, args[:count]), *args[count:], **kwargs)
+            changed = func(*map(self._perturbed, args[:count]), *args[count:], **kwargs)
             if not (isinstance(changed, Tensor) and not changed.is_floating_point()):
                 return changed
         return func(*args, **kwargs)
 
-    def _changed(self, operand: Any) -> Any:
+    def _perturbed(self, operand: Any) -> Any:
         if not (isinstance(operand, Tensor) and operand.is_floating_point()):
             return operand
-        return operand * (1 + CHANGE * _signs(operand, self.generator))
+        return operand * (1 + PERTURBATION * _signs(operand, self.generator))
 
 
-def _recorded(
+def leaves_and_loss(
     function: Function, tensors: Mapping[str, Tensor], checked: Sequence[str]
 ) -> tuple[list[Tensor], Tensor]:
-    """The inputs that are checked, as leaves, and the function's value."""
+    """The checked inputs as leaves of a graph, and what the function returns for them."""
     leaves = {
         name: tensor.clone().requires_grad_(name in checked) for name, tensor in tensors.items()
     }
-    # Not the leaves themselves, which nobody may change in place.
+    # The function gets clones, because nobody may change a leaf in place.
     loss = function(*(leaf.clone() for leaf in leaves.values()))
-    return [leaves[name] for name in checked], loss.sum()
+    return [leaves[name] for name in checked], loss
 
 
 def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
-    """1 or -1 at random, in the shape, the dtype and on the device of a tensor."""
+    """1 or -1 at random, with the shape, dtype and device of a tensor."""
     signs = torch.randint(0, 2, like.shape, generator=generator)
     return (2 * signs - 1).to(like.device, like.dtype)
 
@@ -157,5 +161,5 @@ def _larger(effects: Sequence[Tensor], found: Sequence[Tensor | None]) -> list[T
 
 
 def dense(tensor: Tensor) -> Tensor:
-    """The gradient of an embedding may be sparse."""
+    """A gradient as a strided tensor: that of an embedding may be sparse."""
     return tensor if tensor.layout is torch.strided else tensor.to_dense()

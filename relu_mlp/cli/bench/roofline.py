@@ -1,25 +1,24 @@
-"""The least time that a step can take on the machine as it is just now.
+"""The shortest time that a step can take on this machine, at its present speed.
 
-That is max(operations / rate, compulsory bytes / bandwidth). The rate is that of
-a 1536 x 1536 x 1536 `torch.mm` of the same dtype, the bandwidth that of a copy
-too large for the caches. Both are timed by turns with the candidates, because
-the speed of a shared machine drifts.
+That is max(operations / rate, compulsory bytes / bandwidth). The rate is that of a
+1536 x 1536 x 1536 `torch.mm` of the same dtype. The bandwidth is that of a copy too large for
+the caches. Both are timed by turns with the candidates, because the speed of a shared machine
+drifts.
 
-Operations are those of the dense products, 2 * rows * in * out for each of
-forward, gradient of the weight and gradient of the input (the first layer's only
-if the input needs one).
+Operations are those of the dense products: 2 * rows * in * out for each of forward, gradient of
+the weight and gradient of the input (for the first layer only if the input needs one).
 
-Compulsory bytes are those that no order of computation avoids, if nothing stays
-in a cache from one pass over the rows to the next:
+Compulsory bytes are those that no order of computation avoids, if no cache keeps anything from
+one pass over the rows to the next:
 
     inference        x, the weights and biases; y written
     training         x for the forward pass and again for the first weight's gradient; hidden
                      activations written once and read once; y written; grad_output;
                      weights and biases twice (the first weight once, unless the input needs a
                      gradient, and the biases once); their gradients, and the input's, written
-    loss_and_grads   one pass will do: x, target, the weights and biases; gradients written
+    loss_and_grads   one pass is enough: x, target, the weights and biases; gradients written
 
-Where a step fits in the cache as a whole it may be faster than the second term.
+A step that fits in the cache may be faster than the second term.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ def probes(dtype: torch.dtype) -> dict[str, Step]:
 def limits(
     shape: Shape, case: str, dtype: torch.dtype, input_grad: bool, times: dict[str, list[float]]
 ) -> list[float]:
-    """The least time of a step, in seconds, in each round; times are those of the candidates."""
+    """The shortest time of a step in each round, in seconds, from the times of the probes."""
     work = operations(shape, case, input_grad)
     traffic = compulsory_bytes(shape, case, dtype, input_grad)
     result = []
@@ -58,7 +57,7 @@ def limits(
 
 
 def rates(mm: float, copy: float) -> tuple[float, float]:
-    """Operations and bytes per second, from the seconds that the probes took."""
+    """Operations per second and bytes per second, from the seconds of the two probes."""
     return 2 * _SIDE**3 / mm, 2 * 4 * _COPIED / copy
 
 
@@ -72,7 +71,7 @@ def operations(shape: Shape, case: str, input_grad: bool = False) -> int:
 
 
 def compulsory_bytes(shape: Shape, case: str, dtype: torch.dtype, input_grad: bool = False) -> int:
-    """Bytes that one step has to read from memory or write to it."""
+    """The bytes that one step must read from memory or write to it."""
     rows, *widths = shape
     x, *hidden, y = (rows * width for width in widths)
     weights = [n_in * n_out for n_in, n_out in itertools.pairwise(widths)]

@@ -1,4 +1,4 @@
-"""Numerical derivatives: central differences, and what they are worth.
+"""Central differences, and how far they may be off.
 
 f'(p) = (f(p + h) - f(p - h)) / 2 h + O(h^2) + O(u |f| / h)
 """
@@ -11,28 +11,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: The step of a difference, for an element of size 1: it balances truncation, h^2,
-#: and rounding, u / h.
+#: The step for an element of size 1. It balances the truncation error, h^2, and the rounding
+#: error, u / h.
 STEP = torch.finfo(torch.float64).eps ** (1 / 3)
 
-#: Of a larger parameter, only so many elements have a numerical gradient.
-MOST_ELEMENTS = 4096
+#: At most this many elements of a parameter get a numerical gradient.
+MAX_ELEMENTS = 4096
 
-#: How many roundings of its value, and of each of its inputs, a function is granted.
-#: Sums of n terms in PyTorch round like log n to sqrt n of them.
+#: The rounding errors allowed in a function's value and in each input, in unit roundoffs.
+#: PyTorch's sums of n terms have errors of some log n to sqrt n.
 ROUNDINGS = 64
 UNIT_ROUNDOFF = torch.finfo(torch.float64).eps / 2
 
 Function = Callable[..., Tensor]
 
 
-class Differences(NamedTuple):
-    """What `by_differences` finds out for each element of one input."""
+class CentralDifferences(NamedTuple):
+    """What central differences tell about each element of one input."""
 
-    numerical: Tensor  #: the gradient, NaN where it was not computed
+    numerical: Tensor  #: the gradient; NaN where it was not computed
     uncertainty: Tensor  #: how far it may be off
     is_at_kink: Tensor  #: bool
-    curvature: Tensor  #: |second derivative| by the element, 0 at a kink
+    curvature: Tensor  #: |d^2 f / d p^2|; 0 at a kink
 
 
 def value_of(function: Function, tensors: Mapping[str, Tensor]) -> float:
@@ -41,34 +41,34 @@ def value_of(function: Function, tensors: Mapping[str, Tensor]) -> float:
 
 
 def _positions(numel: int) -> Sequence[int]:
-    """Which elements have a numerical gradient: `MOST_ELEMENTS` of them at most."""
-    if numel <= MOST_ELEMENTS:
+    """Which elements get a numerical gradient: at most `MAX_ELEMENTS`."""
+    if numel <= MAX_ELEMENTS:
         return range(numel)
-    # Not every second one, say, which may be the same columns in all rows.
+    # At random. At regular distances, they might lie in the same columns of all rows.
     order = torch.randperm(numel, generator=torch.Generator().manual_seed(0), device="cpu")
-    return order[:MOST_ELEMENTS].tolist()
+    return order[:MAX_ELEMENTS].tolist()
 
 
-def by_differences(
+def central_differences(
     function: Function,
     tensors: Mapping[str, Tensor],
     name: str,
     loss: float,
     spread: float,
     eps: float,
-) -> Differences:
-    """The numerical gradient at one input, and what it is worth.
+) -> CentralDifferences:
+    """The numerical gradient with respect to one input, and how far it may be off.
 
     Args:
-        function: takes all inputs in their order and returns a tensor of one element.
-        tensors: the inputs by name, those of floating point in float64.
-        name: of the input.
+        function: takes all inputs, in their order, and returns a tensor of one element.
+        tensors: the inputs by name, floating-point inputs in float64.
+        name: the input.
         loss: the function's value.
-        spread: by how much rounding every input moves that, in units of the rounding.
-        eps: the step, for an element of size 1 and below.
+        spread: how far rounding every input moves that value, in units of the rounding.
+        eps: the step for an element of size 1 or less.
     """
     p = tensors[name].contiguous()
-    found = Differences(
+    found = CentralDifferences(
         numerical=torch.full_like(p, torch.nan),
         uncertainty=torch.full_like(p, torch.inf),
         is_at_kink=torch.zeros_like(p, dtype=torch.bool),
@@ -81,26 +81,25 @@ def by_differences(
             moved = p.clone()
             moved.view(-1)[position] += k * h
             f[k] = value_of(function, {**tensors, name: moved})
-        for tensor, value in zip(found, _judged(f, h, spread, eps), strict=True):
+        for tensor, value in zip(found, _assess(f, h, spread, eps), strict=True):
             tensor.view(-1)[position] = value
     return found
 
 
-def _judged(
+def _assess(
     f: Mapping[int, float], h: float, spread: float, eps: float
 ) -> tuple[float, float, bool, float]:
-    """The entries of `Differences` for one element p, from f[k] = f(p + k h).
+    """The fields of `CentralDifferences` for one element p, from f[k] = f(p + k h).
 
-    With the quotients q_1 = (f_1 - f_-1) / 2h and q_2 = (f_2 - f_-2) / 4h, and
-    s_k = f_k - 2 f_0 + f_-k: where f is smooth, q_1 - q_2 = O(h^2) and
-    s_2 - 4 s_1 = O(h^4). A kink within 2 h, by which f' changes by J, makes at least one
-    of |q_1 - q_2| and |s_2 - 4 s_1| / h a sizeable part of J.
+    Let q_1 = (f_1 - f_-1) / 2h, q_2 = (f_2 - f_-2) / 4h and s_k = f_k - 2 f_0 + f_-k. Where f
+    is smooth, q_1 - q_2 = O(h^2) and s_2 - 4 s_1 = O(h^4). A kink within 2 h at which f' jumps
+    by J makes |q_1 - q_2| or |s_2 - 4 s_1| / h a sizeable fraction of J.
     """
     near, far = (f[1] - f[-1]) / (2 * h), (f[2] - f[-2]) / (4 * h)
     curve = (f[1] - 2 * f[0] + f[-1]) / h
     bend = f[2] - 4 * f[1] + 6 * f[0] - 4 * f[-1] + f[-2]
-    # What rounding the function's values, its inputs and p + k h does to a quotient, and
-    # what is smooth may show of its higher derivatives beside that.
+    # The error of a quotient from rounding the function's values, its inputs and p + k h; and
+    # what the higher derivatives of a smooth function may add to that.
     steepest = max(abs(near), abs(far)) + abs(curve)
     rounding = max(map(abs, f.values())) + spread + steepest * h / eps
     rounding *= ROUNDINGS * UNIT_ROUNDOFF / h

@@ -1,10 +1,9 @@
-"""Timing by turns: candidates share one process, one set of tensors and one clock.
+"""Timing by turns: the candidates share one process, one set of tensors and one clock.
 
-The speed of a shared machine drifts by half within minutes, so a time by itself
-says little. Here every round lets each candidate run for a turn, in an order
-that rotates from round to round; the first call of a turn is not counted, unless
-calls are long; and the figure is the median over the rounds of a candidate's
-time divided by the baseline's time in the same round.
+The speed of a shared machine drifts by half within minutes, so a time alone says little. Here
+each candidate runs for a turn in every round. The order rotates from round to round. The first
+call of a turn is not counted, unless calls are long. The figure is the median over the rounds
+of a candidate's time divided by the baseline's time in the same round.
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ from pathlib import Path
 
 import torch
 
-from .. import __version__, build_info
+from ... import __version__, build_info
 
-#: From here on the first call of a turn counts too, or a slow case would take twice as
-#: long. For steps of 0.2 to 1.5 s, on a busy machine, it took 0.94 to 1.02 of the second's
-#: time (medians of 21 series), and was not slower on the whole.
+#: For calls at least this long the first call of a turn counts too: otherwise a slow case would
+#: take twice as long. In steps of 0.2 to 1.5 s on a busy machine the first call took 0.94 to 1.02
+#: of the time of the second (medians of 21 series), and was not slower on the whole.
 LONG_CALL_S = 0.1
 
 
 @dataclass
 class Figure:
-    """What the turns said of one candidate."""
+    """The result of one candidate."""
 
     case: str
     candidate: str
@@ -56,10 +55,10 @@ def take_turns(
     """Times the candidates against the first of them.
 
     Args:
-        case: what is timed, for the report.
+        case: the name of the case, for the report.
         candidates: functions by name; the first is the baseline.
-        rounds: how many turns each gets.
-        turn_ms: how long a turn takes, roughly.
+        rounds: the number of turns of each candidate.
+        turn_ms: the duration of a turn, roughly.
     """
     return figures(case, time_by_turns(candidates, rounds, turn_ms, fewest_calls=3))
 
@@ -73,10 +72,10 @@ def time_by_turns(
     fewest_rounds: int = 25,
     budget_s: float = math.inf,
 ) -> dict[str, list[float]]:
-    """The seconds per call of every candidate, round by round.
+    """The seconds per call of each candidate in each round.
 
-    A turn of a slow candidate is a single call, and a slow case ends after
-    `fewest_rounds` once it has taken `budget_s`.
+    A turn of a slow candidate is a single call. A case that has taken `budget_s` ends after
+    `fewest_rounds`.
     """
     names = list(candidates)
     seconds = {name: _warm_up(function) for name, function in candidates.items()}
@@ -98,7 +97,7 @@ def time_by_turns(
 
 
 def _warm_up(function: Callable[[], object], calls: int = 20, enough_s: float = 0.2) -> float:
-    """Calls it twice or more, until that is enough, and returns the shortest time, in seconds."""
+    """Calls a function at least twice, and returns the shortest time in seconds."""
     function()
     begin = start = time.perf_counter()
     shortest = math.inf
@@ -113,7 +112,7 @@ def _warm_up(function: Callable[[], object], calls: int = 20, enough_s: float = 
 
 
 def figures(case: str, times: dict[str, list[float]]) -> list[Figure]:
-    """What to report of `time_by_turns`, whose first candidate is the baseline."""
+    """The results of `time_by_turns`, whose first candidate is the baseline."""
     baseline = next(iter(times.values()))
     return [
         Figure(
@@ -140,7 +139,7 @@ def median_of_ratios(
 
 
 def machine() -> dict[str, object]:
-    """What a result is worth nothing without."""
+    """The machine and the versions, without which a result is worthless."""
     model = platform.processor() or "unknown"
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -163,6 +162,6 @@ def machine() -> dict[str, object]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "relu_mlp": __version__,
         "compiler": built.compiler,
-        # None where the reference runs, in Python.
+        # None if the reference runs, in Python.
         "instruction_set": built.instruction_set if built.runs_on_cpu == "extension" else None,
     }

@@ -1,0 +1,12 @@
+"""The benchmark behind `relu-mlp bench`. Nothing else in the package imports it.
+
+command.py     the command
+plan.py        what is measured, and an estimate of how long that takes
+candidates.py  the networks of the suite, and the ways to run them
+turns.py       timing by turns, and the figures that follow from it
+roofline.py    the shortest time that a step can take
+memory.py      the peak memory of a step
+suite.py       runs a plan and stores the results
+report.py      results as CSV files, as lines for the terminal, and as Markdown
+plots.py       pictures of the CSV files; the only module that needs matplotlib
+"""

@@ -1,0 +1,79 @@
+"""`FusedSequential`: an `nn.Sequential` that runs the ReLU networks among its children fused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch._jit_internal import _copy_to_script_wrapper, is_scripting
+
+from .. import functional, interception
+from ..functional import fused, is_served, leaves_python
+from ..modules import Run, _are_all_patched, _slice_or_child, find_run
+from ..scripting import Scriptable
+from .conditions import does_nothing
+
+
+class FusedSequential(Scriptable):
+    """What `fuse` makes of an `nn.Sequential` that has runs among its children.
+
+    It holds the same children and calls them in the same order, except that each run
+    of Linear, ReLU, ..., Linear is one operator. Within a run, Identity is skipped, and
+    so is Dropout in eval mode or with p = 0.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if is_scripting():
+            return self._scripted_forward(input)
+        elif leaves_python():
+            return super().forward(input)
+        else:
+            if _are_all_patched() or type(self).__iter__ is not interception.iterate:
+                return super().forward(input)
+            children = list(self._modules.values())
+            position = 0
+            while position < len(children):
+                run = None
+                if is_served(input) and not _are_all_patched():
+                    run, end = run_at(children, position, does_nothing)
+                if run is not None:
+                    functional.check_empty_biases(run.weights, run.biases)
+                    input = fused(input, run.weights, run.biases, run.activation, False)
+                    position = end
+                else:
+                    input = children[position](input)
+                    position += 1
+            return input
+
+    def _find_runs(self) -> list[tuple[int, Run]]:
+        children = list(self._modules.values())
+        runs: list[tuple[int, Run]] = []
+        position = 0
+        while position < len(children) and not _are_all_patched():
+            # A script may leave eval mode later, so nothing is skipped.
+            run, end = run_at(children, position, lambda child: False)
+            if run is not None:
+                runs.append((position, run))
+            position = max(end, position + 1)
+        return runs
+
+    @_copy_to_script_wrapper
+    def __getitem__(self, index: Any) -> Any:
+        return _slice_or_child(self, index)
+
+
+def run_at(
+    children: list[nn.Module], start: int, is_skipped: Callable[[nn.Module], bool]
+) -> tuple[Run | None, int]:
+    """The run of two Linears or more that begins at `start`, or None; and where it ends."""
+    kept = []
+    for n in range(start, len(children)):
+        if children[n] is None:  # calling it raises, and that is left to the call
+            break
+        if not is_skipped(children[n]):
+            kept.append(n)
+    run = find_run([children[n] for n in kept])
+    if run is None or len(run.weights) < 2:
+        return None, start
+    return run, kept[len(run.children) - 1] + 1
