@@ -24,7 +24,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.nn import Parameter
 
-from . import checks, reference
+from .. import checks, reference
 
 #: csrc/ops.cpp has the same schemas. They are needed here only where the
 #: library is not, so that the operators exist all the same.
@@ -119,7 +119,7 @@ def _load_library() -> tuple[Path | None, str | None]:
     Where the process has the operators already, this copy of the library serves nothing
     (csrc/ops.cpp), and what is there is used, if it is the same.
     """
-    folder = Path(__file__).parent
+    folder = Path(__file__).parent.parent
     found = sorted(folder.glob("_C*.so")) + sorted(folder.glob("_C*.pyd"))
     problem = f"it was not built: there is no _C.abi3.so in {folder}"
     if found:
