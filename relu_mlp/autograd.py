@@ -15,23 +15,33 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from operator import itemgetter
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack
-from torch._functorch.utils import enable_single_level_autograd_function
 
 from . import batching, ops, reference, second_order
-from .ops import Implementation, below_autograd, implementation_for
+from ._torch_private import (
+    FORWARD_AD,
+    HAS_LEVELS,
+    LEVEL,
+    SingleLevelFunction,
+    below_autograd,
+    disable_autocast,
+    enable_single_level_autograd_function,
+    is_any_autocast_enabled,
+    is_fwd_grad_enabled,
+    leads_to,
+    peek_interpreter_stack,
+    set_fwd_grad_enabled,
+)
+from .ops import Implementation, implementation_for
 from .reference import as_matrix
 
-_set_fwd_grad_enabled = forward_ad._set_fwd_grad_enabled
 # To look them up in `torch` on every call takes a while.
 _is_grad_enabled = torch.is_grad_enabled
 _is_compiling = torch.compiler.is_compiling
-_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 
 Pick = Callable[[Sequence[Any]], tuple[Any, ...]]
 
@@ -73,11 +83,11 @@ def _pick(positions: list[int]) -> Pick:
     return lambda items: tuple([items[position] for position in positions])
 
 
-class OneLevelDown(NamedTuple):
-    """An implementation that the levels below see in the modes that the caller has set.
+class CallerModes(NamedTuple):
+    """An implementation that runs with the gradient and tangent modes of the Function's caller.
 
-    PyTorch runs the forward method of a Function with gradients and tangents disabled,
-    which is meant for its own level.
+    PyTorch disables gradients and tangents in a Function's forward method. That is right for
+    the Function's own level, but the levels below have to record what runs there.
     """
 
     implementation: Implementation
@@ -87,42 +97,25 @@ class OneLevelDown(NamedTuple):
     def forward(self, *arguments: Any) -> tuple[Tensor, list[Tensor]]:
         with (
             torch.set_grad_enabled(self.grad_enabled),
-            _set_fwd_grad_enabled(self.fwd_grad_enabled),
+            set_fwd_grad_enabled(self.fwd_grad_enabled),
         ):
             return self.implementation.forward(*arguments)
 
     def backward(self, *arguments: Any) -> list[Tensor]:
         with (
             torch.set_grad_enabled(self.grad_enabled),
-            _set_fwd_grad_enabled(self.fwd_grad_enabled),
+            set_fwd_grad_enabled(self.fwd_grad_enabled),
         ):
             return self.implementation.backward(*arguments)
 
 
-def one_level_down(x: Tensor) -> OneLevelDown:
-    return OneLevelDown(
-        implementation_for(x), torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
-    )
+def in_caller_modes(x: Tensor) -> CallerModes:
+    return CallerModes(implementation_for(x), torch.is_grad_enabled(), is_fwd_grad_enabled())
 
 
 #: The arguments of `MLP` that are not tensors: what computes, the output
 #: activation, whether to recompute, and the number of layers.
-Call = tuple[Implementation | OneLevelDown, str, bool, int]
-
-
-class SingleLevelFunction(torch.autograd.function._SingleLevelFunction):
-    """A `torch.autograd.Function` that asks nothing of functorch.
-
-    `torch.autograd.Function` sends a call on to functorch, which comes back with one of
-    these for each level. Here the dispatcher has come with a level already, or there is
-    none; and to look for one takes as long as a small network.
-    """
-
-    apply: ClassVar[Callable[..., tuple[Tensor, ...]]]  # in C++
-
-    @staticmethod
-    def _compiled_autograd_key(ctx: Any) -> tuple[int]:
-        return (ctx._autograd_function_id,)
+Call = tuple[Implementation | CallerModes, str, bool, int]
 
 
 class MLP(SingleLevelFunction):
@@ -143,7 +136,7 @@ class MLP(SingleLevelFunction):
         implementation, output_activation, recompute, layers = call
         weights, biases = parameters[:layers], parameters[layers:]
         plan = plan_for(layers, ctx.needs_input_grad, output_activation)
-        dispatched = type(implementation) is OneLevelDown
+        dispatched = type(implementation) is CallerModes
         save_hidden = (plan.save_hidden and not recompute) or dispatched
         guard = below_autograd()  # not as a context, as in `functional.fused`
         try:
@@ -168,8 +161,8 @@ class MLP(SingleLevelFunction):
     def backward(
         ctx: Any, grad_output: Tensor | None, *grad_hidden: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        if _is_any_autocast_enabled():  # it computes in the dtype of the forward pass
-            with torch._C._DisableAutocast():
+        if is_any_autocast_enabled():  # it computes in the dtype of the forward pass
+            with disable_autocast():
                 return MLP.backward(ctx, grad_output, *grad_hidden)
         call, plan, y_shape = ctx.remembered
         implementation, output_activation, recompute, layers = call
@@ -179,7 +172,7 @@ class MLP(SingleLevelFunction):
             if not reached:
                 return (None,) * len(ctx.needs_input_grad)
             grad_output = reached[0].new_zeros(y_shape)
-        dispatched, is_compiling = type(implementation) is OneLevelDown, _is_compiling()
+        dispatched, is_compiling = type(implementation) is CallerModes, _is_compiling()
         if (
             reached
             and not (dispatched or is_compiling)
@@ -187,7 +180,7 @@ class MLP(SingleLevelFunction):
         ):
             # All that masks pass on: the operator can serve it, which takes no grad_hidden.
             reached, grad_hidden = [], ()
-        if dispatched or reached or _is_grad_enabled() or forward_ad._current_level >= 0:
+        if dispatched or reached or _is_grad_enabled() or FORWARD_AD[LEVEL] >= 0:
             # Part of a second derivative, or to be differentiated once more.
             if recompute:
                 saved = plan.kept(_forward_again(call, *saved))
@@ -221,7 +214,7 @@ class MLP(SingleLevelFunction):
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
         call, _, y_shape = ctx.remembered
         output_activation, layers = call[1], call[3]
-        with _set_fwd_grad_enabled(True):
+        with set_fwd_grad_enabled(True):
             x, y, *rest = _primals(ctx.saved_tensors)
             weights, hidden = rest[:layers], rest[layers:]
             # One that stands for a missing bias may come with a tangent of no elements.
@@ -266,19 +259,12 @@ def _only_what_is_asked_for(
     `torch.autograd.grad(y, x)` asks for the gradient of x alone, which needs_input_grad does
     not tell.
     """
-    asked = [node is not None and _leads_to(node) for node, _ in ctx.next_functions]
+    asked = [node is not None and leads_to(node) for node, _ in ctx.next_functions]
     if asked == [need == "1" for need in plan.needs[: len(asked)]]:
         return plan, saved
     y, weights, (x, *hidden) = reference.unpack(saved, output_activation, plan.needs)
     less = plan_for(len(weights), (False, *asked), output_activation)
     return less, less.kept((x, y, *weights, *hidden))
-
-
-def _leads_to(node: Any) -> bool:
-    try:
-        return torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # said of a leaf that is asked for
-        return True
 
 
 def _forward_again(call: Call, x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
@@ -287,7 +273,7 @@ def _forward_again(call: Call, x: Tensor, *parameters: Tensor) -> tuple[Tensor, 
     weights, biases = parameters[:layers], parameters[layers:]
     if not _is_compiling() and peek_interpreter_stack() is not None:
         # `torch.autograd.grad` of a finished y inside a transform: level by level.
-        assert not isinstance(implementation, OneLevelDown)  # which keeps what it needs
+        assert not isinstance(implementation, CallerModes)  # which keeps what it needs
         with ops.using(implementation):
             y, hidden = torch.ops.relu_mlp.forward.default(
                 x, weights, biases, output_activation, True
@@ -323,7 +309,7 @@ def _backward_once_more(
     """The backward pass where a derivative of it may be asked for."""
     if any(grad is not None for grad in grad_hidden):
         return reference.backward(grad_output, saved, output_activation, needs, grad_hidden)
-    if isinstance(implementation, OneLevelDown):
+    if isinstance(implementation, CallerModes):
         implementation = implementation.implementation
     with ops.using(implementation):
         return torch.ops.relu_mlp.backward.default(grad_output, saved, output_activation, needs)
@@ -355,7 +341,7 @@ class Gradient(SingleLevelFunction):
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
         output_activation, needs = ctx.remembered
-        with _set_fwd_grad_enabled(True):
+        with set_fwd_grad_enabled(True):
             grad_output, *saved = _primals(ctx.saved_tensors)
             return tuple(
                 second_order.backward_jvp(
@@ -365,7 +351,7 @@ class Gradient(SingleLevelFunction):
 
 
 #: The arguments of `Gradient` that are not tensors.
-GradientCall = tuple[OneLevelDown, str, str]
+GradientCall = tuple[CallerModes, str, str]
 
 _apply_gradient = Gradient.apply
 
@@ -382,7 +368,7 @@ def _forward_derivative(
     biases: Sequence[Tensor],
     output_activation: str,
 ) -> tuple[Tensor, ...]:
-    call: Call = (one_level_down(x), output_activation, False, len(weights))
+    call: Call = (in_caller_modes(x), output_activation, False, len(weights))
     # One that stands for a missing bias has no gradient.
     present = [
         bias if bias.numel() or bias.shape == weight.shape[:1] else bias.detach()
@@ -399,6 +385,8 @@ def _relu_mlp_kernel(
     output_activation: str = "none",
 ) -> Tensor:
     if weights and ops.is_differentiated(x, weights, biases):
+        if not HAS_LEVELS:
+            return reference.relu_mlp(x, weights, biases, output_activation)
         return _forward_derivative(x, weights, biases, output_activation)[0]
     with below_autograd():
         return implementation_for(x).relu_mlp(x, weights, biases, output_activation)
@@ -412,6 +400,8 @@ def _forward_kernel(
     save_hidden: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     if weights and ops.is_differentiated(x, weights, biases):
+        if not HAS_LEVELS:
+            return reference.forward(x, weights, biases, output_activation, save_hidden)
         y, *hidden = _forward_derivative(x, weights, biases, output_activation)
         return y, hidden if save_hidden else []
     with below_autograd():
@@ -423,7 +413,9 @@ def _backward_kernel(
 ) -> Sequence[Tensor]:
     implementation = implementation_for(grad_output)
     if "1" in needs and ops.is_differentiated(grad_output, saved):
-        call: GradientCall = (one_level_down(grad_output), output_activation, needs)
+        if not HAS_LEVELS:
+            return reference.backward(grad_output, saved, output_activation, needs)
+        call: GradientCall = (in_caller_modes(grad_output), output_activation, needs)
         with enable_single_level_autograd_function():
             return list(_apply_gradient(call, grad_output, *saved))
     with below_autograd():
@@ -439,5 +431,4 @@ for _name, _kernel in (
 ):
     _library.impl(_name, _kernel, "Autograd")
 for _name in ("relu_mlp", "forward", "backward", "recompute_backward"):
-    _operator, _rule = getattr(torch.ops.relu_mlp, _name).default, getattr(batching, _name)
-    _library.impl(_name, batching.kernel_of(_operator, _rule), "FuncTorchBatched")
+    batching.register_rule(_library, _name, getattr(batching, _name))

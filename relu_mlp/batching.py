@@ -20,37 +20,57 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import _add_batch_dim, _unwrap_batched
-from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
 from . import checks, reference
+from ._torch_private import (
+    HAS_VMAP_TOOLS,
+    add_batch_dim,
+    below_vmap,
+    current_interpreter,
+    disable_autocast,
+    unwrap_batched,
+)
 from .ops import implementation_for
 
 Dims = Sequence[int | None]
 
-_BATCHED = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)
+
+Rule = Callable[..., tuple[Any, Any]]
 
 
-def kernel_of(operator: Callable[..., Any], rule: Callable[..., tuple[Any, Any]]) -> Any:
-    """What the dispatcher calls for an operator under vmap.
+def register_rule(library: torch.library.Library, name: str, rule: Rule) -> None:
+    """Registers the batching rule of an operator.
 
     `torch.library.register_vmap` would do, but takes the lists of tensors apart as trees,
-    six times a call: a small network's per-sample gradients took twice as long.
+    six times a call: a small network's per-sample gradients took twice as long. It serves
+    where this PyTorch lacks what a kernel needs.
 
     Args:
-        operator: where no argument has a dimension of examples.
         rule: (batch_size, in_dims, *arguments) -> (results, out_dims). A dimension, or a list
             of them, stands for each argument and each result: None where it is the same for
             all examples, or no tensor.
     """
+    if HAS_VMAP_TOOLS:
+        kernel = _kernel_of(getattr(torch.ops.relu_mlp, name).default, rule)
+        library.impl(name, kernel, "FuncTorchBatched")
+    else:
+        torch.library.register_vmap(
+            f"relu_mlp::{name}",
+            lambda info, in_dims, *arguments: rule(info.batch_size, in_dims, *arguments),
+            lib=library,
+        )
+
+
+def _kernel_of(operator: Callable[..., Any], rule: Rule) -> Callable[..., Any]:
+    """What the dispatcher calls for an operator under vmap; `operator` if nothing is batched."""
 
     def kernel(*arguments: Any) -> Any:
-        interpreter: Any = retrieve_current_functorch_interpreter()
+        interpreter: Any = current_interpreter()
         level, batch_size = interpreter.level(), interpreter.batch_size()
         pairs = [_taken_apart(argument, level) for argument in arguments]
         in_dims = [dim for _, dim in pairs]
         # What is below this level, where autocast is not for vmap, natively too.
-        with torch._C._ExcludeDispatchKeyGuard(_BATCHED), torch._C._DisableAutocast():
+        with below_vmap(), disable_autocast():
             if not any(_is_batched(dim) for dim in in_dims):
                 return operator(*arguments)
             results, out_dims = rule(batch_size, in_dims, *[operand for operand, _ in pairs])
@@ -66,16 +86,16 @@ def _is_batched(dim: Any) -> bool:
 def _taken_apart(argument: Any, level: int) -> tuple[Any, Any]:
     """An argument without its dimension of examples, and that dimension."""
     if isinstance(argument, Tensor):
-        return _unwrap_batched(argument, level)
+        return unwrap_batched(argument, level)
     if isinstance(argument, (list, tuple)):
-        pairs = [_unwrap_batched(tensor, level) for tensor in argument]
+        pairs = [unwrap_batched(tensor, level) for tensor in argument]
         return [tensor for tensor, _ in pairs], [dim for _, dim in pairs]
     return argument, None
 
 
 def _put_together(result: Any, dim: Any, level: int) -> Any:
     if isinstance(result, Tensor):
-        return result if dim is None else _add_batch_dim(result, dim, level)
+        return result if dim is None else add_batch_dim(result, dim, level)
     return type(result)(_put_together(*pair, level) for pair in zip(result, dim, strict=True))
 
 

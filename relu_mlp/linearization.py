@@ -20,15 +20,16 @@ import torch
 from torch import Tensor
 
 from . import checks, reference, second_order
+from ._torch_private import below_autograd, disable_autocast, version_of
 from .functional import (
     OutputActivation,
-    _list_of_tensors,
     activation_name,
     checked_parameters,
+    list_of_tensors,
     refuse_transforms,
     split_by_kind,
 )
-from .ops import NO_TENSOR, backend, below_autograd, implementation_for, stand_ins
+from .ops import NO_TENSOR, backend, implementation_for, stand_ins
 
 
 class Parameters(NamedTuple):
@@ -118,7 +119,7 @@ def _linearize(
 def _by_hand(function: str, *arguments: Any) -> Iterator[None]:
     """Neither a graph nor autocast, and RuntimeError where somebody differentiates or maps."""
     refuse_transforms(function, *arguments)
-    with torch._C._DisableAutocast(), below_autograd():
+    with disable_autocast(), below_autograd():
         yield
 
 
@@ -146,7 +147,7 @@ class Linearization:
         self.y, self._hidden = self._implementation.forward(
             self._x, self._weights, stand_ins(self._biases), activation, True
         )
-        self._versions = [tensor._version for tensor in self._counted()]
+        self._versions = [version_of(tensor) for tensor in self._counted()]
 
     def __getstate__(self) -> dict[str, Any]:
         """For `copy` and `pickle`; RuntimeError as in every method.
@@ -169,7 +170,7 @@ class Linearization:
         self._biases = [NO_TENSOR if bias is None else bias for bias in state["_biases"]]
         with backend(state["_implementation"]):
             self._implementation = implementation_for(self._x)
-        self._versions = [tensor._version for tensor in self._counted()]
+        self._versions = [version_of(tensor) for tensor in self._counted()]
 
     def jvp(self, tangent: Parameters) -> Tensor:
         """J v: how y changes as the parameters change by v, forward-mode differentiation.
@@ -324,7 +325,7 @@ class Linearization:
                 yield tensor
 
     def _check_versions(self) -> None:
-        if self._versions != [tensor._version for tensor in self._counted()]:
+        if self._versions != [version_of(tensor) for tensor in self._counted()]:
             raise RuntimeError(
                 "x, y or a parameter has been changed in place since linearize(...), whose "
                 "products would be wrong now. Call linearize(...) again."
@@ -336,10 +337,10 @@ class Linearization:
                 f"tangent must be a pair (weights, biases), got {type(tangent).__name__}"
             )
         layers = len(self._weights)
-        weight_tangents: list[Tensor] = _list_of_tensors("tangent.weights", tangent[0])
+        weight_tangents: list[Tensor] = list_of_tensors("tangent.weights", tangent[0])
         bias_tangents: list[Tensor | None] = [None] * layers
         if tangent[1] is not None:
-            bias_tangents = _list_of_tensors("tangent.biases", tangent[1], or_none=True)
+            bias_tangents = list_of_tensors("tangent.biases", tangent[1], or_none=True)
         for kind, length in (("weights", len(weight_tangents)), ("biases", len(bias_tangents))):
             if length != layers:
                 raise ValueError(

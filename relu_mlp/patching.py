@@ -8,11 +8,12 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar, overload
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._jit_internal import _copy_to_script_wrapper, is_scripting
 
 from . import functional, interception
+from ._torch_private import children_of, copy_to_script_wrapper, is_scripting
 from .functional import fused, is_served, leaves_python
-from .modules import ReluMLP, Run, _are_all_patched, _slice_or_child, find_run
+from .interception import are_layers_replaced
+from .modules import ReluMLP, slice_or_child
 from .rules import (
     FusedModule,
     does_nothing,
@@ -24,6 +25,7 @@ from .rules import (
     reason_to_leave,
     rule_for,
 )
+from .run import Run, find_run
 from .scripting import Scriptable
 
 M = TypeVar("M", bound=nn.Module)
@@ -46,13 +48,13 @@ class FusedSequential(Scriptable):
         elif leaves_python():
             return super().forward(input)
         else:
-            if _are_all_patched() or type(self).__iter__ is not interception.iterate:
+            if are_layers_replaced() or type(self).__iter__ is not interception.iterate:
                 return super().forward(input)
-            children = list(self._modules.values())
+            children = list(children_of(self).values())
             position = 0
             while position < len(children):
                 run = None
-                if is_served(input) and not _are_all_patched():
+                if is_served(input) and not are_layers_replaced():
                     run, end = _run_at(children, position, does_nothing)
                 if run is not None:
                     functional.check_empty_biases(run.weights, run.biases)
@@ -64,10 +66,10 @@ class FusedSequential(Scriptable):
             return input
 
     def _find_runs(self) -> list[tuple[int, Run]]:
-        children = list(self._modules.values())
+        children = list(children_of(self).values())
         runs: list[tuple[int, Run]] = []
         position = 0
-        while position < len(children) and not _are_all_patched():
+        while position < len(children) and not are_layers_replaced():
             # A script may leave eval mode later: nothing is passed over.
             run, end = _run_at(children, position, lambda child: False)
             if run is not None:
@@ -75,9 +77,9 @@ class FusedSequential(Scriptable):
             position = max(end, position + 1)
         return runs
 
-    @_copy_to_script_wrapper
+    @copy_to_script_wrapper
     def __getitem__(self, index: Any) -> Any:
-        return _slice_or_child(self, index)
+        return slice_or_child(self, index)
 
 
 def _run_at(
@@ -252,8 +254,8 @@ def _plan_for_sequential(name: str, module: nn.Module) -> _Plan:
     if "forward" in module.__dict__:
         reason = "has a forward of its own"
         return _Plan(module, nn.Sequential, None, [Left(name, "Sequential", reason)])
-    names = list(module._modules)
-    children: list[Any] = list(module._modules.values())
+    names = list(children_of(module))
+    children: list[Any] = list(children_of(module).values())
     runs: list[tuple[int, int]] = []
     end = 0
     for position, child in enumerate(children):
@@ -305,11 +307,11 @@ def _plan_for_other(name: str, module: nn.Module) -> _Plan:
 
 def _has_linears(module: nn.Module) -> bool:
     """Whether there could be a network among its children."""
-    return sum(map(is_linear_like, module._modules.values())) >= 2
+    return sum(map(is_linear_like, children_of(module).values())) >= 2
 
 
 def _why_no_rule(module: nn.Module) -> str:
-    for child in module._modules.values():
+    for child in children_of(module).values():
         if is_linear_like(child) and type(child) is not nn.Linear:
             return f"has a {type(child).__name__} that {problem_of(child)}"
     for base in type(module).__mro__[1:]:

@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
+from ._torch_private import unsafe_view
 
 
 def select(change: Tensor, a: Tensor) -> Tensor:
@@ -122,7 +123,7 @@ def forward(
     y = ACTIVATIONS[output_activation](a)
     if x.dim() != 2:
         # Not a view in autograd's eyes, so that y may be changed in place.
-        y = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
+        y = unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
     return y, hidden if save_hidden else []
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from . import functional
 from .checks import DTYPES
 from .functional import fused, is_plain, is_served, leaves_python
-from .modules import Run, _are_all_patched, _is_patched, find_run
+from .interception import are_layers_replaced
 from .recognition import (
     CAST,
     METHODS,
@@ -32,6 +32,7 @@ from .recognition import (
     recognise,
     value_of,
 )
+from .run import Run, find_run, is_patched
 
 #: What is ReLU when it is called as a function.
 RELUS = (F.relu, torch.relu, torch.relu_)
@@ -154,7 +155,7 @@ def path_of(module_class: type) -> str:
 
 def does_nothing(child: nn.Module) -> bool:
     """Whether calling it returns its input: Identity, and Dropout in eval mode or of p = 0."""
-    if type(child).__call__ is not nn.Module.__call__ or _is_patched(child.__dict__):
+    if type(child).__call__ is not nn.Module.__call__ or is_patched(child.__dict__):
         return False
     if type(child) is nn.Dropout:
         return (
@@ -168,7 +169,7 @@ def does_nothing(child: nn.Module) -> bool:
 
 def may_do_nothing(child: nn.Module) -> bool:
     """Whether it is one of those that `does_nothing` may be true of, perhaps in another mode."""
-    return type(child) in (nn.Dropout, nn.Identity) and not _is_patched(child.__dict__)
+    return type(child) in (nn.Dropout, nn.Identity) and not is_patched(child.__dict__)
 
 
 def is_linear_like(child: Any) -> bool:
@@ -180,7 +181,7 @@ def is_linear_like(child: Any) -> bool:
 
 def problem_of(child: Any) -> str | None:
     """What keeps a Linear, an activation or a dropout from being fused, or None."""
-    if isinstance(child, nn.Module) and _is_patched(child.__dict__):
+    if isinstance(child, nn.Module) and is_patched(child.__dict__):
         return "has a forward of its own" if "forward" in child.__dict__ else "carries a hook"
     if not isinstance(child, nn.Linear):
         if is_linear_like(child):
@@ -312,7 +313,7 @@ def _cast(input: Any) -> Any:
 def _run_of(functions: tuple[Any, ...], x: Any) -> Run | None:
     """The network that calling these functions is, the last first; None if it is none for the
     operators, now and for this x."""
-    if leaves_python() or not is_served(x) or _are_all_patched():
+    if leaves_python() or not is_served(x) or are_layers_replaced():
         return None
     chain: list[nn.Module] = []
     is_cast = False

@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._torch_private import version_of
 from .reference import (
     ACTIVATION_BACKWARDS,
     as_matrix,
@@ -50,7 +51,7 @@ CURVATURES = {"sigmoid": lambda y: 1 - 2 * y, "tanh": lambda y: -2 * y}
 def nothing_like(tensor: Tensor) -> Tensor:
     """Zeros of the shape of a tensor, in memory of their own, that `is_nothing` knows again."""
     zeros = torch.zeros_like(tensor)
-    zeros._is_nothing = True  # type: ignore[attr-defined]
+    zeros.is_symbolic_zero = True  # type: ignore[attr-defined]
     return zeros
 
 
@@ -59,7 +60,11 @@ def is_nothing(tensor: Tensor) -> bool:
 
     What autograd adds to it, or a hook does in place, counts a version.
     """
-    return hasattr(tensor, "_is_nothing") and not tensor.is_inference() and tensor._version == 0
+    return (
+        hasattr(tensor, "is_symbolic_zero")
+        and not tensor.is_inference()
+        and version_of(tensor) == 0
+    )
 
 
 def backward_vjp(

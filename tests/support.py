@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 import relu_mlp
 from relu_mlp import functional, ops, reference
+from relu_mlp._torch_private import below_autograd
 
 BACKENDS = ["reference"] if ops.LIBRARY_PATH is None else ["extension", "reference"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -205,7 +206,7 @@ class Exact:
 def hidden_of(implementation, x, weights, biases, output_activation):
     """y and the hidden activations that an implementation finds."""
     present = [ops.NO_TENSOR if b is None else b.detach() for b in biases or []]
-    with ops.below_autograd(), torch.no_grad():
+    with below_autograd(), torch.no_grad():
         return implementation.forward(
             x.detach(),
             [w.detach() for w in weights],
