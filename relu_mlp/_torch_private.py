@@ -171,6 +171,18 @@ def replace_call(operator: Any, call: Callable[..., Any]) -> None:
         operator._op = call
 
 
+_has_schema = _find(
+    "torch.ops.aten.relu.default._schema",
+    why="`check_gradients` leaves views and operations in place alone",
+    without="`check_gradients` allows for less rounding in a function of your own",
+)
+
+
+def schema_of_overload(operator: Any) -> Any:
+    """The schema of an OpOverload as an object; None if it has none, or it can't be told."""
+    return None if _has_schema is None else getattr(operator, "_schema", None)
+
+
 _parse_dispatch_key = _find(
     "torch._C._parse_dispatch_key",
     why="to tell whether there are the dispatch keys below",
@@ -339,6 +351,12 @@ are_functorch_transforms_active: Callable[[], bool] = _find(
     why="under a transform the dispatcher has to handle each level",
     without="every call goes through PyTorch's dispatcher, which is slower",
 ) or (lambda: peek_interpreter_stack() is not None)
+
+#: Whether `are_functorch_transforms_active` is an answer, and not the safe side.
+KNOWS_TRANSFORMS = not {
+    "torch._C._functorch.peek_interpreter_stack",
+    "torch._C._are_functorch_transforms_active",
+} <= {name.path for name in MISSING}
 
 is_functorch_wrapped_tensor: Callable[[Tensor], bool] | None = _find(
     "torch._C._functorch.is_functorch_wrapped_tensor",

@@ -13,6 +13,7 @@ from torch.overrides import is_tensor_like
 from . import autocast, autograd, checks, reference
 from ._torch_private import (
     FORWARD_AD,
+    KNOWS_TRANSFORMS,
     LEVEL,
     FakeTensor,
     are_functorch_transforms_active,
@@ -253,7 +254,7 @@ def fused(
 
 def refuse_transforms(function: str, *arguments: Any) -> None:
     """RuntimeError where somebody differentiates or maps a function that has no derivative."""
-    if are_functorch_transforms_active() or (
+    if (KNOWS_TRANSFORMS and are_functorch_transforms_active()) or (
         FORWARD_AD[LEVEL] >= 0 and carries_tangent(*arguments)
     ):
         raise RuntimeError(

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._torch_private import TorchDispatchMode
+from ._torch_private import TorchDispatchMode, schema_of_overload
 
 Function = Callable[..., Tensor]
 
@@ -118,7 +118,7 @@ class Changing(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        schema, kwargs = getattr(func, "_schema", None), kwargs or {}
+        schema, kwargs = schema_of_overload(func), kwargs or {}
         if schema is not None and not any(argument.alias_info for argument in schema.arguments):
             count = 1 if schema.name in WITH_MASK else len(args)
             changed = func(*map(self._changed, args[:count]), *args[count:], **kwargs)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch.nn import Linear, Module, ReLU, Sequential, Sigmoid, Tanh
 
 from ._torch_private import (
+    CALL_IMPL,
     GLOBAL_BACKWARD_HOOKS,
     GLOBAL_BACKWARD_PRE_HOOKS,
     GLOBAL_FORWARD_HOOKS,
@@ -70,7 +71,7 @@ _MODULE, _LINEAR, _RELU = vars(Module), vars(Linear), vars(ReLU)
 #: What a class has to have for its modules to do something else by the same `forward`. Module
 #: itself has the methods.
 _ATTRIBUTES = frozenset({"weight", "bias", "inplace", "__getattribute__"})
-_METHODS = frozenset({"__call__", "_call_impl", "__getattr__"})
+_METHODS = frozenset({"__call__", CALL_IMPL, "__getattr__"})
 
 
 def _functions() -> tuple[Any, ...]:

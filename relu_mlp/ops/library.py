@@ -70,6 +70,8 @@ def _load_library() -> tuple[Path | None, str | None]:
     If the process has the operators already, this copy of the library registers nothing
     (csrc/ops.cpp). The operators that are there are used, if their schemas are the same.
     """
+    if not HAS_BELOW_AUTOGRAD:
+        return None, "PyTorch has no torch._C._AutoDispatchBelowAutograd, which its calls need"
     folder = Path(__file__).parent.parent
     found = sorted(folder.glob("_C*.so")) + sorted(folder.glob("_C*.pyd"))
     problem = f"it was not built: there is no _C.abi3.so in {folder}"
@@ -82,8 +84,6 @@ def _load_library() -> tuple[Path | None, str | None]:
     if _is_defined("forward"):
         for text in SCHEMAS if CAN_COMPARE_SCHEMAS else ():
             _check_schema(normal_schema(f"relu_mlp::{text}"), folder)
-        if not HAS_BELOW_AUTOGRAD:
-            return None, "PyTorch has no torch._C._AutoDispatchBelowAutograd, which it needs"
         if found and has_kernel("relu_mlp::forward", "CPU"):
             return found[0], None
     return None, problem
