@@ -30,6 +30,7 @@ from ._torch_private import (
     disable_autocast,
     unwrap_batched,
 )
+from .activations import ACTIVATION_BACKWARDS, ACTIVATIONS, select
 from .ops import implementation_for
 
 Dims = Sequence[int | None]
@@ -135,7 +136,7 @@ def forward(
         if layer < len(weights) - 1:
             a = torch.relu(a)
             hidden.append(a)
-    y = reference.ACTIVATIONS[output_activation](a)
+    y = ACTIVATIONS[output_activation](a)
     hidden = hidden if save_hidden else []
     y = y.reshape(*y.shape[:-2], *shape, y.shape[-1])
     return (y, hidden), (_dim_of(y, len(shape) + 1), [_dim_of(a, 2) for a in hidden])
@@ -187,7 +188,7 @@ def backward(
         return [of_x.reshape(batch_size, *shape, of_x.shape[-1])], [0]
 
     layers, lowest = len(weights), reference.lowest_layer(needs)
-    delta = reference.ACTIVATION_BACKWARDS[output_activation](delta, y)
+    delta = ACTIVATION_BACKWARDS[output_activation](delta, y)
     of_weights: list[Tensor] = []
     of_biases: list[Tensor] = []
     for layer in reversed(range(lowest, layers)):
@@ -198,7 +199,7 @@ def backward(
         if layer > lowest or needs[0] == "1":
             delta = delta @ weights[layer]
             if layer > 0:
-                delta = reference.select(*torch.broadcast_tensors(delta, inputs[layer]))
+                delta = select(*torch.broadcast_tensors(delta, inputs[layer]))
     grads = [*reversed(of_weights), *reversed(of_biases)]
     dims = [_dim_of(grad, 2) for grad in grads[: len(of_weights)]]
     dims += [_dim_of(grad, 1) for grad in grads[len(of_weights) :]]

@@ -23,6 +23,7 @@ from ._torch_private import (
     get_tracing_state,
     is_any_autocast_enabled,
 )
+from .activations import ACTIVATION_NAMES, CHOICES, FUNCTIONS, OutputActivation
 from .checks import DTYPES
 from .interception import (
     are_functions_replaced,
@@ -39,11 +40,7 @@ from .ops import (
     this_thread,
 )
 
-OutputActivation = Literal["relu", "sigmoid", "tanh"]
 Loss = Literal["sse", "half_sse", "mse"]
-
-#: The operators' names of the output activations.
-ACTIVATION_NAMES = {None: "none", "relu": "relu", "sigmoid": "sigmoid", "tanh": "tanh"}
 
 # Named here, because to look them up in every call takes a microsecond.
 _strided = torch.strided
@@ -107,8 +104,7 @@ def activation_name(output_activation: str | None) -> str:
         return ACTIVATION_NAMES[output_activation]
     except (KeyError, TypeError):
         raise ValueError(
-            "output_activation must be None, 'relu', 'sigmoid' or 'tanh', "
-            f"got {output_activation!r}"
+            f"output_activation must be {CHOICES}, got {output_activation!r}"
         ) from None
 
 
@@ -289,8 +285,12 @@ def native(
         x = F.linear(x, weight, bias)
         if layer < len(weights) - 1:
             x = F.relu(x)
-    # Not the functions that `reference` knows: somebody may have replaced these.
-    return x if activation == "none" else getattr(torch, activation)(x)
+    if activation == "none":
+        return x
+    phi: Any = torch  # looked up in every call, because somebody may have replaced it
+    for name in FUNCTIONS[activation].split("."):
+        phi = getattr(phi, name)
+    return phi(x)
 
 
 class LossAndGrads(NamedTuple):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import checks, reference
+from .activations import OutputActivation
 from .differences import (
     ROUNDINGS,
     STEP,
@@ -31,7 +32,6 @@ from .differences import (
 )
 from .functional import (
     Loss,
-    OutputActivation,
     activation_name,
     checked_parameters,
     loss_and_grads,

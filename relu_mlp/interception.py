@@ -7,12 +7,13 @@ their calls, nothing is fused. docs/compatibility.md, "Under modes", says it for
 
 from __future__ import annotations
 
+from operator import attrgetter
 from types import BuiltinFunctionType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.nn import Linear, Module, ReLU, Sequential, Sigmoid, Tanh
+from torch.nn import Linear, Module, ReLU, Sequential
 
 from ._torch_private import (
     CALL_IMPL,
@@ -29,6 +30,7 @@ from ._torch_private import (
     len_dispatch_modes,
     len_function_modes,
 )
+from .activations import FUNCTIONS, OUTPUT_ACTIVATIONS
 
 # -- Modes -------------------------------------------------------------------------------------
 
@@ -74,9 +76,13 @@ _ATTRIBUTES = frozenset({"weight", "bias", "inplace", "__getattribute__"})
 _METHODS = frozenset({"__call__", CALL_IMPL, "__getattr__"})
 
 
+#: From `torch`, the functions that output activations call.
+_output_functions = attrgetter(*FUNCTIONS.values())
+
+
 def _functions() -> tuple[Any, ...]:
     """What a network of functions calls."""
-    return F.linear, F.relu, torch.relu, torch.sigmoid, torch.tanh
+    return F.linear, F.relu, *_output_functions(torch)
 
 
 def _layers() -> tuple[Any, ...]:
@@ -99,8 +105,8 @@ def _layers() -> tuple[Any, ...]:
 
 
 def _output_activation(kind: type[Module]) -> tuple[Any, ...]:
-    """What a Sigmoid or a Tanh calls."""
-    return kind.forward, kind.__call__, call_impl_of(kind), torch.sigmoid, torch.tanh
+    """What a module of an output activation calls."""
+    return kind.forward, kind.__call__, call_impl_of(kind), *_output_functions(torch)
 
 
 def _by_pytorch(code: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -134,7 +140,7 @@ def _is_something_in_the_way() -> bool:
 _FUNCTIONS = _by_pytorch(_functions())
 _LAYERS = () if _is_something_in_the_way() else _by_pytorch(_layers())
 _OUTPUT_ACTIVATIONS: dict[type[Module], tuple[Any, ...]] = {
-    kind: _by_pytorch(_output_activation(kind)) for kind in (Sigmoid, Tanh)
+    kind: _by_pytorch(_output_activation(kind)) for kind in OUTPUT_ACTIVATIONS if kind is not ReLU
 }
 
 
@@ -166,7 +172,7 @@ def are_layers_replaced() -> bool:
 
 @constant_in_a_graph
 def is_output_activation_replaced(kind: type[Module]) -> bool:
-    """Whether calling a Sigmoid or a Tanh does anything else than PyTorch defines."""
+    """Whether calling a module of an output activation does anything else than PyTorch defines."""
     code, known = _output_activation(kind), _OUTPUT_ACTIVATIONS[kind]
     return code != known and _is_replaced(code, known)
 

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from . import checks, reference, second_order
 from ._torch_private import below_autograd, disable_autocast, version_of
+from .activations import OutputActivation
 from .functional import (
-    OutputActivation,
     activation_name,
     checked_parameters,
     list_of_tensors,

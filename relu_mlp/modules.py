@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Linear, Parameter, ReLU, Sigmoid, Tanh
+from torch.nn import Linear, Parameter, ReLU
 
 from . import checks, functional, interception
 from ._torch_private import (
@@ -22,10 +22,11 @@ from ._torch_private import (
     copy_to_script_wrapper,
     is_scripting,
 )
-from .functional import OutputActivation, fused, is_served, leaves_python
+from .activations import OUTPUT_ACTIVATIONS, OutputActivation
+from .functional import fused, is_served, leaves_python
 from .interception import are_layers_replaced
 from .ops import backend, extension, implementation_for, this_thread
-from .run import OUTPUT_ACTIVATIONS, Run, find_run, network_of
+from .run import Run, find_run, network_of
 from .scripting import Scriptable
 
 _is_compiling = torch.compiler.is_compiling
@@ -167,6 +168,8 @@ class ReluMLP(Scriptable):
         as their own forward would read them, and the rest is asked once, when a graph is made.
         """
         activation = self._activation_in_a_graph(this_thread.backend)
+        if activation is None:
+            return None
         weights: list[Tensor] = []
         biases: list[Tensor] = []
         for child in self:
@@ -176,11 +179,8 @@ class ReluMLP(Scriptable):
                 weights.append(child.weight)
                 if child.bias is not None:
                     biases.append(child.bias)
-            elif type(child) not in (ReLU, Sigmoid, Tanh):
-                return None
         if (
-            activation is None
-            or (_function_modes() and interception.is_under_a_mode())
+            (_function_modes() and interception.is_under_a_mode())
             or type(input) is not torch.Tensor
             or input.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
             or len(biases) not in (0, len(weights))

@@ -25,8 +25,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from . import checks, reference
+from . import checks
 from ._torch_private import APPLY_PARALLEL_STYLE, children_of, parameters_of, set_parameter
+from .activations import ACTIVATIONS
 from .functional import relu_mlp
 from .interception import are_layers_replaced
 from .modules import ReluMLP
@@ -146,7 +147,7 @@ def _forward_by_shards(x: Tensor, run: Run, recompute: bool, mesh: DeviceMesh) -
             x = _SumOfShards.apply(term, mesh)
             if bias is not None:
                 x = x + bias.to(x.dtype)  # which is another one under autocast
-        x = reference.ACTIVATIONS["relu" if layer + 1 < last else run.activation](x)
+        x = ACTIVATIONS["relu" if layer + 1 < last else run.activation](x)
     return x
 
 

@@ -4,7 +4,7 @@ A network of L layers maps x = a_0 to y:
 
     z_l = a_{l-1} W_l^T + b_l          l = 1 ... L
     a_l = max(z_l, 0)                  l < L
-    y   = phi(z_L)                     phi: the output activation
+    y   = phi(z_L)                     phi: the output activation (activations.py)
 
 and its backward pass carries delta_l = d loss / d z_l downwards:
 
@@ -37,32 +37,9 @@ from torch import Tensor
 
 from . import checks
 from ._torch_private import unsafe_view
-
-
-def select(change: Tensor, a: Tensor) -> Tensor:
-    """What a ReLU passes on of a change: all where a > 0 or is NaN, and 0 elsewhere.
-
-    ``change.masked_fill(a <= 0, 0)`` in one pass over memory.
-    """
-    return torch.ops.aten.threshold_backward(change, a, 0)
-
-
-#: phi, by name.
-ACTIVATIONS = {
-    "none": lambda z: z,
-    "relu": torch.relu,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-}
-
-#: (gradient at y, y) -> gradient at z, by the name of phi. PyTorch's own operators
-#: for grad * (1 - y) * y and grad * (1 - y * y) round a bfloat16 once, not thrice.
-ACTIVATION_BACKWARDS = {
-    "none": lambda grad, y: grad,
-    "relu": lambda grad, y: select(grad, y),
-    "sigmoid": lambda grad, y: torch.ops.aten.sigmoid_backward(grad, y),
-    "tanh": lambda grad, y: torch.ops.aten.tanh_backward(grad, y),
-}
+from .activations import ACTIVATION_BACKWARDS as ACTIVATION_BACKWARDS
+from .activations import ACTIVATIONS as ACTIVATIONS
+from .activations import select as select
 
 #: (y - target) -> the loss, by its name.
 LOSSES = {
@@ -105,7 +82,7 @@ def forward(
         weights: L tensors (out_features, in_features).
         biases: nothing, or L tensors (out_features,); one without elements is
             a missing bias.
-        output_activation: ``"none"``, ``"relu"``, ``"sigmoid"`` or ``"tanh"``.
+        output_activation: ``"none"`` or a name of `activations.ROWS`, as ``"tanh"``.
         save_hidden: whether to return the hidden activations.
 
     Returns:

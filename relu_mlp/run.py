@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Linear, Parameter, ReLU, Sigmoid, Tanh
+from torch.nn import Linear, Parameter, ReLU
 
 from . import functional, interception
 from ._torch_private import (
@@ -20,15 +20,9 @@ from ._torch_private import (
     MODULES,
     PARAMETERS,
 )
-from .functional import OutputActivation, is_plain
+from .activations import DEFAULTS, OUTPUT_ACTIVATIONS, OutputActivation
+from .functional import is_plain
 from .ops import NO_TENSOR
-
-#: The modules that may follow the last Linear, and the activation each stands for.
-OUTPUT_ACTIVATIONS: dict[type[Any], OutputActivation] = {
-    ReLU: "relu",
-    Sigmoid: "sigmoid",
-    Tanh: "tanh",
-}
 
 _strided = torch.strided
 
@@ -64,11 +58,19 @@ def is_patched(state: dict[str, Any]) -> Any:
         return True
 
 
-def _activation_of(kind: type[Any]) -> OutputActivation | None:
-    """The activation that a class of modules computes, if it may follow the last Linear."""
-    if (kind is Sigmoid or kind is Tanh) and interception.is_output_activation_replaced(kind):
+def _activation_of(child: nn.Module) -> OutputActivation | None:
+    """The activation that a module computes, if it may follow the last Linear."""
+    kind = type(child)
+    activation = OUTPUT_ACTIVATIONS.get(kind)
+    if activation is None or kind is ReLU:
+        return activation
+    if interception.is_output_activation_replaced(kind):
         return None
-    return OUTPUT_ACTIVATIONS.get(kind)
+    if kind in DEFAULTS:
+        state = child.__dict__
+        if any(state.get(name) != value for name, value in DEFAULTS[kind].items()):
+            return None
+    return activation
 
 
 def find_run(
@@ -85,7 +87,7 @@ def find_run(
     after_linear = False
     for child in children:
         kind = type(child)
-        follows = _activation_of(kind) if after_linear else None
+        follows = _activation_of(child) if after_linear else None
         if follows is None and (after_linear or kind is not Linear):
             break
         # torch.compile guards on what is read and not on missing keys, so `forward` is read.
@@ -169,7 +171,7 @@ def network_of(
                 kind = type(child)
                 if kind is ReLU:
                     activation = "relu"
-                elif 2 * len(weights) == len(children) and (last := _activation_of(kind)):
+                elif 2 * len(weights) == len(children) and (last := _activation_of(child)):
                     activation = last
                 else:
                     return None

@@ -34,18 +34,14 @@ import torch
 from torch import Tensor
 
 from ._torch_private import version_of
+from .activations import ACTIVATION_BACKWARDS, CURVATURES, select
 from .reference import (
-    ACTIVATION_BACKWARDS,
     as_matrix,
     climb,
     is_kept,
     lowest_layer,
-    select,
     unpack,
 )
-
-#: y -> the derivative of phi' by y, where phi' is not piecewise constant.
-CURVATURES = {"sigmoid": lambda y: 1 - 2 * y, "tanh": lambda y: -2 * y}
 
 
 def nothing_like(tensor: Tensor) -> Tensor:
@@ -100,7 +96,7 @@ def backward_vjp(
         of_grad_output = ACTIVATION_BACKWARDS[output_activation](change, y)
         if output_activation in CURVATURES:
             of_y = grad_output * change * CURVATURES[output_activation](y)
-        elif output_activation == "relu":
+        elif y is not None:
             of_y = nothing_like(y)
     of_weights = [
         None if delta is None or tangent is None else delta.T @ tangent

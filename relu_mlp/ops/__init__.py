@@ -30,6 +30,7 @@ from .library import (
     REMEDY,
     SCHEMAS,
     kernels_of,
+    library_says,
     this_thread,
 )
 
@@ -50,6 +51,7 @@ __all__ = [
     "implementation_for",
     "is_differentiated",
     "kernels_of",
+    "library_says",
     "raising_out_of_memory",
     "stand_ins",
     "this_thread",

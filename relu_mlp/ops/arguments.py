@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -12,28 +11,16 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .._torch_private import FORWARD_AD, LEVEL, may_be_fake, peek_interpreter_stack
+from .library import outside_modes
 
 #: The types of ordinary tensors; a subclass may mean anything.
 PLAIN = frozenset({Tensor, Parameter})
 
 
-def _make_no_tensor() -> Tensor:
-    """An ordinary tensor without elements, wherever the first import happens.
-
-    Under a functorch transform or a mode it would be one of their own kind. Both belong to
-    a thread, and a new thread has none.
-    """
-    made: list[Tensor] = []
-    thread = threading.Thread(
-        target=lambda: made.append(torch.empty(0, dtype=torch.float32, device="cpu"))
-    )
-    thread.start()
-    thread.join()
-    return made[0]
-
-
-#: Stands in an operator's arguments for a tensor that is missing.
-NO_TENSOR = _make_no_tensor()
+#: Stands in an operator's arguments for a tensor that is missing. It is an ordinary tensor
+#: without elements, even if the first import happens under a transform or a mode, which would
+#: make a tensor of its own kind.
+NO_TENSOR = outside_modes(lambda: torch.empty(0, dtype=torch.float32, device="cpu"))
 
 
 def stand_ins(biases: Sequence[Tensor]) -> Sequence[Tensor]:

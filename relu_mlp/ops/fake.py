@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, reference
+from ..activations import ACTIVATIONS
 from .library import kernels_of
 
 _library = kernels_of(__name__)
@@ -22,7 +23,7 @@ def forward(
     save_hidden: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     checks.check_layers(x, weights, biases)
-    checks.check_name("output_activation", output_activation, reference.ACTIVATIONS)
+    checks.check_name("output_activation", output_activation, ACTIVATIONS)
     y = x.new_empty(*x.shape[:-1], weights[-1].shape[0])
     rows = reference.as_matrix(x).shape[0]
     hidden = [x.new_empty(rows, weight.shape[0]) for weight in weights[:-1] if save_hidden]
@@ -37,7 +38,7 @@ def relu_mlp(
     output_activation: str = "none",
 ) -> Tensor:
     checks.check_layers(x, weights, biases)
-    checks.check_name("output_activation", output_activation, reference.ACTIVATIONS)
+    checks.check_name("output_activation", output_activation, ACTIVATIONS)
     return x.new_empty(*x.shape[:-1], weights[-1].shape[0])
 
 
@@ -78,7 +79,7 @@ def loss_and_grads(
     output_activation: str,
 ) -> tuple[Tensor, list[Tensor]]:
     checks.check_layers(x, weights, biases)
-    checks.check_name("output_activation", output_activation, reference.ACTIVATIONS)
+    checks.check_name("output_activation", output_activation, ACTIVATIONS)
     output_shape = torch.Size([*x.shape[:-1], weights[-1].shape[0]])
     checks.check_like_output("target", target, x, output_shape)
     checks.check_name("loss", loss, reference.LOSSES)

@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,6 +18,9 @@ from .._torch_private import (
     normal_schema,
     schema_of,
 )
+from ..activations import ACTIVATIONS
+
+_T = TypeVar("_T")
 
 #: csrc/ops.cpp has the same schemas. They are needed here only where the
 #: library is not, so that the operators exist all the same.
@@ -85,8 +88,37 @@ def _load_library() -> tuple[Path | None, str | None]:
         for text in SCHEMAS if CAN_COMPARE_SCHEMAS else ():
             _check_schema(normal_schema(f"relu_mlp::{text}"), folder)
         if found and has_kernel("relu_mlp::forward", "CPU"):
+            _check_activations(folder)
             return found[0], None
     return None, problem
+
+
+def library_says() -> dict[str, str]:
+    """What the library says of itself, by key. LibTorch leaks the string, so ask seldom."""
+    lines = torch.ops.relu_mlp._build_info().splitlines()
+    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def outside_modes(function: Callable[[], _T]) -> _T:
+    """The result of `function` where no functorch transform and no mode is in force.
+
+    Both belong to a thread, and a new thread has none.
+    """
+    results: list[_T] = []
+    thread = threading.Thread(target=lambda: results.append(function()))
+    thread.start()
+    thread.join()
+    return results[0]
+
+
+def _check_activations(folder: Path) -> None:
+    """Raises ImportError unless activations.py and csrc/activation.h have the same names."""
+    said = outside_modes(library_says).get("output_activations")
+    if said is not None and sorted(said.split()) != sorted(ACTIVATIONS):
+        raise ImportError(
+            f"the package in {folder} has the output activations {' '.join(ACTIVATIONS)}, and "
+            f"its library has {said}. Build it anew, or load one version alone in a process."
+        )
 
 
 def _is_defined(operator: str) -> bool:
