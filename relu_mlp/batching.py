@@ -12,7 +12,6 @@ is the same for all. With B examples of n rows each:
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -228,11 +227,11 @@ def recompute_backward(
     else:  # a finished forward pass, of which only the gradients are many
         y, hidden = implementation_for(x).forward(*network)
         y_dim, hidden_dims = None, [None] * len(hidden)
-    is_kept = reference.is_kept(output_activation, needs)
-    saved = itertools.compress([x, y, *weights, *hidden], is_kept)
-    saved_dims = itertools.compress([x_dim, y_dim, *weight_dims, *hidden_dims], is_kept)
-    dims = (of_grad_output, list(saved_dims))
-    return backward(batch_size, dims, grad_output, list(saved), output_activation, needs)
+    saved = reference.pack(x, y, weights, hidden, output_activation, needs)
+    dims = reference.pack(x_dim, y_dim, weight_dims, hidden_dims, output_activation, needs)
+    return backward(
+        batch_size, (of_grad_output, dims), grad_output, saved, output_activation, needs
+    )
 
 
 def _to_front(tensor: Tensor, dim: int | None) -> Tensor:

@@ -94,7 +94,7 @@ def relu_mlp(
         and all(map(is_plain, present))
         and not are_functions_replaced()
     ):
-        return fused(x, weights, present, activation, recompute)
+        return call_operators(x, weights, present, activation, recompute)
     return native(x, weights, present, activation)
 
 
@@ -211,7 +211,7 @@ def leaves_python() -> bool:
     return this_thread.backend != "extension" or torch.onnx.is_in_onnx_export()
 
 
-def fused(
+def call_operators(
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],

@@ -23,7 +23,7 @@ from ._torch_private import (
     is_scripting,
 )
 from .activations import OUTPUT_ACTIVATIONS, OutputActivation
-from .functional import fused, is_served, leaves_python
+from .functional import call_operators, is_served, leaves_python
 from .interception import are_layers_replaced
 from .ops import backend, extension, implementation_for, this_thread
 from .run import Run, find_run, network_of
@@ -153,7 +153,7 @@ class ReluMLP(Scriptable):
                 network = network_of(self)
                 if network is not None and not are_layers_replaced():
                     weights, biases, activation = network
-                    return fused(input, weights, biases, activation, self.recompute, self)
+                    return call_operators(input, weights, biases, activation, self.recompute, self)
             elif functional.has_other_dtype(input) and input.dim():
                 network = network_of(self)
                 if network is not None:

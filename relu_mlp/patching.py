@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import functional, interception
 from ._torch_private import children_of, copy_to_script_wrapper, is_scripting
-from .functional import fused, is_served, leaves_python
+from .functional import call_operators, is_served, leaves_python
 from .interception import are_layers_replaced
 from .modules import ReluMLP, slice_or_child
 from .rules import (
@@ -58,7 +58,7 @@ class FusedSequential(Scriptable):
                     run, end = _run_at(children, position, does_nothing)
                 if run is not None:
                     functional.check_empty_biases(run.weights, run.biases)
-                    input = fused(input, run.weights, run.biases, run.activation, False)
+                    input = call_operators(input, run.weights, run.biases, run.activation, False)
                     position = end
                 else:
                     input = children[position](input)

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -114,6 +114,15 @@ def relu_mlp(
     return forward(x, weights, biases, output_activation, False)[0]
 
 
+def needs_of(x: bool, weights: Sequence[bool], biases: Sequence[bool]) -> str:
+    """Which gradients are wanted, as `backward` takes it: of x, each weight, each bias.
+
+    `biases` may be empty, which is a network without biases.
+    """
+    flags = [x, *weights, *(biases or [False] * len(weights))]
+    return "".join("01"[flag] for flag in flags)
+
+
 def lowest_layer(needs: str) -> int:
     """The lowest layer with a gradient to compute: nothing is propagated below it."""
     layers = len(needs) // 2
@@ -137,6 +146,19 @@ def is_kept(output_activation: str, needs: str) -> list[bool]:
         *[layer > lowest or needs[0] == "1" for layer in range(layers)],
         *[layer > lowest or needs[1 + layer] == "1" for layer in range(1, layers)],
     ]
+
+
+def pack(
+    x: Any,
+    y: Any,
+    weights: Iterable[Any],
+    hidden: Iterable[Any],
+    output_activation: str,
+    needs: str,
+) -> list[Any]:
+    """Those of (x, y, *weights, *hidden) that `is_kept` names; `unpack` is the inverse."""
+    kept = is_kept(output_activation, needs)
+    return list(itertools.compress([x, y, *weights, *hidden], kept))
 
 
 def unpack(saved: Sequence[Any], output_activation: str, needs: str) -> tuple[Any, Any, Any]:
@@ -218,15 +240,14 @@ def recompute_backward(
     output_activation: str,
     needs: str,
 ) -> list[Tensor]:
-    """The backward pass of those who kept nothing but x and the parameters."""
+    """The backward pass where nothing was kept but x and the parameters."""
     checks.check_layers(x, weights, biases)
     checks.check_needs("recompute_backward", needs, len(weights))
     checks.check_grad_output("recompute_backward", grad_output)
     y, hidden = forward(x, weights, biases, output_activation, True)
     checks.check_like_output("grad_output", grad_output, x, y.shape)
-    kept = is_kept(output_activation, needs)
-    saved = itertools.compress([x, y, *weights, *hidden], kept)
-    return backward(grad_output, list(saved), output_activation, needs)
+    saved = pack(x, y, weights, hidden, output_activation, needs)
+    return backward(grad_output, saved, output_activation, needs)
 
 
 def loss_and_grads(
@@ -249,10 +270,9 @@ def loss_and_grads(
     error = y - target
     grad_output = LOSS_BACKWARDS[loss](error)
     has_bias = [bias_of(biases, layer) is not None for layer in range(len(weights))]
-    needs = "0" + "1" * len(weights) + "".join("01"[present] for present in has_bias)
-    kept = is_kept(output_activation, needs)
-    saved = itertools.compress([x, y, *weights, *hidden], kept)
-    grads = iter(backward(grad_output, list(saved), output_activation, needs))
+    needs = needs_of(False, [True] * len(weights), has_bias)
+    saved = pack(x, y, weights, hidden, output_activation, needs)
+    grads = iter(backward(grad_output, saved, output_activation, needs))
     return LOSSES[loss](error), [
         next(grads) if present else x.new_empty(0)
         for present in [True] * len(weights) + has_bias[: len(biases)]
@@ -287,7 +307,7 @@ def jvp(
     Returns:
         y', (rows, out_features), and [a_1', ..., a_{L-1}'].
     """
-    tangents = climb([x, *hidden], weights, x_tangent, weight_tangents, bias_tangents)
+    tangents = propagate_tangents([x, *hidden], weights, x_tangent, weight_tangents, bias_tangents)
     changes = [
         a.new_zeros(a.shape) if tangent is None else tangent
         for a, tangent in zip([*hidden, y], tangents[1:], strict=True)
@@ -295,7 +315,7 @@ def jvp(
     return ACTIVATION_BACKWARDS[output_activation](changes[-1], y), changes[:-1]
 
 
-def climb(
+def propagate_tangents(
     inputs: Sequence[Any],
     weights: Sequence[Any],
     x_tangent: Tensor | None,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from . import functional
 from .checks import DTYPES
-from .functional import fused, is_plain, is_served, leaves_python
+from .functional import call_operators, is_plain, is_served, leaves_python
 from .interception import are_layers_replaced
 from .recognition import (
     CAST,
@@ -392,7 +392,7 @@ class FusedModule:
         run = _run_of(functions, input)
         if run is None:
             return None
-        return fused(input, run.weights, run.biases, run.activation, False)
+        return call_operators(input, run.weights, run.biases, run.activation, False)
 
     @staticmethod
     def _relu_mlp_natively(functions: tuple[Any, ...], input: Any) -> Any:
