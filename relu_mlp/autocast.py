@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from ._torch_private import disable_autocast, register
 from .ops import NO_TENSOR
 
 
@@ -58,11 +59,11 @@ def _relu_mlp_autocast(
     output_activation: str = "none",
 ) -> Tensor:
     network = cast(x, weights, biases)
-    with torch._C._DisableAutocast():
+    with disable_autocast():
         return torch.ops.relu_mlp.relu_mlp.default(*network, output_activation)
 
 
 _library = ops.kernels_of(__name__)
 
 for _key in ("AutocastCPU", "AutocastCUDA"):
-    _library.impl("relu_mlp", _relu_mlp_autocast, _key)
+    register(_library, "relu_mlp", _relu_mlp_autocast, _key)

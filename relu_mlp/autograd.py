@@ -1,13 +1,13 @@
 """The torch.autograd.Functions: what is saved, and who computes each derivative.
 
-`MLP` is the network, with its backward pass and its forward-mode derivative; `Gradient`
-is the backward pass as a function that is differentiated once more. Both are also the
-derivatives of the operators, registered at the end: a functorch transform, a
-forward-mode level and a compiled graph come in that way, through PyTorch's dispatcher.
+`MLP` is the network, with its backward pass and its forward-mode derivative. `Gradient`
+is the backward pass as a differentiable function. Both are also the derivatives of the
+operators, registered at the end of this file: functorch transforms, forward-mode levels
+and compiled graphs reach them through PyTorch's dispatcher.
 
-At small sizes the time goes into this file and not into arithmetic. So what
-depends only on which arguments need a gradient is worked out once, in a `Plan`
-that is cached, and a call follows it.
+A small network spends more time in this file than on arithmetic. So a `Plan` holds
+everything that depends only on which arguments need a gradient. It is computed once and
+cached.
 """
 
 from __future__ import annotations
@@ -15,54 +15,63 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from operator import itemgetter
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack
-from torch._functorch.utils import enable_single_level_autograd_function
 
 from . import batching, ops, reference, second_order
-from .ops import Implementation, below_autograd, implementation_for
+from ._torch_private import (
+    FORWARD_AD,
+    HAS_LEVELS,
+    LEVEL,
+    SingleLevelFunction,
+    below_autograd,
+    disable_autocast,
+    enable_single_level_autograd_function,
+    is_any_autocast_enabled,
+    is_fwd_grad_enabled,
+    leads_to,
+    peek_interpreter_stack,
+    set_fwd_grad_enabled,
+)
+from .ops import Implementation, implementation_for
 from .reference import as_matrix
 
-_set_fwd_grad_enabled = forward_ad._set_fwd_grad_enabled
-# To look them up in `torch` on every call takes a while.
+# Bound here, because looking them up in `torch` in every call takes a while.
 _is_grad_enabled = torch.is_grad_enabled
 _is_compiling = torch.compiler.is_compiling
-_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 
 Pick = Callable[[Sequence[Any]], tuple[Any, ...]]
 
 
 class Plan(NamedTuple):
-    """What to save and what to return, for one pattern of needed gradients."""
+    """Which tensors to save and which gradients to return, for one pattern of needs."""
 
     #: The needs as the operator takes them: of x, every weight, every bias.
     needs: str
     save_hidden: bool
-    #: From (x, y, *weights, *hidden), what the backward operator wants.
-    kept: Pick
-    #: From (None, *gradients), what the Function returns, and the same as positions.
-    returned: Pick
-    positions: tuple[int, ...]
+    #: Picks what the backward operator takes from (x, y, *weights, *hidden).
+    saved_of: Pick
+    #: Picks what the Function returns from (None, *gradients), and the positions that it picks.
+    returned_of: Pick
+    returned_positions: tuple[int, ...]
 
 
 @lru_cache(maxsize=1024)
 def plan_for(layers: int, needs_input_grad: tuple[bool, ...], output_activation: str) -> Plan:
     """The plan for the needs of (call, x, *weights) or (call, x, *weights, *biases)."""
-    needs = "".join("01"[need] for need in needs_input_grad[1:])
-    returned = [sum(needs_input_grad[: n + 1]) * need for n, need in enumerate(needs_input_grad)]
-    if len(needs) == 1 + layers:
-        needs += "0" * layers
+    _, x, *parameters = needs_input_grad
+    needs = reference.needs_of(x, parameters[:layers], parameters[layers:])
     kept = reference.is_kept(output_activation, needs)
+    positions = [sum(needs_input_grad[: n + 1]) * need for n, need in enumerate(needs_input_grad)]
     return Plan(
         needs=needs,
         save_hidden=any(needs_input_grad),
-        kept=_pick([n for n, is_kept in enumerate(kept) if is_kept]),
-        returned=_pick(returned),
-        positions=tuple(returned),
+        saved_of=_pick([n for n, is_kept in enumerate(kept) if is_kept]),
+        returned_of=_pick(positions),
+        returned_positions=tuple(positions),
     )
 
 
@@ -73,11 +82,11 @@ def _pick(positions: list[int]) -> Pick:
     return lambda items: tuple([items[position] for position in positions])
 
 
-class OneLevelDown(NamedTuple):
-    """An implementation that the levels below see in the modes that the caller has set.
+class CallerModes(NamedTuple):
+    """An implementation that runs with the gradient and tangent modes of the Function's caller.
 
-    PyTorch runs the forward method of a Function with gradients and tangents disabled,
-    which is meant for its own level.
+    PyTorch disables gradients and tangents in a Function's forward method. That is right for
+    the Function's own level, but the levels below have to record what runs there.
     """
 
     implementation: Implementation
@@ -87,65 +96,48 @@ class OneLevelDown(NamedTuple):
     def forward(self, *arguments: Any) -> tuple[Tensor, list[Tensor]]:
         with (
             torch.set_grad_enabled(self.grad_enabled),
-            _set_fwd_grad_enabled(self.fwd_grad_enabled),
+            set_fwd_grad_enabled(self.fwd_grad_enabled),
         ):
             return self.implementation.forward(*arguments)
 
     def backward(self, *arguments: Any) -> list[Tensor]:
         with (
             torch.set_grad_enabled(self.grad_enabled),
-            _set_fwd_grad_enabled(self.fwd_grad_enabled),
+            set_fwd_grad_enabled(self.fwd_grad_enabled),
         ):
             return self.implementation.backward(*arguments)
 
 
-def one_level_down(x: Tensor) -> OneLevelDown:
-    return OneLevelDown(
-        implementation_for(x), torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
-    )
+def in_caller_modes(x: Tensor) -> CallerModes:
+    return CallerModes(implementation_for(x), torch.is_grad_enabled(), is_fwd_grad_enabled())
 
 
-#: The arguments of `MLP` that are not tensors: what computes, the output
+#: The arguments of `MLP` that are not tensors: the implementation, the output
 #: activation, whether to recompute, and the number of layers.
-Call = tuple[Implementation | OneLevelDown, str, bool, int]
-
-
-class SingleLevelFunction(torch.autograd.function._SingleLevelFunction):
-    """A `torch.autograd.Function` that asks nothing of functorch.
-
-    `torch.autograd.Function` sends a call on to functorch, which comes back with one of
-    these for each level. Here the dispatcher has come with a level already, or there is
-    none; and to look for one takes as long as a small network.
-    """
-
-    apply: ClassVar[Callable[..., tuple[Tensor, ...]]]  # in C++
-
-    @staticmethod
-    def _compiled_autograd_key(ctx: Any) -> tuple[int]:
-        return (ctx._autograd_function_id,)
+Call = tuple[Implementation | CallerModes, str, bool, int]
 
 
 class MLP(SingleLevelFunction):
     """One autograd node for the whole network.
 
-    It returns y and the hidden activations. The latter are outputs for the
-    sake of the second derivative: a saved output keeps its place in the graph,
-    so a backward pass that is itself differentiated sends gradients on to
-    a_1, ..., a_{L-1}, and they arrive here as `grad_hidden`.
+    It returns y and the hidden activations. The second derivative needs the latter
+    as outputs: a saved output keeps its place in the graph, so a backward pass that is
+    itself differentiated sends gradients to a_1, ..., a_{L-1}. They arrive here as
+    `grad_hidden`.
     """
 
     @staticmethod
     def forward(ctx: Any, call: Call, x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-        """`parameters` are the weights, then nothing or one bias for each.
+        """`parameters` are the weights, then either no biases or one for each weight.
 
-        A bias that is missing is a tensor without elements.
+        A missing bias is a tensor without elements.
         """
         implementation, output_activation, recompute, layers = call
         weights, biases = parameters[:layers], parameters[layers:]
         plan = plan_for(layers, ctx.needs_input_grad, output_activation)
-        dispatched = type(implementation) is OneLevelDown
+        dispatched = type(implementation) is CallerModes
         save_hidden = (plan.save_hidden and not recompute) or dispatched
-        guard = below_autograd()  # not as a context, as in `functional.fused`
+        guard = below_autograd()  # no `with`, as in `functional.call_operators`
         try:
             y, hidden = implementation.forward(x, weights, biases, output_activation, save_hidden)
         finally:
@@ -159,17 +151,17 @@ class MLP(SingleLevelFunction):
         if recompute:
             ctx.save_for_backward(x, *parameters)
         else:
-            # Exactly what the native path saves, so that a change in place
-            # raises where it does natively.
-            ctx.save_for_backward(*plan.kept((x, y, *weights, *hidden)))
+            # Exactly the tensors that the native path saves, so that a change in place
+            # raises exactly where it does natively.
+            ctx.save_for_backward(*plan.saved_of((x, y, *weights, *hidden)))
         return (y, *hidden)
 
     @staticmethod
     def backward(
         ctx: Any, grad_output: Tensor | None, *grad_hidden: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        if _is_any_autocast_enabled():  # it computes in the dtype of the forward pass
-            with torch._C._DisableAutocast():
+        if is_any_autocast_enabled():  # the backward pass has the dtype of the forward pass
+            with disable_autocast():
                 return MLP.backward(ctx, grad_output, *grad_hidden)
         call, plan, y_shape = ctx.remembered
         implementation, output_activation, recompute, layers = call
@@ -179,22 +171,22 @@ class MLP(SingleLevelFunction):
             if not reached:
                 return (None,) * len(ctx.needs_input_grad)
             grad_output = reached[0].new_zeros(y_shape)
-        dispatched, is_compiling = type(implementation) is OneLevelDown, _is_compiling()
+        dispatched, is_compiling = type(implementation) is CallerModes, _is_compiling()
         if (
             reached
             and not (dispatched or is_compiling)
-            and all(map(second_order.is_nothing, reached))
+            and all(map(second_order.is_symbolic_zero, reached))
         ):
-            # All that masks pass on: the operator can serve it, which takes no grad_hidden.
+            # Masks send symbolic zeros. Without them the operator can serve this pass.
             reached, grad_hidden = [], ()
-        if dispatched or reached or _is_grad_enabled() or forward_ad._current_level >= 0:
-            # Part of a second derivative, or to be differentiated once more.
+        if dispatched or reached or _is_grad_enabled() or FORWARD_AD[LEVEL] >= 0:
+            # This pass is part of a second derivative, or will be differentiated itself.
             if recompute:
-                saved = plan.kept(_forward_again(call, *saved))
-            # In a level of torch.func nothing needs a gradient but what leads to what is asked for;
-            # and of that the engine tells by raising, which takes a while.
+                saved = plan.saved_of(_forward_again(call, *saved))
+            # Under torch.func every input that requires a gradient was requested, and the engine
+            # raises (which is slow) when it is asked about a leaf. So it is not asked.
             if not is_compiling and peek_interpreter_stack() is None:
-                plan, saved = _only_what_is_asked_for(ctx, plan, saved, output_activation)
+                plan, saved = _plan_for_requested(ctx, plan, saved, output_activation)
             grads = _backward_once_more(
                 implementation, grad_output, saved, output_activation, plan.needs, grad_hidden
             )
@@ -203,7 +195,7 @@ class MLP(SingleLevelFunction):
             if recompute:
                 name = "recompute_backward"
                 operands = [saved[0], saved[1 : 1 + layers], saved[1 + layers :]]
-            grads = _backward_once(
+            grads = _run_backward(
                 implementation, name, grad_output, *operands, output_activation, plan.needs
             )
         else:
@@ -212,19 +204,19 @@ class MLP(SingleLevelFunction):
                 grads = implementation.backward(grad_output, saved, output_activation, plan.needs)
             finally:
                 del guard
-        if is_compiling:  # Dynamo knows nothing of an itemgetter
+        if is_compiling:  # Dynamo can't trace an itemgetter
             items = [None, *grads]
-            return tuple([items[position] for position in plan.positions])
-        return plan.returned((None, *grads))
+            return tuple([items[position] for position in plan.returned_positions])
+        return plan.returned_of((None, *grads))
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
         call, _, y_shape = ctx.remembered
         output_activation, layers = call[1], call[3]
-        with _set_fwd_grad_enabled(True):
+        with set_fwd_grad_enabled(True):
             x, y, *rest = _primals(ctx.saved_tensors)
             weights, hidden = rest[:layers], rest[layers:]
-            # One that stands for a missing bias may come with a tangent of no elements.
+            # The stand-in for a missing bias may carry a tangent without elements.
             bias_tangents = [
                 None if tangent is None or tangent.shape != weight.shape[:1] else tangent
                 for weight, tangent in zip(
@@ -250,35 +242,28 @@ apply = MLP.apply
 def _primals(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The tensors without their tangents at this level.
 
-    PyTorch calls the jvp method of a Function with tangents disabled, which is meant for its
-    own level but loses those of the levels below: jvp of jvp would be 0. Here they are
-    enabled, and the level's own are taken off instead.
+    PyTorch disables tangents while it calls the jvp method of a Function. That is meant for
+    the Function's own level, but it also loses the tangents of the levels below: jvp of jvp
+    would be 0. So the method enables tangents and takes off those of its own level.
     """
     # Level 0 is the only one. A graph that is being compiled enters it unknown to `forward_ad`.
     return [forward_ad.unpack_dual(tensor, level=0).primal for tensor in tensors]
 
 
-def _only_what_is_asked_for(
+def _plan_for_requested(
     ctx: Any, plan: Plan, saved: Sequence[Tensor], output_activation: str
 ) -> tuple[Plan, Sequence[Tensor]]:
-    """The plan for the inputs that this very backward pass leads to, and what it keeps.
+    """The plan for the gradients that were requested in this backward pass, and its tensors.
 
-    `torch.autograd.grad(y, x)` asks for the gradient of x alone, which needs_input_grad does
-    not tell.
+    `torch.autograd.grad(y, x)` requests the gradient of x alone. needs_input_grad does not
+    tell, because the parameters require gradients too.
     """
-    asked = [node is not None and _leads_to(node) for node, _ in ctx.next_functions]
+    asked = [node is not None and leads_to(node) for node, _ in ctx.next_functions]
     if asked == [need == "1" for need in plan.needs[: len(asked)]]:
         return plan, saved
     y, weights, (x, *hidden) = reference.unpack(saved, output_activation, plan.needs)
     less = plan_for(len(weights), (False, *asked), output_activation)
-    return less, less.kept((x, y, *weights, *hidden))
-
-
-def _leads_to(node: Any) -> bool:
-    try:
-        return torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # said of a leaf that is asked for
-        return True
+    return less, less.saved_of((x, y, *weights, *hidden))
 
 
 def _forward_again(call: Call, x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
@@ -287,7 +272,7 @@ def _forward_again(call: Call, x: Tensor, *parameters: Tensor) -> tuple[Tensor, 
     weights, biases = parameters[:layers], parameters[layers:]
     if not _is_compiling() and peek_interpreter_stack() is not None:
         # `torch.autograd.grad` of a finished y inside a transform: level by level.
-        assert not isinstance(implementation, OneLevelDown)  # which keeps what it needs
+        assert not isinstance(implementation, CallerModes)  # it never recomputes
         with ops.using(implementation):
             y, hidden = torch.ops.relu_mlp.forward.default(
                 x, weights, biases, output_activation, True
@@ -301,10 +286,10 @@ def _forward_again(call: Call, x: Tensor, *parameters: Tensor) -> tuple[Tensor, 
     return (x, y, *weights, *hidden)
 
 
-def _backward_once(implementation: Implementation, name: str, *operands: Any) -> list[Tensor]:
-    """The backward pass where nobody will differentiate it."""
+def _run_backward(implementation: Implementation, name: str, *operands: Any) -> list[Tensor]:
+    """The backward pass, not differentiable."""
     if _is_compiling() and implementation is ops.extension:
-        # Compiled autograd reads this and has to find an operator.
+        # Compiled autograd traces this and has to find an operator.
         return getattr(torch.ops.relu_mlp, name).default(*operands)
     if _is_compiling():
         return getattr(reference, name)(*operands)
@@ -320,17 +305,17 @@ def _backward_once_more(
     needs: str,
     grad_hidden: Sequence[Tensor | None],
 ) -> Sequence[Tensor]:
-    """The backward pass where a derivative of it may be asked for."""
+    """The backward pass, differentiable."""
     if any(grad is not None for grad in grad_hidden):
         return reference.backward(grad_output, saved, output_activation, needs, grad_hidden)
-    if isinstance(implementation, OneLevelDown):
+    if isinstance(implementation, CallerModes):
         implementation = implementation.implementation
     with ops.using(implementation):
         return torch.ops.relu_mlp.backward.default(grad_output, saved, output_activation, needs)
 
 
 class Gradient(SingleLevelFunction):
-    """The backward pass as a function of its own, with its derivatives by hand."""
+    """The backward pass as a function of its own, with derivatives by hand."""
 
     @staticmethod
     def forward(
@@ -355,7 +340,7 @@ class Gradient(SingleLevelFunction):
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
         output_activation, needs = ctx.remembered
-        with _set_fwd_grad_enabled(True):
+        with set_fwd_grad_enabled(True):
             grad_output, *saved = _primals(ctx.saved_tensors)
             return tuple(
                 second_order.backward_jvp(
@@ -365,15 +350,15 @@ class Gradient(SingleLevelFunction):
 
 
 #: The arguments of `Gradient` that are not tensors.
-GradientCall = tuple[OneLevelDown, str, str]
+GradientCall = tuple[CallerModes, str, str]
 
 _apply_gradient = Gradient.apply
 
 
 # -- The derivatives of the operators ------------------------------------------
 #
-# What the dispatcher calls on the Autograd key, for one level of a functorch transform
-# at a time, or for none: what they call below autograd goes to the next level down.
+# The kernels on the Autograd key. The dispatcher calls them once for each level of a functorch
+# transform, or once where there is none. Their own calls below autograd go to the next level.
 
 
 def _forward_derivative(
@@ -382,8 +367,8 @@ def _forward_derivative(
     biases: Sequence[Tensor],
     output_activation: str,
 ) -> tuple[Tensor, ...]:
-    call: Call = (one_level_down(x), output_activation, False, len(weights))
-    # One that stands for a missing bias has no gradient.
+    call: Call = (in_caller_modes(x), output_activation, False, len(weights))
+    # The stand-in for a missing bias has no gradient.
     present = [
         bias if bias.numel() or bias.shape == weight.shape[:1] else bias.detach()
         for weight, bias in zip(weights, biases, strict=False)
@@ -399,6 +384,8 @@ def _relu_mlp_kernel(
     output_activation: str = "none",
 ) -> Tensor:
     if weights and ops.is_differentiated(x, weights, biases):
+        if not HAS_LEVELS:
+            return reference.relu_mlp(x, weights, biases, output_activation)
         return _forward_derivative(x, weights, biases, output_activation)[0]
     with below_autograd():
         return implementation_for(x).relu_mlp(x, weights, biases, output_activation)
@@ -412,6 +399,8 @@ def _forward_kernel(
     save_hidden: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     if weights and ops.is_differentiated(x, weights, biases):
+        if not HAS_LEVELS:
+            return reference.forward(x, weights, biases, output_activation, save_hidden)
         y, *hidden = _forward_derivative(x, weights, biases, output_activation)
         return y, hidden if save_hidden else []
     with below_autograd():
@@ -423,7 +412,9 @@ def _backward_kernel(
 ) -> Sequence[Tensor]:
     implementation = implementation_for(grad_output)
     if "1" in needs and ops.is_differentiated(grad_output, saved):
-        call: GradientCall = (one_level_down(grad_output), output_activation, needs)
+        if not HAS_LEVELS:
+            return reference.backward(grad_output, saved, output_activation, needs)
+        call: GradientCall = (in_caller_modes(grad_output), output_activation, needs)
         with enable_single_level_autograd_function():
             return list(_apply_gradient(call, grad_output, *saved))
     with below_autograd():
@@ -439,5 +430,4 @@ for _name, _kernel in (
 ):
     _library.impl(_name, _kernel, "Autograd")
 for _name in ("relu_mlp", "forward", "backward", "recompute_backward"):
-    _operator, _rule = getattr(torch.ops.relu_mlp, _name).default, getattr(batching, _name)
-    _library.impl(_name, batching.kernel_of(_operator, _rule), "FuncTorchBatched")
+    batching.register_rule(_library, _name, getattr(batching, _name))

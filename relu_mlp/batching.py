@@ -12,7 +12,6 @@ is the same for all. With B examples of n rows each:
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,37 +19,58 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import _add_batch_dim, _unwrap_batched
-from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
 from . import checks, reference
+from ._torch_private import (
+    HAS_VMAP_TOOLS,
+    add_batch_dim,
+    below_vmap,
+    current_interpreter,
+    disable_autocast,
+    unwrap_batched,
+)
+from .activations import ACTIVATION_BACKWARDS, ACTIVATIONS, select
 from .ops import implementation_for
 
 Dims = Sequence[int | None]
 
-_BATCHED = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)
+
+Rule = Callable[..., tuple[Any, Any]]
 
 
-def kernel_of(operator: Callable[..., Any], rule: Callable[..., tuple[Any, Any]]) -> Any:
-    """What the dispatcher calls for an operator under vmap.
+def register_rule(library: torch.library.Library, name: str, rule: Rule) -> None:
+    """Registers the batching rule of an operator.
 
     `torch.library.register_vmap` would do, but takes the lists of tensors apart as trees,
-    six times a call: a small network's per-sample gradients took twice as long.
+    six times a call: a small network's per-sample gradients took twice as long. It serves
+    where this PyTorch lacks what a kernel needs.
 
     Args:
-        operator: where no argument has a dimension of examples.
         rule: (batch_size, in_dims, *arguments) -> (results, out_dims). A dimension, or a list
             of them, stands for each argument and each result: None where it is the same for
             all examples, or no tensor.
     """
+    if HAS_VMAP_TOOLS:
+        kernel = _kernel_of(getattr(torch.ops.relu_mlp, name).default, rule)
+        library.impl(name, kernel, "FuncTorchBatched")
+    else:
+        torch.library.register_vmap(
+            f"relu_mlp::{name}",
+            lambda info, in_dims, *arguments: rule(info.batch_size, in_dims, *arguments),
+            lib=library,
+        )
+
+
+def _kernel_of(operator: Callable[..., Any], rule: Rule) -> Callable[..., Any]:
+    """What the dispatcher calls for an operator under vmap; `operator` if nothing is batched."""
 
     def kernel(*arguments: Any) -> Any:
-        interpreter: Any = retrieve_current_functorch_interpreter()
+        interpreter: Any = current_interpreter()
         level, batch_size = interpreter.level(), interpreter.batch_size()
         pairs = [_taken_apart(argument, level) for argument in arguments]
         in_dims = [dim for _, dim in pairs]
         # What is below this level, where autocast is not for vmap, natively too.
-        with torch._C._ExcludeDispatchKeyGuard(_BATCHED), torch._C._DisableAutocast():
+        with below_vmap(), disable_autocast():
             if not any(_is_batched(dim) for dim in in_dims):
                 return operator(*arguments)
             results, out_dims = rule(batch_size, in_dims, *[operand for operand, _ in pairs])
@@ -66,16 +86,16 @@ def _is_batched(dim: Any) -> bool:
 def _taken_apart(argument: Any, level: int) -> tuple[Any, Any]:
     """An argument without its dimension of examples, and that dimension."""
     if isinstance(argument, Tensor):
-        return _unwrap_batched(argument, level)
+        return unwrap_batched(argument, level)
     if isinstance(argument, (list, tuple)):
-        pairs = [_unwrap_batched(tensor, level) for tensor in argument]
+        pairs = [unwrap_batched(tensor, level) for tensor in argument]
         return [tensor for tensor, _ in pairs], [dim for _, dim in pairs]
     return argument, None
 
 
 def _put_together(result: Any, dim: Any, level: int) -> Any:
     if isinstance(result, Tensor):
-        return result if dim is None else _add_batch_dim(result, dim, level)
+        return result if dim is None else add_batch_dim(result, dim, level)
     return type(result)(_put_together(*pair, level) for pair in zip(result, dim, strict=True))
 
 
@@ -115,7 +135,7 @@ def forward(
         if layer < len(weights) - 1:
             a = torch.relu(a)
             hidden.append(a)
-    y = reference.ACTIVATIONS[output_activation](a)
+    y = ACTIVATIONS[output_activation](a)
     hidden = hidden if save_hidden else []
     y = y.reshape(*y.shape[:-2], *shape, y.shape[-1])
     return (y, hidden), (_dim_of(y, len(shape) + 1), [_dim_of(a, 2) for a in hidden])
@@ -167,7 +187,7 @@ def backward(
         return [of_x.reshape(batch_size, *shape, of_x.shape[-1])], [0]
 
     layers, lowest = len(weights), reference.lowest_layer(needs)
-    delta = reference.ACTIVATION_BACKWARDS[output_activation](delta, y)
+    delta = ACTIVATION_BACKWARDS[output_activation](delta, y)
     of_weights: list[Tensor] = []
     of_biases: list[Tensor] = []
     for layer in reversed(range(lowest, layers)):
@@ -178,7 +198,7 @@ def backward(
         if layer > lowest or needs[0] == "1":
             delta = delta @ weights[layer]
             if layer > 0:
-                delta = reference.select(*torch.broadcast_tensors(delta, inputs[layer]))
+                delta = select(*torch.broadcast_tensors(delta, inputs[layer]))
     grads = [*reversed(of_weights), *reversed(of_biases)]
     dims = [_dim_of(grad, 2) for grad in grads[: len(of_weights)]]
     dims += [_dim_of(grad, 1) for grad in grads[len(of_weights) :]]
@@ -207,11 +227,11 @@ def recompute_backward(
     else:  # a finished forward pass, of which only the gradients are many
         y, hidden = implementation_for(x).forward(*network)
         y_dim, hidden_dims = None, [None] * len(hidden)
-    is_kept = reference.is_kept(output_activation, needs)
-    saved = itertools.compress([x, y, *weights, *hidden], is_kept)
-    saved_dims = itertools.compress([x_dim, y_dim, *weight_dims, *hidden_dims], is_kept)
-    dims = (of_grad_output, list(saved_dims))
-    return backward(batch_size, dims, grad_output, list(saved), output_activation, needs)
+    saved = reference.pack(x, y, weights, hidden, output_activation, needs)
+    dims = reference.pack(x_dim, y_dim, weight_dims, hidden_dims, output_activation, needs)
+    return backward(
+        batch_size, (of_grad_output, dims), grad_output, saved, output_activation, needs
+    )
 
 
 def _to_front(tensor: Tensor, dim: int | None) -> Tensor:

@@ -10,8 +10,9 @@ from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn import Parameter
+
+from ._torch_private import get_tracing_state, has_no_storage_by_nature
 
 DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
@@ -127,7 +128,7 @@ def check_storage(name: str, tensor: Tensor) -> None:
     if (
         type(tensor) not in (Tensor, Parameter)  # a subclass may have its memory elsewhere
         or torch.compiler.is_compiling()
-        or torch._C._get_tracing_state()
+        or get_tracing_state()
     ):
         return
     try:
@@ -138,13 +139,7 @@ def check_storage(name: str, tensor: Tensor) -> None:
         return
     steps = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     needed = (tensor.storage_offset() + steps + 1) * tensor.itemsize
-    if (
-        size < needed
-        and tensor.numel() > 0
-        # those that have none by their nature
-        and not (tensor.is_meta or tensor._is_zerotensor() or torch._is_functional_tensor(tensor))
-        and not is_functorch_wrapped_tensor(tensor)
-    ):
+    if size < needed and tensor.numel() > 0 and not has_no_storage_by_nature(tensor):
         raise RuntimeError(
             f"{name} must have a storage with all its elements: shape {tuple(tensor.shape)}, "
             f"strides {tensor.stride()} and storage offset {tensor.storage_offset()} are out of "

@@ -6,17 +6,27 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 from torch.overrides import is_tensor_like
 
 from . import autocast, autograd, checks, reference
+from ._torch_private import (
+    FORWARD_AD,
+    KNOWS_TRANSFORMS,
+    LEVEL,
+    FakeTensor,
+    are_functorch_transforms_active,
+    below_autograd,
+    constant_in_a_graph,
+    disable_autocast,
+    get_tracing_state,
+    is_any_autocast_enabled,
+)
+from .activations import ACTIVATION_NAMES, CHOICES, FUNCTIONS, OutputActivation
 from .checks import DTYPES
 from .interception import (
     are_functions_replaced,
-    constant_in_a_graph,
     dispatch_modes,
     function_modes,
     is_under_a_mode,
@@ -24,24 +34,16 @@ from .interception import (
 from .ops import (
     NO_TENSOR,
     PLAIN,
-    _thread,
-    below_autograd,
     carries_tangent,
     implementation_for,
     stand_ins,
+    this_thread,
 )
 
-OutputActivation = Literal["relu", "sigmoid", "tanh"]
 Loss = Literal["sse", "half_sse", "mse"]
-
-#: The operators' names of the output activations.
-ACTIVATION_NAMES = {None: "none", "relu": "relu", "sigmoid": "sigmoid", "tanh": "tanh"}
 
 # Named here, because to look them up in every call takes a microsecond.
 _strided = torch.strided
-_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
-_are_functorch_transforms_active = torch._C._are_functorch_transforms_active
-_get_tracing_state = torch._C._get_tracing_state
 _is_grad_enabled = torch.is_grad_enabled
 _is_compiling = torch.compiler.is_compiling
 _is_exporting = torch.compiler.is_exporting
@@ -92,7 +94,7 @@ def relu_mlp(
         and all(map(is_plain, present))
         and not are_functions_replaced()
     ):
-        return fused(x, weights, present, activation, recompute)
+        return call_operators(x, weights, present, activation, recompute)
     return native(x, weights, present, activation)
 
 
@@ -102,8 +104,7 @@ def activation_name(output_activation: str | None) -> str:
         return ACTIVATION_NAMES[output_activation]
     except (KeyError, TypeError):
         raise ValueError(
-            "output_activation must be None, 'relu', 'sigmoid' or 'tanh', "
-            f"got {output_activation!r}"
+            f"output_activation must be {CHOICES}, got {output_activation!r}"
         ) from None
 
 
@@ -118,14 +119,14 @@ def checked_parameters(
     is_symbolic = not isinstance(x, Tensor)  # as in a trace of torch.fx
     if is_symbolic and not is_tensor_like(x):
         raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
-    weights = _list_of_tensors("weights", weights)
+    weights = list_of_tensors("weights", weights)
     if not weights:
         raise ValueError("weights must have at least one entry, got none")
     if biases is None:
         return weights, []
     present = [
         NO_TENSOR if bias is None else bias
-        for bias in _list_of_tensors("biases", biases, or_none=True)
+        for bias in list_of_tensors("biases", biases, or_none=True)
     ]
     if len(present) != len(weights):
         raise ValueError(
@@ -142,7 +143,7 @@ def check_empty_biases(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> N
     To an operator it would mean that there is no bias.
     """
     # In a TorchScript trace numel() is a tensor, and a symbolic size has no nbytes.
-    is_traced = _get_tracing_state() is not None
+    is_traced = get_tracing_state() is not None
     for layer, bias in enumerate(biases):
         if (
             bias is not NO_TENSOR
@@ -155,7 +156,7 @@ def check_empty_biases(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> N
             )
 
 
-def _list_of_tensors(argument: str, value: object, or_none: bool = False) -> list[Any]:
+def list_of_tensors(argument: str, value: object, or_none: bool = False) -> list[Any]:
     # A Tensor is iterable too, but would fall into its rows.
     if isinstance(value, Tensor) or not hasattr(value, "__iter__"):
         kinds = "Tensors or None" if or_none else "Tensors"
@@ -205,12 +206,12 @@ def leaves_python() -> bool:
     know this package's operator. ``backend("extension")`` asks for the operator all the same,
     except in an ONNX file. A graph of `torch.compile` stays in the process.
     """
-    if not (_is_compiling() and _is_exporting()) and _get_tracing_state() is None:
+    if not (_is_compiling() and _is_exporting()) and get_tracing_state() is None:
         return False
-    return _thread.backend != "extension" or torch.onnx.is_in_onnx_export()
+    return this_thread.backend != "extension" or torch.onnx.is_in_onnx_export()
 
 
-def fused(
+def call_operators(
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
@@ -222,7 +223,7 @@ def fused(
 
     `children` are the modules that the network is made of, for a trace to have their names.
     """
-    if _is_compiling() or _get_tracing_state() is not None:
+    if _is_compiling() or get_tracing_state() is not None:
         if leaves_python() and children:
             for child in children:
                 x = child(x)
@@ -231,10 +232,10 @@ def fused(
             return native(x, weights, biases, activation)
         return torch.ops.relu_mlp.relu_mlp(x, weights, biases, activation)
     implementation = implementation_for(x)
-    if forward_ad._current_level >= 0 or _are_functorch_transforms_active():
+    if FORWARD_AD[LEVEL] >= 0 or are_functorch_transforms_active():
         # Level by level, through the dispatcher, which knows what each tensor is.
         return torch.ops.relu_mlp.relu_mlp(x, weights, stand_ins(biases), activation)
-    if _is_any_autocast_enabled():
+    if is_any_autocast_enabled():
         x, weights, biases = autocast.cast(x, weights, biases)
     if _is_grad_enabled():
         call = (implementation, activation, recompute, len(weights))
@@ -249,8 +250,8 @@ def fused(
 
 def refuse_transforms(function: str, *arguments: Any) -> None:
     """RuntimeError where somebody differentiates or maps a function that has no derivative."""
-    if _are_functorch_transforms_active() or (
-        forward_ad._current_level >= 0 and carries_tangent(*arguments)
+    if (KNOWS_TRANSFORMS and are_functorch_transforms_active()) or (
+        FORWARD_AD[LEVEL] >= 0 and carries_tangent(*arguments)
     ):
         raise RuntimeError(
             f"{function} has no derivative, and is called under a functorch transform or with "
@@ -267,9 +268,9 @@ def has_other_dtype(x: Tensor) -> bool:
         type(x) in PLAIN
         and not is_under_a_mode()
         and x.dtype not in DTYPES
-        and _get_tracing_state() is None
+        and get_tracing_state() is None
         # Autocast makes something else of a float8 first.
-        and not (x.is_floating_point() and _is_any_autocast_enabled())
+        and not (x.is_floating_point() and is_any_autocast_enabled())
     )
 
 
@@ -284,8 +285,12 @@ def native(
         x = F.linear(x, weight, bias)
         if layer < len(weights) - 1:
             x = F.relu(x)
-    # Not the functions that `reference` knows: somebody may have replaced these.
-    return x if activation == "none" else getattr(torch, activation)(x)
+    if activation == "none":
+        return x
+    phi: Any = torch  # looked up in every call, because somebody may have replaced it
+    for name in FUNCTIONS[activation].split("."):
+        phi = getattr(phi, name)
+    return phi(x)
 
 
 class LossAndGrads(NamedTuple):
@@ -332,8 +337,8 @@ def loss_and_grads(
             an unknown loss, RuntimeError for a target of another shape, and
             under `torch.func` and forward-mode differentiation.
     """
-    if _is_any_autocast_enabled():
-        with torch._C._DisableAutocast():
+    if is_any_autocast_enabled():
+        with disable_autocast():
             return loss_and_grads(
                 x, target, weights, biases, loss=loss, output_activation=output_activation
             )

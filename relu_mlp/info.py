@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import ops
+from . import _torch_private, ops
 from ._version import __version__
 
 #: To be taken out when tools/on_gpu.sh has passed, and its results are in benchmarks/results.
@@ -34,6 +34,7 @@ class BuildInfo:
     supported_instruction_sets: tuple[str, ...]  #: those of them that this machine has
     cuda: str  #: which CUDA the kernels for GPUs were compiled against, if they were
     cuda_architectures: tuple[str, ...]  #: that CUDA kernels were compiled for
+    missing_in_torch: tuple[str, ...]  #: private names of PyTorch that this version lacks
 
     def advice(self) -> list[str]:
         """What runs slower than it could here, and what to do about it; a sentence or two each."""
@@ -59,6 +60,11 @@ class BuildInfo:
             )
         if self.cuda_architectures:
             lines.append(f"The kernels for GPUs are {NOT_RUN}. docs/cuda.md says what was checked.")
+        lines += [
+            f"This PyTorch has no {name.path}: {name.without}. A newer relu_mlp may know what "
+            "has taken its place."
+            for name in _torch_private.MISSING
+        ]
         return lines
 
     def __str__(self) -> str:
@@ -101,4 +107,5 @@ def build_info() -> BuildInfo:
         supported_instruction_sets=supported,
         cuda=f"{built['cuda']}: {NOT_RUN}" if "cuda" in built else "not compiled",
         cuda_architectures=tuple(filter(None, built.get("cuda_architectures", "").split("+"))),
+        missing_in_torch=tuple(name.path for name in _torch_private.MISSING),
     )

@@ -7,83 +7,60 @@ their calls, nothing is fused. docs/compatibility.md, "Under modes", says it for
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from operator import attrgetter
 from types import BuiltinFunctionType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.nn import Linear, Module, ReLU, Sequential, Sigmoid, Tanh
-from torch.nn.modules.module import (
-    _global_backward_hooks,
-    _global_backward_pre_hooks,
-    _global_forward_hooks,
-    _global_forward_pre_hooks,
+from torch.nn import Linear, Module, ReLU, Sequential
+
+from ._torch_private import (
+    CALL_IMPL,
+    GLOBAL_BACKWARD_HOOKS,
+    GLOBAL_BACKWARD_PRE_HOOKS,
+    GLOBAL_FORWARD_HOOKS,
+    GLOBAL_FORWARD_PRE_HOOKS,
+    MODES_FOR_OPERATORS,
+    TRACER_OF_FX,
+    call_impl_of,
+    constant_in_a_graph,
+    dispatch_mode_at,
+    function_mode_at,
+    len_dispatch_modes,
+    len_function_modes,
 )
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-def constant_in_a_graph(function: _Function) -> _Function:
-    """`torch.compiler.assume_constant_result`, which would import the compiler.
-
-    What the function reads is not compared again in every call of a compiled function.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
+from .activations import FUNCTIONS, OUTPUT_ACTIVATIONS
 
 # -- Modes -------------------------------------------------------------------------------------
 
 
-def _private(name: str) -> Callable[..., Any]:
-    """A function of torch._C; should a PyTorch lack it, no mode is seen there."""
-    return getattr(torch._C, name, lambda *_: 0)
-
-
-_function_mode_at = _private("_get_function_stack_at")
-_dispatch_mode_at = _private("_get_dispatch_stack_at")
-_len_torch_dispatch_stack = _private("_len_torch_dispatch_stack")
-
 #: How many function modes are active, in C.
-function_modes = _private("_len_torch_function_stack")
+function_modes = len_function_modes
 
 
 @constant_in_a_graph  # the compiler compiles nothing under a mode, and does not know the function
 def dispatch_modes() -> int:
     """How many dispatch modes are active."""
-    return _len_torch_dispatch_stack()
-
-
-#: Where the modes are defined to which an operator may be shown in place of the layers: the one
-#: of the default device, those by which PyTorch records graphs, and its counter of operations,
-#: which has formulas for the operators (flops.py).
-_MODULES = frozenset(
-    {
-        "torch.utils._device",
-        "torch._subclasses.fake_tensor",
-        "torch._subclasses.functional_tensor",
-        "torch.fx.experimental.proxy_tensor",
-        "torch._export.non_strict_utils",
-        "torch.export._safeguard",
-        "torch.utils.flop_counter",
-    }
-)
+    return len_dispatch_modes()
 
 
 def is_under_a_mode() -> bool:
     """Whether a mode is active that has to see the native layers.
 
-    Not one of `_MODULES`, nor one that has an attribute `understands_relu_mlp` that is true.
+    Those of `MODES_FOR_OPERATORS` need not see them, nor a mode with a true attribute
+    `understands_relu_mlp`.
     """
     for position in range(function_modes()):
-        if not _understands(_function_mode_at(position)):
+        if not _understands(function_mode_at(position)):
             return True
-    return not all(_understands(_dispatch_mode_at(n)) for n in range(dispatch_modes()))
+    return not all(_understands(dispatch_mode_at(n)) for n in range(dispatch_modes()))
 
 
 def _understands(mode: Any) -> bool:
-    return type(mode).__module__ in _MODULES or getattr(mode, "understands_relu_mlp", False)
+    return type(mode).__module__ in MODES_FOR_OPERATORS or getattr(
+        mode, "understands_relu_mlp", False
+    )
 
 
 # -- What somebody has replaced -----------------------------------------------------------------
@@ -96,12 +73,16 @@ _MODULE, _LINEAR, _RELU = vars(Module), vars(Linear), vars(ReLU)
 #: What a class has to have for its modules to do something else by the same `forward`. Module
 #: itself has the methods.
 _ATTRIBUTES = frozenset({"weight", "bias", "inplace", "__getattribute__"})
-_METHODS = frozenset({"__call__", "_call_impl", "__getattr__"})
+_METHODS = frozenset({"__call__", CALL_IMPL, "__getattr__"})
+
+
+#: From `torch`, the functions that output activations call.
+_output_functions = attrgetter(*FUNCTIONS.values())
 
 
 def _functions() -> tuple[Any, ...]:
     """What a network of functions calls."""
-    return F.linear, F.relu, torch.relu, torch.sigmoid, torch.tanh
+    return F.linear, F.relu, *_output_functions(torch)
 
 
 def _layers() -> tuple[Any, ...]:
@@ -109,7 +90,7 @@ def _layers() -> tuple[Any, ...]:
     return (
         Sequential.forward,
         Module.__call__,
-        Module._call_impl,
+        call_impl_of(Module),
         Module.__getattr__,
         Linear.forward,
         ReLU.forward,
@@ -124,8 +105,8 @@ def _layers() -> tuple[Any, ...]:
 
 
 def _output_activation(kind: type[Module]) -> tuple[Any, ...]:
-    """What a Sigmoid or a Tanh calls."""
-    return kind.forward, kind.__call__, kind._call_impl, torch.sigmoid, torch.tanh
+    """What a module of an output activation calls."""
+    return kind.forward, kind.__call__, call_impl_of(kind), *_output_functions(torch)
 
 
 def _by_pytorch(code: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -159,7 +140,7 @@ def _is_something_in_the_way() -> bool:
 _FUNCTIONS = _by_pytorch(_functions())
 _LAYERS = () if _is_something_in_the_way() else _by_pytorch(_layers())
 _OUTPUT_ACTIVATIONS: dict[type[Module], tuple[Any, ...]] = {
-    kind: _by_pytorch(_output_activation(kind)) for kind in (Sigmoid, Tanh)
+    kind: _by_pytorch(_output_activation(kind)) for kind in OUTPUT_ACTIVATIONS if kind is not ReLU
 }
 
 
@@ -176,10 +157,10 @@ def are_layers_replaced() -> bool:
     That includes the hooks for all modules at once.
     """
     if (
-        _global_forward_hooks
-        or _global_forward_pre_hooks
-        or _global_backward_hooks
-        or _global_backward_pre_hooks
+        GLOBAL_FORWARD_HOOKS
+        or GLOBAL_FORWARD_PRE_HOOKS
+        or GLOBAL_BACKWARD_HOOKS
+        or GLOBAL_BACKWARD_PRE_HOOKS
     ):
         return True
     layers = _layers()
@@ -191,14 +172,14 @@ def are_layers_replaced() -> bool:
 
 @constant_in_a_graph
 def is_output_activation_replaced(kind: type[Module]) -> bool:
-    """Whether calling a Sigmoid or a Tanh does anything else than PyTorch defines."""
+    """Whether calling a module of an output activation does anything else than PyTorch defines."""
     code, known = _output_activation(kind), _OUTPUT_ACTIVATIONS[kind]
     return code != known and _is_replaced(code, known)
 
 
 def _is_replaced(code: tuple[Any, ...], known: tuple[Any, ...]) -> bool:
     # To record a graph of operations, PyTorch wraps methods of Module, but records no modules.
-    wrapper = "torch.fx._symbolic_trace" if dispatch_modes() else None
+    wrapper = TRACER_OF_FX if dispatch_modes() else None
     return len(code) != len(known) or any(
         item is not original and _home_of(item) != wrapper
         for item, original in zip(code, known, strict=True)

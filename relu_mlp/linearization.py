@@ -11,7 +11,6 @@ passes and J^T u run on the backend in force.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -20,19 +19,20 @@ import torch
 from torch import Tensor
 
 from . import checks, reference, second_order
+from ._torch_private import below_autograd, disable_autocast, version_of
+from .activations import OutputActivation
 from .functional import (
-    OutputActivation,
-    _list_of_tensors,
     activation_name,
     checked_parameters,
+    list_of_tensors,
     refuse_transforms,
     split_by_kind,
 )
-from .ops import NO_TENSOR, backend, below_autograd, implementation_for, stand_ins
+from .ops import NO_TENSOR, backend, implementation_for, stand_ins
 
 
 class Parameters(NamedTuple):
-    """Something for every parameter of a network: a change, a gradient, a Jacobian.
+    """One tensor for each parameter of a network: changes, gradients or Jacobians.
 
     `biases` is None if the network has none, and an entry is None where a layer
     has none.
@@ -116,9 +116,9 @@ def _linearize(
 
 @contextmanager
 def _by_hand(function: str, *arguments: Any) -> Iterator[None]:
-    """Neither a graph nor autocast, and RuntimeError where somebody differentiates or maps."""
+    """Records no graph, ignores autocast, and raises RuntimeError under a transform."""
     refuse_transforms(function, *arguments)
-    with torch._C._DisableAutocast(), below_autograd():
+    with disable_autocast(), below_autograd():
         yield
 
 
@@ -146,7 +146,7 @@ class Linearization:
         self.y, self._hidden = self._implementation.forward(
             self._x, self._weights, stand_ins(self._biases), activation, True
         )
-        self._versions = [tensor._version for tensor in self._counted()]
+        self._versions = [version_of(tensor) for tensor in self._counted()]
 
     def __getstate__(self) -> dict[str, Any]:
         """For `copy` and `pickle`; RuntimeError as in every method.
@@ -169,7 +169,7 @@ class Linearization:
         self._biases = [NO_TENSOR if bias is None else bias for bias in state["_biases"]]
         with backend(state["_implementation"]):
             self._implementation = implementation_for(self._x)
-        self._versions = [tensor._version for tensor in self._counted()]
+        self._versions = [version_of(tensor) for tensor in self._counted()]
 
     def jvp(self, tangent: Parameters) -> Tensor:
         """J v: how y changes as the parameters change by v, forward-mode differentiation.
@@ -205,22 +205,20 @@ class Linearization:
                 forward-mode differentiation.
         """
         self._check_grad_output(grad_output)
-        layers = len(self._weights)
-        needs = "0" + "1" * layers + "".join("01"[there] for there in self._has_bias())
-        kept = reference.is_kept(self._activation, needs)
-        saved = itertools.compress([self._x, self.y, *self._weights, *self._hidden], kept)
+        needs = reference.needs_of(False, [True] * len(self._weights), self._has_bias())
+        saved = reference.pack(
+            self._x, self.y, self._weights, self._hidden, self._activation, needs
+        )
         with _by_hand("vjp", grad_output):
             grads = iter(
-                self._implementation.backward(
-                    grad_output.detach(), list(saved), self._activation, needs
-                )
+                self._implementation.backward(grad_output.detach(), saved, self._activation, needs)
             )
         of_weights = [next(grads) for _ in self._weights]
         of_biases = [NO_TENSOR if bias is NO_TENSOR else next(grads) for bias in self._biases]
         return Parameters(*split_by_kind([*of_weights, *of_biases], self._biases))
 
     def row_norms(self, grad_output: Tensor) -> Tensor:
-        """How much each row puts into J^T u: the norm of its part, over all parameters together.
+        """The norm of each row's contribution to J^T u, over all parameters together.
 
         The gradients of the single rows are the terms of J^T u. Row n adds the outer product
         delta_l[n]^T a_{l-1}[n] to the gradient of W_l and delta_l[n] to that of b_l, so
@@ -285,7 +283,10 @@ class Linearization:
         with _by_hand(function, grad_output):
             u = reference.as_matrix(grad_output.detach())
             needs = "0" + "1" * (2 * len(weights))
-            yield second_order.descend(u, y, weights, inputs, self._activation, needs), inputs
+            yield (
+                second_order.propagate_deltas(u, y, weights, inputs, self._activation, needs),
+                inputs,
+            )
 
     def gauss_newton(self, tangent: Parameters) -> Parameters:
         """J^T J v, with v as in `jvp`: the Gauss-Newton product of the loss ½ sum (y - t)².
@@ -318,16 +319,16 @@ class Linearization:
         return as_matrix(self._x), as_matrix(self.y), self._weights, self._hidden
 
     def _counted(self) -> Iterator[Tensor]:
-        """What must stay as it was; tensors of inference mode do not count their versions."""
+        """The tensors that must not change; inference tensors do not count their versions."""
         for tensor in (self._x, self.y, *self._weights, *self._biases):
             if not tensor.is_inference():
                 yield tensor
 
     def _check_versions(self) -> None:
-        if self._versions != [tensor._version for tensor in self._counted()]:
+        if self._versions != [version_of(tensor) for tensor in self._counted()]:
             raise RuntimeError(
-                "x, y or a parameter has been changed in place since linearize(...), whose "
-                "products would be wrong now. Call linearize(...) again."
+                "x, y or a parameter has been changed in place since linearize(...), so products "
+                "would be wrong now. Call linearize(...) again."
             )
 
     def _checked(self, tangent: Parameters) -> tuple[list[Tensor], list[Tensor | None]]:
@@ -336,10 +337,10 @@ class Linearization:
                 f"tangent must be a pair (weights, biases), got {type(tangent).__name__}"
             )
         layers = len(self._weights)
-        weight_tangents: list[Tensor] = _list_of_tensors("tangent.weights", tangent[0])
+        weight_tangents: list[Tensor] = list_of_tensors("tangent.weights", tangent[0])
         bias_tangents: list[Tensor | None] = [None] * layers
         if tangent[1] is not None:
-            bias_tangents = _list_of_tensors("tangent.biases", tangent[1], or_none=True)
+            bias_tangents = list_of_tensors("tangent.biases", tangent[1], or_none=True)
         for kind, length in (("weights", len(weight_tangents)), ("biases", len(bias_tangents))):
             if length != layers:
                 raise ValueError(

@@ -1,195 +1,38 @@
-"""The layer, and the runs of children that it and `fuse` find."""
+"""The layer."""
 
 from __future__ import annotations
 
 import itertools
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._jit_internal import _copy_to_script_wrapper, is_scripting
-from torch.nn import Linear, Parameter, ReLU, Sigmoid, Tanh
+from torch.nn import Linear, Parameter, ReLU
 
 from . import checks, functional, interception
-from .functional import OutputActivation, fused, is_plain, is_served, leaves_python
-from .ops import NO_TENSOR, _thread, backend, extension, implementation_for
+from ._torch_private import (
+    CALL_IMPL,
+    COMPILED_CALL_IMPL,
+    LOAD_STATE_DICT_PRE_HOOKS,
+    children_of,
+    constant_in_a_graph,
+    copy_to_script_wrapper,
+    is_scripting,
+)
+from .activations import OUTPUT_ACTIVATIONS, OutputActivation
+from .functional import call_operators, is_served, leaves_python
+from .interception import are_layers_replaced
+from .ops import backend, extension, implementation_for, this_thread
+from .run import Run, find_run, network_of
 from .scripting import Scriptable
 
-#: The modules that may follow the last Linear, and the activation each stands for.
-OUTPUT_ACTIVATIONS: dict[type[Any], OutputActivation] = {
-    ReLU: "relu",
-    Sigmoid: "sigmoid",
-    Tanh: "tanh",
-}
-
-_strided = torch.strided
 _is_compiling = torch.compiler.is_compiling
 _operator = torch.ops.relu_mlp.relu_mlp.default
 _iterate = interception.iterate
 _function_modes = interception.function_modes
-
-_are_all_patched = interception.are_layers_replaced
-
-
-class Run(NamedTuple):
-    """Children that are one network: Linear, ReLU, ..., Linear, activation."""
-
-    children: tuple[nn.Module, ...]
-    weights: list[Tensor]
-    biases: list[Tensor]  #: one for each weight, or nothing; NO_TENSOR where one is missing
-    activation: str
-
-
-def _is_patched(state: dict[str, Any]) -> Any:
-    """Whether calling a module does anything else than what its class says: as a truth value.
-
-    `state` is its `__dict__`, which is looked into before its class and its parameters.
-    """
-    return (
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-        or "forward" in state
-        or "_call_impl" in state
-        or "_compiled_call_impl" in state
-        or "weight" in state
-        or "bias" in state
-    )
-
-
-def _activation_of(kind: type[Any]) -> OutputActivation | None:
-    """What a class of modules computes, if it may follow the last Linear."""
-    if (kind is Sigmoid or kind is Tanh) and interception.is_output_activation_replaced(kind):
-        return None
-    return OUTPUT_ACTIVATIONS.get(kind)
-
-
-def find_run(
-    children: Iterable[nn.Module], is_known: Callable[[object], bool] = is_plain
-) -> Run | None:
-    """The longest run of untouched children from the first on, or None.
-
-    `is_known` says which parameters the caller can serve.
-    """
-    found: list[nn.Module] = []
-    weights: list[Tensor] = []
-    biases: list[Tensor] = []
-    activation = "none"
-    after_linear = False
-    for child in children:
-        kind = type(child)
-        follows = _activation_of(kind) if after_linear else None
-        if follows is None and (after_linear or kind is not Linear):
-            break
-        # That there is no `forward` in a dict torch.compile does not remember, but what it reads.
-        if _is_patched(child.__dict__) or child.forward is None:
-            break
-        if follows is not None:
-            activation = follows
-        else:
-            parameters = child.__dict__["_parameters"]
-            if "weight" not in parameters or "bias" not in parameters:
-                break  # pruned
-            # Not by `get`: a dict of its own may fetch a parameter from elsewhere.
-            weight, bias = parameters["weight"], parameters["bias"]
-            if not is_known(weight) or not (bias is None or is_known(bias)):
-                break  # quantized, distributed: nothing the operators know
-            weights.append(weight)
-            biases.append(NO_TENSOR if bias is None else bias)
-            activation = "none"
-        found.append(child)
-        if after_linear and kind is not ReLU:
-            break  # nothing can follow in the same run
-        after_linear = not after_linear
-    if not weights:
-        return None
-    if all(bias is NO_TENSOR for bias in biases):
-        biases = []
-    return Run(tuple(found), weights, biases, activation)
-
-
-def _network_of(
-    children: Mapping[str, nn.Module | None],
-) -> tuple[list[Tensor], list[Tensor], str] | None:
-    """(weights, biases, activation) of the run of all children, or None.
-
-    What `find_run` finds, but without a call of a function for each child: it is asked in
-    every call of a `ReluMLP`, which remembers nothing. What it remembered of its children could
-    be changed in many ways of which it would not know, and would stay alive.
-    """
-    weights: list[Tensor] = []
-    biases: list[Tensor] = []
-    activation = "none"
-    has_bias, is_sure = False, True
-    rest = iter(children.values())
-    try:
-        for child in rest:
-            if type(child) is not Linear:
-                return None
-            state = child.__dict__
-            if (  # _is_patched
-                state["_forward_hooks"]
-                or state["_forward_pre_hooks"]
-                or state["_backward_hooks"]
-                or state["_backward_pre_hooks"]
-                or "forward" in state
-                or "_call_impl" in state
-                or "_compiled_call_impl" in state
-                or "weight" in state
-                or "bias" in state
-            ):
-                return None
-            parameters = state["_parameters"]
-            weight = parameters["weight"]
-            bias = parameters["bias"]
-            if (type(weight) is not Parameter and not is_plain(weight)) or (
-                weight.layout is not _strided
-            ):
-                return None
-            if bias is None:
-                bias = NO_TENSOR
-            else:
-                has_bias = True
-                if type(bias) is not Parameter or not bias.nbytes:
-                    if not is_plain(bias):
-                        return None
-                    is_sure = False
-            weights.append(weight)
-            biases.append(bias)
-            activation = "none"
-            for child in rest:
-                kind = type(child)
-                if kind is ReLU:
-                    activation = "relu"
-                elif 2 * len(weights) == len(children) and (last := _activation_of(kind)):
-                    activation = last
-                else:
-                    return None
-                state = child.__dict__
-                if (
-                    state["_forward_hooks"]
-                    or state["_forward_pre_hooks"]
-                    or state["_backward_hooks"]
-                    or state["_backward_pre_hooks"]
-                    or "forward" in state
-                    or "_call_impl" in state
-                    or "_compiled_call_impl" in state
-                ):
-                    return None
-                break
-    except (KeyError, RuntimeError):
-        return None  # a parameter is missing, or its layout knows no `nbytes`
-    if not weights:
-        return None
-    if not has_bias:
-        biases = []
-    elif not is_sure:
-        functional.check_empty_biases(weights, biases)
-    return weights, biases, activation
 
 
 class ReluMLP(Scriptable):
@@ -275,7 +118,7 @@ class ReluMLP(Scriptable):
         """
         if not isinstance(sequential, nn.Sequential):
             raise TypeError(f"sequential must be an nn.Sequential, got {type(sequential).__name__}")
-        children = list(sequential._modules.values())
+        children = list(children_of(sequential).values())
         run = find_run(children)
         position = len(run.children) if run else 0
         if run is None or position < len(children):
@@ -307,12 +150,12 @@ class ReluMLP(Scriptable):
                 if result is not None:
                     return result
             if is_served(input) and type(self).__iter__ is _iterate:
-                network = _network_of(self._modules)
-                if network is not None and not _are_all_patched():
+                network = network_of(self)
+                if network is not None and not are_layers_replaced():
                     weights, biases, activation = network
-                    return fused(input, weights, biases, activation, self.recompute, self)
+                    return call_operators(input, weights, biases, activation, self.recompute, self)
             elif functional.has_other_dtype(input) and input.dim():
-                network = _network_of(self._modules)
+                network = network_of(self)
                 if network is not None:
                     checks.check_chain(input, *network[:2])
             return super().forward(input)
@@ -324,7 +167,9 @@ class ReluMLP(Scriptable):
         compare what `forward` reads takes as long as a small network. So the children are read
         as their own forward would read them, and the rest is asked once, when a graph is made.
         """
-        activation = self._activation_in_a_graph(_thread.backend)
+        activation = self._activation_in_a_graph(this_thread.backend)
+        if activation is None:
+            return None
         weights: list[Tensor] = []
         biases: list[Tensor] = []
         for child in self:
@@ -334,11 +179,8 @@ class ReluMLP(Scriptable):
                 weights.append(child.weight)
                 if child.bias is not None:
                     biases.append(child.bias)
-            elif type(child) not in (ReLU, Sigmoid, Tanh):
-                return None
         if (
-            activation is None
-            or (_function_modes() and interception.is_under_a_mode())
+            (_function_modes() and interception.is_under_a_mode())
             or type(input) is not torch.Tensor
             or input.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
             or len(biases) not in (0, len(weights))
@@ -349,10 +191,10 @@ class ReluMLP(Scriptable):
                 return None
         return _operator(input, weights, biases, activation)
 
-    @interception.constant_in_a_graph
+    @constant_in_a_graph
     def _activation_in_a_graph(self, name: str) -> str | None:
         """The output activation, if under that backend the operator serves all children."""
-        network = None if _are_all_patched() else _network_of(self._modules)
+        network = None if are_layers_replaced() else network_of(self)
         if network is None or torch.onnx.is_in_onnx_export():
             return None
         weights, _, activation = network
@@ -364,26 +206,26 @@ class ReluMLP(Scriptable):
         return activation if is_served else None
 
     def _find_runs(self) -> list[tuple[int, Run]]:
-        network = None if _are_all_patched() else _network_of(self._modules)
+        network = None if are_layers_replaced() else network_of(self)
         return [] if network is None else [(0, Run(tuple(self), *network))]
 
-    @_copy_to_script_wrapper
+    @copy_to_script_wrapper
     def __getitem__(self, index: Any) -> Any:
-        return _slice_or_child(self, index)
+        return slice_or_child(self, index)
 
 
-def _slice_or_child(sequential: nn.Sequential, index: Any) -> Any:
+def slice_or_child(sequential: nn.Sequential, index: Any) -> Any:
     if isinstance(index, slice):
-        return nn.Sequential(OrderedDict(list(sequential._modules.items())[index]))
+        return nn.Sequential(OrderedDict(list(children_of(sequential).items())[index]))
     return nn.Sequential.__getitem__(sequential, index)
 
 
 def _lost_by_another_class(sequential: nn.Sequential) -> str | None:
     """What a module of another class with the same `__dict__` would do otherwise, or None."""
-    for name in ("forward", "_call_impl", "_compiled_call_impl"):
+    for name in ("forward", CALL_IMPL, COMPILED_CALL_IMPL):
         if name in sequential.__dict__:
             return f"a {name} of its own"
-    if sequential._load_state_dict_pre_hooks:
+    if sequential.__dict__.get(LOAD_STATE_DICT_PRE_HOOKS):
         return "a hook for load_state_dict, which knows its module"
     for kind in itertools.takewhile(
         lambda kind: kind is not nn.Sequential, type(sequential).__mro__

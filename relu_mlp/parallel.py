@@ -14,6 +14,7 @@ call of `relu_mlp` for the local shards.
 
 from __future__ import annotations
 
+import abc
 import itertools
 from typing import Any
 
@@ -24,10 +25,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from . import checks, reference
+from . import checks
+from ._torch_private import APPLY_PARALLEL_STYLE, children_of, parameters_of, set_parameter
+from .activations import ACTIVATIONS
 from .functional import relu_mlp
-from .modules import ReluMLP, Run, _are_all_patched, find_run
+from .interception import are_layers_replaced
+from .modules import ReluMLP
 from .ops import NO_TENSOR
+from .run import Run, find_run
 
 __all__ = ["ReluMLPParallel", "TensorParallelReluMLP"]
 
@@ -56,19 +61,24 @@ class ReluMLPParallel(ParallelStyle):
             a parameter.
     """
 
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+    def apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        """What `parallelize_module` does; returns the module."""
         linears = _checked_linears(module, device_mesh)
         for linear, placements in zip(linears, _layouts(len(linears)), strict=True):
             for name, placement in zip(("weight", "bias"), placements, strict=True):
-                parameter = linear._parameters[name]
+                parameter = parameters_of(linear)[name]
                 if parameter is None:
                     continue
                 shards = distribute_tensor(
                     parameter, device_mesh, [placement], src_data_rank=self.src_data_rank
                 )
-                linear._parameters[name] = nn.Parameter(shards, parameter.requires_grad)
+                set_parameter(linear, name, nn.Parameter(shards, parameter.requires_grad))
         module.__class__ = TensorParallelReluMLP
         return module
+
+
+setattr(ReluMLPParallel, APPLY_PARALLEL_STYLE, ReluMLPParallel.apply)
+abc.update_abstractmethods(ReluMLPParallel)  # type: ignore[type-abstract]
 
 
 class TensorParallelReluMLP(ReluMLP):
@@ -95,12 +105,12 @@ class TensorParallelReluMLP(ReluMLP):
             raise ValueError(
                 f"input must be on the mesh of the parameters, {mesh}, got {input.device_mesh}"
             )
-        run = find_run(self._modules.values(), _is_distributed)
+        run = find_run(children_of(self).values(), _is_distributed)
         if (
             run is None
-            or len(run.children) < len(self._modules)
+            or len(run.children) < len(children_of(self))
             or not _is_laid_out(run)
-            or _are_all_patched()
+            or are_layers_replaced()
         ):
             return self._forward_by_children(input, mesh)
         if isinstance(input, DTensor):
@@ -137,7 +147,7 @@ def _forward_by_shards(x: Tensor, run: Run, recompute: bool, mesh: DeviceMesh) -
             x = _SumOfShards.apply(term, mesh)
             if bias is not None:
                 x = x + bias.to(x.dtype)  # which is another one under autocast
-        x = reference.ACTIVATIONS["relu" if layer + 1 < last else run.activation](x)
+        x = ACTIVATIONS["relu" if layer + 1 < last else run.activation](x)
     return x
 
 
@@ -229,7 +239,7 @@ def _checked_linears(module: nn.Module, mesh: DeviceMesh) -> list[nn.Module]:
         raise ValueError(
             f"device_mesh must have 1 dimension, got {mesh.ndim}: name one, as in mesh['tensor']"
         )
-    children = list(module._modules.values())
+    children = list(children_of(module).values())
     run = find_run(children)
     position = len(run.children) if run else 0
     if run is None or position < len(children):

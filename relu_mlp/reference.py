@@ -4,7 +4,7 @@ A network of L layers maps x = a_0 to y:
 
     z_l = a_{l-1} W_l^T + b_l          l = 1 ... L
     a_l = max(z_l, 0)                  l < L
-    y   = phi(z_L)                     phi: the output activation
+    y   = phi(z_L)                     phi: the output activation (activations.py)
 
 and its backward pass carries delta_l = d loss / d z_l downwards:
 
@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -36,32 +36,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
-
-
-def select(change: Tensor, a: Tensor) -> Tensor:
-    """What a ReLU passes on of a change: all where a > 0 or is NaN, and 0 elsewhere.
-
-    ``change.masked_fill(a <= 0, 0)`` in one pass over memory.
-    """
-    return torch.ops.aten.threshold_backward(change, a, 0)
-
-
-#: phi, by name.
-ACTIVATIONS = {
-    "none": lambda z: z,
-    "relu": torch.relu,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-}
-
-#: (gradient at y, y) -> gradient at z, by the name of phi. PyTorch's own operators
-#: for grad * (1 - y) * y and grad * (1 - y * y) round a bfloat16 once, not thrice.
-ACTIVATION_BACKWARDS = {
-    "none": lambda grad, y: grad,
-    "relu": lambda grad, y: select(grad, y),
-    "sigmoid": lambda grad, y: torch.ops.aten.sigmoid_backward(grad, y),
-    "tanh": lambda grad, y: torch.ops.aten.tanh_backward(grad, y),
-}
+from ._torch_private import unsafe_view
+from .activations import ACTIVATION_BACKWARDS as ACTIVATION_BACKWARDS
+from .activations import ACTIVATIONS as ACTIVATIONS
+from .activations import select as select
 
 #: (y - target) -> the loss, by its name.
 LOSSES = {
@@ -104,7 +82,7 @@ def forward(
         weights: L tensors (out_features, in_features).
         biases: nothing, or L tensors (out_features,); one without elements is
             a missing bias.
-        output_activation: ``"none"``, ``"relu"``, ``"sigmoid"`` or ``"tanh"``.
+        output_activation: ``"none"`` or a name of `activations.ROWS`, as ``"tanh"``.
         save_hidden: whether to return the hidden activations.
 
     Returns:
@@ -122,7 +100,7 @@ def forward(
     y = ACTIVATIONS[output_activation](a)
     if x.dim() != 2:
         # Not a view in autograd's eyes, so that y may be changed in place.
-        y = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
+        y = unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
     return y, hidden if save_hidden else []
 
 
@@ -134,6 +112,15 @@ def relu_mlp(
 ) -> Tensor:
     """The forward pass where there will be no backward pass."""
     return forward(x, weights, biases, output_activation, False)[0]
+
+
+def needs_of(x: bool, weights: Sequence[bool], biases: Sequence[bool]) -> str:
+    """Which gradients are wanted, as `backward` takes it: of x, each weight, each bias.
+
+    `biases` may be empty, which is a network without biases.
+    """
+    flags = [x, *weights, *(biases or [False] * len(weights))]
+    return "".join("01"[flag] for flag in flags)
 
 
 def lowest_layer(needs: str) -> int:
@@ -159,6 +146,19 @@ def is_kept(output_activation: str, needs: str) -> list[bool]:
         *[layer > lowest or needs[0] == "1" for layer in range(layers)],
         *[layer > lowest or needs[1 + layer] == "1" for layer in range(1, layers)],
     ]
+
+
+def pack(
+    x: Any,
+    y: Any,
+    weights: Iterable[Any],
+    hidden: Iterable[Any],
+    output_activation: str,
+    needs: str,
+) -> list[Any]:
+    """Those of (x, y, *weights, *hidden) that `is_kept` names; `unpack` is the inverse."""
+    kept = is_kept(output_activation, needs)
+    return list(itertools.compress([x, y, *weights, *hidden], kept))
 
 
 def unpack(saved: Sequence[Any], output_activation: str, needs: str) -> tuple[Any, Any, Any]:
@@ -240,15 +240,14 @@ def recompute_backward(
     output_activation: str,
     needs: str,
 ) -> list[Tensor]:
-    """The backward pass of those who kept nothing but x and the parameters."""
+    """The backward pass where nothing was kept but x and the parameters."""
     checks.check_layers(x, weights, biases)
     checks.check_needs("recompute_backward", needs, len(weights))
     checks.check_grad_output("recompute_backward", grad_output)
     y, hidden = forward(x, weights, biases, output_activation, True)
     checks.check_like_output("grad_output", grad_output, x, y.shape)
-    kept = is_kept(output_activation, needs)
-    saved = itertools.compress([x, y, *weights, *hidden], kept)
-    return backward(grad_output, list(saved), output_activation, needs)
+    saved = pack(x, y, weights, hidden, output_activation, needs)
+    return backward(grad_output, saved, output_activation, needs)
 
 
 def loss_and_grads(
@@ -271,10 +270,9 @@ def loss_and_grads(
     error = y - target
     grad_output = LOSS_BACKWARDS[loss](error)
     has_bias = [bias_of(biases, layer) is not None for layer in range(len(weights))]
-    needs = "0" + "1" * len(weights) + "".join("01"[present] for present in has_bias)
-    kept = is_kept(output_activation, needs)
-    saved = itertools.compress([x, y, *weights, *hidden], kept)
-    grads = iter(backward(grad_output, list(saved), output_activation, needs))
+    needs = needs_of(False, [True] * len(weights), has_bias)
+    saved = pack(x, y, weights, hidden, output_activation, needs)
+    grads = iter(backward(grad_output, saved, output_activation, needs))
     return LOSSES[loss](error), [
         next(grads) if present else x.new_empty(0)
         for present in [True] * len(weights) + has_bias[: len(biases)]
@@ -309,7 +307,7 @@ def jvp(
     Returns:
         y', (rows, out_features), and [a_1', ..., a_{L-1}'].
     """
-    tangents = climb([x, *hidden], weights, x_tangent, weight_tangents, bias_tangents)
+    tangents = propagate_tangents([x, *hidden], weights, x_tangent, weight_tangents, bias_tangents)
     changes = [
         a.new_zeros(a.shape) if tangent is None else tangent
         for a, tangent in zip([*hidden, y], tangents[1:], strict=True)
@@ -317,7 +315,7 @@ def jvp(
     return ACTIVATION_BACKWARDS[output_activation](changes[-1], y), changes[:-1]
 
 
-def climb(
+def propagate_tangents(
     inputs: Sequence[Any],
     weights: Sequence[Any],
     x_tangent: Tensor | None,

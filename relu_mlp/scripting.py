@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
+from ._torch_private import children_of
 from .ops import extension, implementation_for
 
 if TYPE_CHECKING:
-    from .modules import Run
+    from .run import Run
 
 
 class Scriptable(nn.Sequential):
@@ -28,7 +29,7 @@ class Scriptable(nn.Sequential):
     def _script_steps(self) -> tuple[str, ...]:
         """What to do at each child: "call" it, "gather" it for a run, or end the run: an
         output activation."""
-        steps = ["call"] * len(self._modules)
+        steps = ["call"] * len(children_of(self))
         for position, run in self._find_runs():
             first = run.weights[0]
             if first.dtype in checks.DTYPES and implementation_for(first) is extension:

@@ -9,19 +9,19 @@ The mask is locally constant, so this is a chain of products like the forward pa
 and has two derivatives: the vector-Jacobian product `backward_vjp`, for reverse over
 reverse, and the Jacobian-vector product `backward_jvp`, for forward over reverse.
 
-Let the gradients that reach dx, dW_l, db_l be x', W_l', b_l'. What they send on to
-delta_l is z_l' of the forward-mode derivative (`reference.jvp`) with x', W_l', b_l' as
-tangents: to transpose the backward pass is to go forwards. With a_l' from there,
+Let the gradients that reach dx, dW_l, db_l be x', W_l', b_l'. The gradient that they send
+to delta_l is z_l' of the forward-mode derivative (`reference.jvp`) with x', W_l', b_l' as
+tangents: the transpose of the backward pass runs forwards. With a_l' from there,
 
     for g      phi'(z_L) * z_L'                     (which is y')
     for W_l    delta_l^T a_{l-1}'
     for a_l    delta_{l+1} W_{l+1}'                 (x is a_0)
     for y      g * z_L' * d phi'/d y                where phi is sigmoid or tanh
 
-A mask passes on 0 to the a_l or y that it is made of, and not nothing: so does PyTorch's,
-and so what a second derivative depends on is the same.
+ReLU masks send explicit zeros (not None) to the a_l or y that they are computed from, as
+PyTorch does, so the same inputs are reachable in a second derivative.
 
-All is made of differentiable operations, which the third derivative is taken of.
+Everything is made of differentiable operations, so third derivatives exist.
 """
 
 from __future__ import annotations
@@ -33,33 +33,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._torch_private import version_of
+from .activations import ACTIVATION_BACKWARDS, CURVATURES, select
 from .reference import (
-    ACTIVATION_BACKWARDS,
     as_matrix,
-    climb,
     is_kept,
     lowest_layer,
-    select,
+    propagate_tangents,
     unpack,
 )
 
-#: y -> the derivative of phi' by y, where phi' is not piecewise constant.
-CURVATURES = {"sigmoid": lambda y: 1 - 2 * y, "tanh": lambda y: -2 * y}
 
+def symbolic_zeros_like(tensor: Tensor) -> Tensor:
+    """Zeros of the shape of a tensor, which `is_symbolic_zero` recognizes.
 
-def nothing_like(tensor: Tensor) -> Tensor:
-    """Zeros of the shape of a tensor, in memory of their own, that `is_nothing` knows again."""
+    They have memory of their own, because autograd may add to them in place.
+    """
     zeros = torch.zeros_like(tensor)
-    zeros._is_nothing = True  # type: ignore[attr-defined]
+    zeros.is_symbolic_zero = True  # type: ignore[attr-defined]
     return zeros
 
 
-def is_nothing(tensor: Tensor) -> bool:
-    """Whether a tensor came from `nothing_like` and is as it was, if it can be told.
+def is_symbolic_zero(tensor: Tensor) -> bool:
+    """Whether a tensor came from `symbolic_zeros_like` and is unchanged, if that can be told.
 
-    What autograd adds to it, or a hook does in place, counts a version.
+    If autograd adds to it in place, or a hook changes it, its version increases.
     """
-    return hasattr(tensor, "_is_nothing") and not tensor.is_inference() and tensor._version == 0
+    return (
+        hasattr(tensor, "is_symbolic_zero")
+        and not tensor.is_inference()
+        and version_of(tensor) == 0
+    )
 
 
 def backward_vjp(
@@ -69,7 +73,7 @@ def backward_vjp(
     needs: str,
     cotangents: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """What a gradient at the results of `reference.backward` is at its arguments.
+    """The vector-Jacobian product of `reference.backward`.
 
     Args:
         grad_output, saved, output_activation, needs: the arguments of
@@ -77,15 +81,15 @@ def backward_vjp(
         cotangents: a gradient for each of its results; None is 0.
 
     Returns:
-        The gradient of grad_output and of each of `saved`; None is 0.
+        The gradients at grad_output and at each of `saved`; None is 0.
     """
     layers, lowest = len(needs) // 2, lowest_layer(needs)
     x_tangent, weight_tangents, bias_tangents = _by_need(cotangents, needs)
     y, weights, inputs = unpack(saved, output_activation, needs)
     if x_tangent is not None:
         x_tangent = as_matrix(x_tangent)
-    deltas = descend(grad_output, y, weights, inputs, output_activation, needs)
-    tangents = climb(
+    deltas = propagate_deltas(grad_output, y, weights, inputs, output_activation, needs)
+    tangents = propagate_tangents(
         inputs, weights, x_tangent, weight_tangents, bias_tangents, lowest, deltas[-1].shape[0]
     )
     change = tangents[-1]
@@ -95,8 +99,8 @@ def backward_vjp(
         of_grad_output = ACTIVATION_BACKWARDS[output_activation](change, y)
         if output_activation in CURVATURES:
             of_y = grad_output * change * CURVATURES[output_activation](y)
-        elif output_activation == "relu":
-            of_y = nothing_like(y)
+        elif y is not None:
+            of_y = symbolic_zeros_like(y)
     of_weights = [
         None if delta is None or tangent is None else delta.T @ tangent
         for delta, tangent in zip(deltas, tangents[:-1], strict=True)
@@ -106,7 +110,7 @@ def backward_vjp(
         if delta is not None and weight_tangent is not None:
             of_inputs.append((delta @ weight_tangent).reshape(inputs[layer].shape))
         elif layer > lowest and tangents[layer] is not None:
-            of_inputs.append(nothing_like(inputs[layer]))
+            of_inputs.append(symbolic_zeros_like(inputs[layer]))
         else:
             of_inputs.append(None)
     of_kept = [of_inputs[0], of_y, *of_weights, *of_inputs[1:]]
@@ -122,7 +126,7 @@ def backward_jvp(
     grad_output_tangent: Tensor | None,
     saved_tangents: Sequence[Tensor | None],
 ) -> list[Tensor]:
-    """How the results of `reference.backward` change as its arguments do.
+    """The Jacobian-vector product of `reference.backward`.
 
     With a prime for a change,
 
@@ -142,7 +146,7 @@ def backward_jvp(
     lowest = lowest_layer(needs)
     y, weights, inputs = unpack(saved, output_activation, needs)
     y_tangent, weight_tangents, input_tangents = unpack(saved_tangents, output_activation, needs)
-    deltas = descend(grad_output, y, weights, inputs, output_activation, needs)
+    deltas = propagate_deltas(grad_output, y, weights, inputs, output_activation, needs)
     change = grad_output.new_zeros(grad_output.shape)
     if grad_output_tangent is not None:
         change = ACTIVATION_BACKWARDS[output_activation](grad_output_tangent, y)
@@ -174,7 +178,7 @@ def backward_jvp(
     return [*of_x, *reversed(of_weights), *reversed(of_biases)]
 
 
-def descend(
+def propagate_deltas(
     grad_output: Tensor,
     y: Tensor,
     weights: Sequence[Any],
@@ -193,7 +197,7 @@ def descend(
 def _by_need(
     items: Iterable[Tensor | None], needs: str
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    """What belongs to x, to every weight, to every bias; None where nothing was wanted."""
+    """The items of x, of every weight, of every bias; None where no gradient was wanted."""
     remaining = iter(items)
     x, *rest = [next(remaining) if need == "1" else None for need in needs]
     return x, rest[: len(rest) // 2], rest[len(rest) // 2 :]

@@ -1,7 +1,7 @@
 """Compiles all C++ with -Wall -Wextra -Werror by g++ and clang++: `make warnings`.
 
 Nothing is linked or run, and no object file is written (-fsyntax-only). The flags are those of
-setup.py. csrc/cuda and tests/cuda_on_host are compiled for the host, as tests/kernels/test_cuda_on_host.py
+setup.py. csrc/cuda and tests/cuda_on_host are compiled for the host, as
 compiles them. MAX_JOBS compilers run at once, 2 if it is not set. A compiler that is not installed
 is left out; if neither is, the command fails.
 

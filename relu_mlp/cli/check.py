@@ -6,13 +6,15 @@ import argparse
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from .. import backend, check_gradients, loss_and_grads, ops, relu_mlp
+from ..activations import ACTIVATION_NAMES, OutputActivation
 from ..checks import name_of
-from ..functional import ACTIVATION_NAMES, OutputActivation, native
+from ..functional import native
 from ..gradient_checks.diagnosis import ulp
 from . import Problem, rounding
 from .arguments import count, seed
@@ -32,7 +34,7 @@ differences, side by side. The exit status is 1 if a result is beyond its limit.
 EXAMPLE = "relu-mlp check --network 8 16 16 4 --rows 256"
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-ACTIVATIONS: tuple[OutputActivation | None, ...] = (None, "relu", "sigmoid", "tanh")
+ACTIVATIONS = (None, *get_args(OutputActivation))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import reference
+from ..activations import ACTIVATION_BACKWARDS, ACTIVATIONS, ROWS
 
 
 @dataclass(frozen=True)
@@ -99,14 +99,15 @@ def forward(
         activations.append(z)
     if activation in STEEPEST:
         # The error of PyTorch's functions is a few roundings.
-        value = reference.ACTIVATIONS[activation](z.value)
+        value = ACTIVATIONS[activation](z.value)
         y = Bounded(value, STEEPEST[activation][0] * z.bound).stored(a, roundings=4)
         activations[-1] = y
     return activations, clear
 
 
-#: The largest |phi'(z)|, and the largest |d phi' / d y| with phi' as a function of y.
-STEEPEST = {"sigmoid": (0.25, 1.0), "tanh": (1.0, 2.0)}
+#: The largest |phi'(z)|, and the largest |d phi' / d y| with phi' as a function of y, where phi is
+#: smooth.
+STEEPEST = {row.name: row.steepest for row in ROWS if row.curvature is not None}
 
 
 def gradients(
@@ -123,7 +124,7 @@ def gradients(
         target: (rows, out_features).
     """
     y = activations[-1]
-    slope = reference.ACTIVATION_BACKWARDS[activation](torch.ones_like(y.value), y.value)
+    slope = ACTIVATION_BACKWARDS[activation](torch.ones_like(y.value), y.value)
     changing = STEEPEST.get(activation, (0.0, 0.0))[1]
     error = Bounded(y.value - target.double(), y.bound).stored(a)
     delta = Bounded(2 * error.value, 2 * error.bound)

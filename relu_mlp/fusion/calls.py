@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
-from ..functional import fused, is_served, leaves_python
-from ..modules import Run, _are_all_patched, find_run
+from ..functional import call_operators, is_served, leaves_python
+from ..interception import are_layers_replaced
+from ..run import Run, find_run
 from .conditions import DROPOUT_FUNCTION, does_nothing, is_relu
 
 #: Of the functions that compute ReLU, the only one with a second argument: `inplace`.
@@ -56,7 +57,7 @@ def call_fused(functions: tuple[Any, ...], input: Any) -> Tensor | None:
     run = _run_of(functions, input)
     if run is None:
         return None
-    return fused(input, run.weights, run.biases, run.activation, False)
+    return call_operators(input, run.weights, run.biases, run.activation, False)
 
 
 def call_natively(functions: tuple[Any, ...], input: Any) -> Any:
@@ -75,7 +76,7 @@ def call(functions: tuple[Any, ...], input: Any) -> Any:
 def _run_of(functions: tuple[Any, ...], x: Any) -> Run | None:
     """The network that these functions make up, or None if the operators can't serve it
     as it is now, for this x."""
-    if leaves_python() or not is_served(x) or _are_all_patched():
+    if leaves_python() or not is_served(x) or are_layers_replaced():
         return None
     chain: list[nn.Module] = []
     has_cast = False

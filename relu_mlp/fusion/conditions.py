@@ -10,7 +10,7 @@ from torch import nn
 
 from ..checks import DTYPES
 from ..functional import is_plain
-from ..modules import _is_patched
+from ..run import is_patched
 
 #: The functions that compute ReLU.
 RELU_FUNCTIONS = (F.relu, torch.relu, torch.relu_)
@@ -29,7 +29,7 @@ def path_of(module_class: type) -> str:
 
 def does_nothing(child: nn.Module) -> bool:
     """Whether a call returns its input: Identity, and Dropout in eval mode or with p = 0."""
-    if type(child).__call__ is not nn.Module.__call__ or _is_patched(child.__dict__):
+    if type(child).__call__ is not nn.Module.__call__ or is_patched(child.__dict__):
         return False
     if type(child) is nn.Dropout:
         return (
@@ -43,7 +43,7 @@ def does_nothing(child: nn.Module) -> bool:
 
 def may_do_nothing(child: nn.Module) -> bool:
     """Whether `does_nothing` can be true of a module, perhaps in another mode."""
-    return type(child) in (nn.Dropout, nn.Identity) and not _is_patched(child.__dict__)
+    return type(child) in (nn.Dropout, nn.Identity) and not is_patched(child.__dict__)
 
 
 def is_linear_like(child: Any) -> bool:
@@ -59,7 +59,7 @@ def is_relu(function: Any) -> bool:
 
 def problem_of(child: Any) -> str | None:
     """What keeps a Linear, an activation or a dropout from being fused, or None."""
-    if isinstance(child, nn.Module) and _is_patched(child.__dict__):
+    if isinstance(child, nn.Module) and is_patched(child.__dict__):
         return "has a forward of its own" if "forward" in child.__dict__ else "carries a hook"
     if not isinstance(child, nn.Linear):
         if is_linear_like(child):

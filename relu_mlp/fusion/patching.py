@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, overload
 import torch.nn.functional as F
 from torch import nn
 
+from .._torch_private import children_of
 from ..modules import ReluMLP
 from .classes import FusedModule, fused_class
 from .conditions import is_linear_like, may_do_nothing, problem_of
@@ -121,8 +122,8 @@ def _plan_for_sequential(name: str, module: nn.Module) -> _Plan:
     if "forward" in module.__dict__:
         reason = "has a forward of its own"
         return _Plan(module, nn.Sequential, None, [Left(name, "Sequential", reason)])
-    names = list(module._modules)
-    children: list[Any] = list(module._modules.values())
+    names = list(children_of(module))
+    children: list[Any] = list(children_of(module).values())
     runs: list[tuple[int, int]] = []
     end = 0
     for position, child in enumerate(children):
@@ -174,11 +175,11 @@ def _plan_for_other(name: str, module: nn.Module) -> _Plan:
 
 def _has_linears(module: nn.Module) -> bool:
     """Whether a module has two children or more that look like Linears."""
-    return sum(map(is_linear_like, module._modules.values())) >= 2
+    return sum(map(is_linear_like, children_of(module).values())) >= 2
 
 
 def _why_no_rule(module: nn.Module) -> str:
-    for child in module._modules.values():
+    for child in children_of(module).values():
         if is_linear_like(child) and type(child) is not nn.Linear:
             return f"has a {type(child).__name__} that {problem_of(child)}"
     for base in type(module).__mro__[1:]:

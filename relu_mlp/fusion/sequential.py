@@ -6,11 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from torch._jit_internal import _copy_to_script_wrapper, is_scripting
 
 from .. import functional, interception
-from ..functional import fused, is_served, leaves_python
-from ..modules import Run, _are_all_patched, _slice_or_child, find_run
+from .._torch_private import children_of, copy_to_script_wrapper, is_scripting
+from ..functional import call_operators, is_served, leaves_python
+from ..interception import are_layers_replaced
+from ..modules import slice_or_child
+from ..run import Run, find_run
 from ..scripting import Scriptable
 from .conditions import does_nothing
 
@@ -29,17 +31,17 @@ class FusedSequential(Scriptable):
         elif leaves_python():
             return super().forward(input)
         else:
-            if _are_all_patched() or type(self).__iter__ is not interception.iterate:
+            if are_layers_replaced() or type(self).__iter__ is not interception.iterate:
                 return super().forward(input)
-            children = list(self._modules.values())
+            children = list(children_of(self).values())
             position = 0
             while position < len(children):
                 run = None
-                if is_served(input) and not _are_all_patched():
+                if is_served(input) and not are_layers_replaced():
                     run, end = run_at(children, position, does_nothing)
                 if run is not None:
                     functional.check_empty_biases(run.weights, run.biases)
-                    input = fused(input, run.weights, run.biases, run.activation, False)
+                    input = call_operators(input, run.weights, run.biases, run.activation, False)
                     position = end
                 else:
                     input = children[position](input)
@@ -47,10 +49,10 @@ class FusedSequential(Scriptable):
             return input
 
     def _find_runs(self) -> list[tuple[int, Run]]:
-        children = list(self._modules.values())
+        children = list(children_of(self).values())
         runs: list[tuple[int, Run]] = []
         position = 0
-        while position < len(children) and not _are_all_patched():
+        while position < len(children) and not are_layers_replaced():
             # A script may leave eval mode later, so nothing is skipped.
             run, end = run_at(children, position, lambda child: False)
             if run is not None:
@@ -58,9 +60,9 @@ class FusedSequential(Scriptable):
             position = max(end, position + 1)
         return runs
 
-    @_copy_to_script_wrapper
+    @copy_to_script_wrapper
     def __getitem__(self, index: Any) -> Any:
-        return _slice_or_child(self, index)
+        return slice_or_child(self, index)
 
 
 def run_at(

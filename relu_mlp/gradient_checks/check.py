@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..activations import OutputActivation
 from ..functional import (
     Loss,
-    OutputActivation,
     activation_name,
     checked_parameters,
     loss_and_grads,

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from .._torch_private import TorchDispatchMode, schema_of_overload
 
 Function = Callable[..., Tensor]
 
@@ -121,7 +122,7 @@ class PerturbOperands(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        schema, kwargs = getattr(func, "_schema", None), kwargs or {}
+        schema, kwargs = schema_of_overload(func), kwargs or {}
         if schema is not None and not any(argument.alias_info for argument in schema.arguments):
             count = 1 if schema.name in WITH_MASK else len(args)
             changed = func(*map(self._perturbed, args[:count]), *args[count:], **kwargs)

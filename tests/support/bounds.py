@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from relu_mlp import functional, ops
+from relu_mlp._torch_private import below_autograd
 
 from .networks import by_name, gradients, leaves, native_mlp
 
@@ -145,7 +146,7 @@ class Exact:
 def hidden_of(implementation, x, weights, biases, output_activation):
     """y and the hidden activations that an implementation finds."""
     present = [ops.NO_TENSOR if b is None else b.detach() for b in biases or []]
-    with ops.below_autograd(), torch.no_grad():
+    with below_autograd(), torch.no_grad():
         return implementation.forward(
             x.detach(),
             [w.detach() for w in weights],

@@ -1,0 +1,773 @@
+"""Every private name of PyTorch that this package uses.
+
+PyTorch may rename or drop a private name in any release. So each is looked up here, once, at
+import, and each entry says why the package uses it, which public name would do and at what
+cost, and what happens without it. Where a name is missing the package works all the same:
+slower, or without one feature. `relu_mlp.build_info()` and ``relu-mlp info`` say which names
+are missing and what that costs.
+
+The other files import from here and name nothing private of PyTorch themselves
+(tests/test_torch_private.py). What is called for every network is bound to a plain name of
+this module: a lookup per call would take longer than some of the calls.
+
+The stable C++ library needs none of this. TorchScript's ``__jit_..__`` class attributes stay
+in scripting.py, which is all there is for TorchScript.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, nullcontext
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+import torch.autograd.forward_ad
+from torch import Tensor
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+class PrivateName(NamedTuple):
+    """A private name of PyTorch."""
+
+    path: str  #: where it is; ``()`` in it is a call without arguments
+    why: str  #: what the package needs it for
+    public: str  #: the public name that would do, and what it would cost
+    without: str  #: what the package does in a PyTorch that lacks it
+
+
+#: All of them, in the order of this file.
+NAMES: list[PrivateName] = []
+
+#: Those that this PyTorch lacks.
+MISSING: list[PrivateName] = []
+
+#: Paths that are not to be found. A test sets it before it executes this file.
+HIDDEN: frozenset[str] = globals().get("HIDDEN", frozenset())
+
+
+def _find(path: str, *, why: str, public: str = "none", without: str) -> Any:
+    """What is at a path, or None; either way the name is listed in `NAMES`."""
+    found = None
+    if _listed(path, why=why, public=public, without=without):
+        found = _lookup(path)
+        if found is None:
+            MISSING.append(NAMES[-1])
+    return found
+
+
+def _lookup(path: str) -> Any:
+    parts = path.split(".")
+    value: Any = torch
+    for end, part in enumerate(parts[1:], start=2):
+        name = part.removesuffix("()")
+        try:
+            value = getattr(value, name)
+        except AttributeError:
+            try:
+                value = importlib.import_module(".".join(parts[:end]))
+            except ImportError:
+                return None
+        if part.endswith("()"):
+            value = value()
+    return value
+
+
+def _listed(path: str, *, why: str, public: str = "none", without: str) -> bool:
+    """Lists a name that can't be looked up without importing much of PyTorch."""
+    name = PrivateName(path, why, public, without)
+    NAMES.append(name)
+    if path in HIDDEN:
+        MISSING.append(name)
+    return path not in HIDDEN
+
+
+def _zero(*_: Any) -> int:
+    return 0
+
+
+# -- The dispatcher ------------------------------------------------------------------------------
+
+#: A guard: the Autograd keys are off while it lives. It is on as soon as it is made.
+below_autograd: Any = _find(
+    "torch._C._AutoDispatchBelowAutograd",
+    why="the Function calls the raw operators, whose Autograd kernels refuse everybody else",
+    without="the library can't be called: the reference serves every call, in Python",
+)
+HAS_BELOW_AUTOGRAD = below_autograd is not None
+if not HAS_BELOW_AUTOGRAD:
+    below_autograd = nullcontext
+
+_has_kernel = _find(
+    "torch._C._dispatch_has_kernel_for_dispatch_key",
+    why="which devices the loaded library has kernels for",
+    public="OpOverload.has_kernel_for_dispatch_key, which takes an enum of torch._C",
+    without="the library is taken to have kernels for the CPU alone",
+)
+
+
+def has_kernel(operator: str, key: str) -> bool:
+    """Whether an operator ("relu_mlp::forward") has a kernel on a dispatch key ("CUDA")."""
+    return key == "CPU" if _has_kernel is None else bool(_has_kernel(operator, key))
+
+
+_parse_schema = _find(
+    "torch._C.parse_schema",
+    why="a library of another version is recognized by its schemas",
+    without="a library of another version is not recognized when it is loaded",
+)
+_get_schema = _find(
+    "torch._C._get_schema",
+    why="as torch._C.parse_schema",
+    without="a library of another version is not recognized when it is loaded",
+)
+CAN_COMPARE_SCHEMAS = _parse_schema is not None and _get_schema is not None
+
+
+def normal_schema(text: str) -> str:
+    """A schema ("relu_mlp::forward(...) -> ...") in PyTorch's spelling."""
+    return str(_parse_schema(text))
+
+
+def schema_of(operator: str) -> str:
+    """The schema of a defined operator ("relu_mlp::forward"), in PyTorch's spelling."""
+    return str(_get_schema(operator, ""))
+
+
+_destroy = _find(
+    "torch.library.Library._destroy",
+    why="a second import of the package replaces the kernels of the first",
+    public="none; a Library takes its kernels away when the garbage collector frees it",
+    without="a second import of the package in one process may fail",
+)
+
+
+def destroy(library: torch.library.Library) -> None:
+    """Takes the kernels of a library away."""
+    if _destroy is not None:
+        _destroy(library)
+
+
+_has_op = _find(
+    "torch.ops.aten.relu.default._op",
+    why="a call of `OpOverload._op` takes a microsecond less than one of the OpOverload; and to "
+    "replace it leads calls past an Autograd kernel that would have nothing to do",
+    public="the OpOverload itself, a microsecond slower",
+    without="every call takes a microsecond longer, and compiled inference several",
+)
+
+
+def call_of(operator: Any) -> Callable[..., Any]:
+    """What an OpOverload calls."""
+    return operator if _has_op is None else operator._op
+
+
+def replace_call(operator: Any, call: Callable[..., Any]) -> None:
+    """Makes an OpOverload call something else; does nothing where that can't be."""
+    if _has_op is not None:
+        operator._op = call
+
+
+_has_schema = _find(
+    "torch.ops.aten.relu.default._schema",
+    why="`check_gradients` leaves views and operations in place alone",
+    without="`check_gradients` allows for less rounding in a function of your own",
+)
+
+
+def schema_of_overload(operator: Any) -> Any:
+    """The schema of an OpOverload as an object; None if it has none, or it can't be told."""
+    return None if _has_schema is None else getattr(operator, "_schema", None)
+
+
+_parse_dispatch_key = _find(
+    "torch._C._parse_dispatch_key",
+    why="to tell whether there are the dispatch keys below",
+    public="Library.impl, which raises RuntimeError",
+    without="they are taken to be there",
+)
+
+
+def _has_key(name: str, why: str, public: str, without: str) -> bool:
+    if not _listed(f"dispatch key {name}", why=why, public=public, without=without):
+        return False
+    if _parse_dispatch_key is None or _parse_dispatch_key(name) is not None:
+        return True
+    MISSING.append(NAMES[-1])
+    return False
+
+
+#: The dispatch keys that `register` knows.
+_KEYS = {
+    "Batched": _has_key(
+        "Batched",
+        why="`torch.autograd.grad(is_grads_batched=True)` has a vmap older than torch.func's",
+        public="none",
+        without="`is_grads_batched=True` runs row by row, or raises",
+    ),
+    "AutocastCPU": _has_key(
+        "AutocastCPU",
+        why="the public operator follows autocast",
+        public="torch.library.register_autocast, which knows one dtype alone",
+        without="torch.ops.relu_mlp.relu_mlp does not follow autocast on the CPU, nor do "
+        "compiled calls; the layer and the function do",
+    ),
+    "AutocastCUDA": _has_key(
+        "AutocastCUDA",
+        why="as AutocastCPU",
+        public="as AutocastCPU",
+        without="torch.ops.relu_mlp.relu_mlp does not follow autocast on a GPU, nor do "
+        "compiled calls; the layer and the function do",
+    ),
+}
+
+
+def register(
+    library: torch.library.Library, name: str, kernel: Callable[..., Any], key: str
+) -> None:
+    """`Library.impl`, left out where this PyTorch has no such dispatch key."""
+    if _KEYS[key]:
+        library.impl(name, kernel, key)
+
+
+# -- Autograd ------------------------------------------------------------------------------------
+
+_single_level_function = _find(
+    "torch.autograd.function._SingleLevelFunction",
+    why="its `apply` asks nothing of functorch, which takes as long as a small network",
+    public="torch.autograd.Function, slower by that",
+    without="training is slower; under torch.func and forward-mode AD the operators run as "
+    "PyTorch's own operations",
+)
+enable_single_level_autograd_function: Any = _find(
+    "torch._functorch.utils.enable_single_level_autograd_function",
+    why="PyTorch lets a Function run within a level of torch.func only inside of it",
+    without="under torch.func and forward-mode AD the operators run as PyTorch's own operations",
+)
+set_fwd_grad_enabled: Any = _find(
+    "torch.autograd.forward_ad._set_fwd_grad_enabled",
+    why="PyTorch disables tangents in a Function, which loses those of the levels below",
+    without="under torch.func and forward-mode AD the operators run as PyTorch's own operations",
+)
+is_fwd_grad_enabled: Any = _find(
+    "torch._C._is_fwd_grad_enabled",
+    why="a Function restores its caller's modes for the levels below",
+    without="under torch.func and forward-mode AD the operators run as PyTorch's own operations",
+)
+
+#: Whether the operators can be differentiated as one node for each level of torch.func and of
+#: forward-mode AD. Where not, their Autograd kernels run the reference, which PyTorch
+#: differentiates operation by operation.
+HAS_LEVELS = HAS_BELOW_AUTOGRAD and None not in (
+    _single_level_function,
+    enable_single_level_autograd_function,
+    set_fwd_grad_enabled,
+    is_fwd_grad_enabled,
+)
+
+if TYPE_CHECKING:
+    _FunctionBase = torch.autograd.Function
+else:
+    _FunctionBase = _single_level_function or torch.autograd.Function
+
+
+class SingleLevelFunction(_FunctionBase):
+    """A `torch.autograd.Function` that asks nothing of functorch.
+
+    `torch.autograd.Function` hands a call over to functorch, which comes back with one of
+    these for each level. In this package the dispatcher handles the levels.
+    """
+
+    apply: ClassVar[Callable[..., tuple[Tensor, ...]]]  # in C++
+
+    if _single_level_function is not None:
+
+        @staticmethod
+        def _compiled_autograd_key(ctx: Any) -> tuple[int]:
+            return (getattr(ctx, "_autograd_function_id", 0),)
+
+
+#: ``FORWARD_AD[LEVEL] >= 0`` inside of a level of forward-mode AD. A dict and a key, because a
+#: call of a function takes longer than the comparison.
+FORWARD_AD: Mapping[str, Any] = vars(torch.autograd.forward_ad)
+LEVEL = "_current_level"
+if (
+    _find(
+        "torch.autograd.forward_ad._current_level",
+        why="most calls are in no level, and need not look for tangents",
+        public="torch.autograd.forward_ad.unpack_dual of every tensor, in every call",
+        without="every call goes through PyTorch's dispatcher, which is slower",
+    )
+    is None
+):
+    FORWARD_AD = {LEVEL: 0}
+
+_will_execute = _find(
+    "torch._C._will_engine_execute_node",
+    why="which of the gradients a backward pass with create_graph=True was asked for",
+    without="such a backward pass computes the gradients of all inputs that require one",
+)
+
+
+def leads_to(node: Any) -> bool:
+    """Whether the backward pass that is running goes on to a node of the graph."""
+    if _will_execute is None:
+        return True
+    try:
+        return bool(_will_execute(node))
+    except RuntimeError:  # the engine says this of a leaf that was asked for
+        return True
+
+
+_has_version = _find(
+    "torch.Tensor._version",
+    why="how often a tensor was changed in place",
+    without="`Linearization` doesn't notice that a parameter was changed in place, and second "
+    "derivatives make products with zeros",
+)
+
+#: How often a tensor was changed in place; -1 where that can't be told.
+version_of: Callable[[Tensor], int] = attrgetter("_version")
+if _has_version is None:
+    version_of = lambda tensor: -1  # noqa: E731
+
+
+# -- torch.func ----------------------------------------------------------------------------------
+
+#: The innermost level of torch.func, or None.
+peek_interpreter_stack: Callable[[], Any] = _find(
+    "torch._C._functorch.peek_interpreter_stack",
+    why="whether a call is inside of a transform of torch.func",
+    without="a backward pass with create_graph=True computes the gradients of all inputs that "
+    "require one, and derivatives look for tangents in every call",
+) or (lambda: "perhaps")
+
+#: Whether a transform of torch.func is active.
+are_functorch_transforms_active: Callable[[], bool] = _find(
+    "torch._C._are_functorch_transforms_active",
+    why="under a transform the dispatcher has to handle each level",
+    without="every call goes through PyTorch's dispatcher, which is slower",
+) or (lambda: peek_interpreter_stack() is not None)
+
+#: Whether `are_functorch_transforms_active` is an answer, and not the safe side.
+KNOWS_TRANSFORMS = not {
+    "torch._C._functorch.peek_interpreter_stack",
+    "torch._C._are_functorch_transforms_active",
+} <= {name.path for name in MISSING}
+
+is_functorch_wrapped_tensor: Callable[[Tensor], bool] | None = _find(
+    "torch._C._functorch.is_functorch_wrapped_tensor",
+    why="such a tensor has no storage of its own, and it is none that `resize_` has freed",
+    without="a tensor whose storage was freed is not refused in Python",
+)
+
+_vmap_tools = (
+    _find(
+        "torch._functorch.pyfunctorch.retrieve_current_functorch_interpreter",
+        why="the level and the batch size of a vmap",
+        public="torch.library.register_vmap, which takes lists of tensors apart as trees, six "
+        "times a call: a small network's per-sample gradients take twice as long",
+        without="vmap is slower",
+    ),
+    _find(
+        "torch._C._functorch._unwrap_batched",
+        why="the tensor under a vmap's, and its batch dimension",
+        public="torch.library.register_vmap",
+        without="vmap is slower",
+    ),
+    _find(
+        "torch._C._functorch._add_batch_dim",
+        why="a tensor as a vmap's",
+        public="torch.library.register_vmap",
+        without="vmap is slower",
+    ),
+    _find(
+        "torch._C._ExcludeDispatchKeyGuard",
+        why="a batching rule runs below its vmap",
+        public="torch.library.register_vmap",
+        without="vmap is slower",
+    ),
+    _find(
+        "torch._C.DispatchKeySet",
+        why="as torch._C._ExcludeDispatchKeyGuard",
+        public="torch.library.register_vmap",
+        without="vmap is slower",
+    ),
+    _find(
+        "torch._C.DispatchKey.FuncTorchBatched",
+        why="as torch._C._ExcludeDispatchKeyGuard",
+        public="torch.library.register_vmap",
+        without="vmap is slower",
+    ),
+)
+
+#: Whether a batching rule can be registered as a kernel; else by `torch.library.register_vmap`.
+HAS_VMAP_TOOLS = None not in _vmap_tools
+current_interpreter, unwrap_batched, add_batch_dim, *_below_vmap = _vmap_tools
+
+
+def below_vmap() -> Any:
+    """A context without the dispatch key of vmap."""
+    exclude, key_set, key = _below_vmap
+    return exclude(key_set(key))
+
+
+# -- Autocast ------------------------------------------------------------------------------------
+
+
+def _devices_with_autocast() -> list[str]:
+    return [
+        device
+        for device in ("cpu", "cuda", "xpu", "mps", "hpu")
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    ]
+
+
+#: Whether autocast is enabled for any device.
+is_any_autocast_enabled: Callable[[], bool] = _find(
+    "torch._C._is_any_autocast_enabled",
+    why="asked in every call",
+    public="torch.is_autocast_enabled of every kind of device",
+    without="every call takes a few microseconds longer",
+) or (lambda: bool(_devices_with_autocast()))
+
+
+def _disabled_autocast() -> ExitStack:
+    stack = ExitStack()
+    for device in _devices_with_autocast():
+        stack.enter_context(torch.autocast(device, enabled=False))
+    return stack
+
+
+#: A context without autocast.
+disable_autocast: Callable[[], Any] = (
+    _find(
+        "torch._C._DisableAutocast",
+        why="what was cast is not to be cast again, on any device",
+        public="torch.autocast(device, enabled=False) for every kind of device",
+        without="calls under autocast are slower",
+    )
+    or _disabled_autocast
+)
+
+
+# -- Modes ---------------------------------------------------------------------------------------
+
+_modes = (
+    _find(
+        "torch._C._len_torch_function_stack",
+        why="under a mode that has to see the native layers' calls, those layers run",
+        without="such a mode sees the operators and not the layers",
+    ),
+    _find(
+        "torch._C._get_function_stack_at",
+        why="as torch._C._len_torch_function_stack",
+        without="such a mode sees the operators and not the layers",
+    ),
+    _find(
+        "torch._C._len_torch_dispatch_stack",
+        why="as torch._C._len_torch_function_stack",
+        without="such a mode sees the operators and not the layers",
+    ),
+    _find(
+        "torch._C._get_dispatch_stack_at",
+        why="as torch._C._len_torch_function_stack",
+        without="such a mode sees the operators and not the layers",
+    ),
+)
+
+#: How many modes are active, and the one at a position from the outermost on.
+len_function_modes: Callable[[], int]
+function_mode_at: Callable[[int], Any]
+len_dispatch_modes: Callable[[], int]
+dispatch_mode_at: Callable[[int], Any]
+len_function_modes, function_mode_at = _modes[:2] if None not in _modes[:2] else (_zero, _zero)
+len_dispatch_modes, dispatch_mode_at = _modes[2:] if None not in _modes[2:] else (_zero, _zero)
+
+#: Where the modes are defined to which an operator may be shown in place of the layers: the one
+#: of the default device, those by which PyTorch records graphs, and its counter of operations,
+#: which has formulas for the operators (flops.py). Where PyTorch has moved one, it is a mode like
+#: any other, and the native layers run under it.
+MODES_FOR_OPERATORS = frozenset(
+    {
+        "torch.utils._device",
+        "torch._subclasses.fake_tensor",
+        "torch._subclasses.functional_tensor",
+        "torch.fx.experimental.proxy_tensor",
+        "torch._export.non_strict_utils",
+        "torch.export._safeguard",
+        "torch.utils.flop_counter",
+    }
+)
+
+#: Where torch.fx wraps methods of Module to record a graph of operations. Where PyTorch has moved
+#: it, the native layers are recorded.
+TRACER_OF_FX = "torch.fx._symbolic_trace"
+
+_get_dispatch_mode = _find(
+    "torch._C._get_dispatch_mode",
+    why="whether tensors are fake, so that a real one is refused",
+    without="each call of an operator by name makes new tensors for missing biases",
+)
+_fake_mode = _find(
+    "torch._C._TorchDispatchModeKey.FAKE",
+    why="as torch._C._get_dispatch_mode",
+    without="each call of an operator by name makes new tensors for missing biases",
+)
+
+
+def may_be_fake() -> bool:
+    """Whether a FakeTensorMode is active, or it can't be told."""
+    if _get_dispatch_mode is None or _fake_mode is None:
+        return True
+    return _get_dispatch_mode(_fake_mode) is not None
+
+
+if TYPE_CHECKING:
+    from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+else:
+
+    class _NoMode:
+        """A mode that sees nothing."""
+
+        def __enter__(self) -> _NoMode:
+            return self
+
+        def __exit__(self, *_: Any) -> None:
+            pass
+
+    TorchDispatchMode = (
+        _find(
+            "torch.utils._python_dispatch.TorchDispatchMode",
+            why="`check_gradients` perturbs every operation to learn how rounding spreads",
+            without="`check_gradients` allows for less rounding in a function of your own",
+        )
+        or _NoMode
+    )
+
+
+# -- Modules -------------------------------------------------------------------------------------
+
+
+def _key(name: str, why: str, public: str, without: str) -> str:
+    """A key of the `__dict__` of a Module; one that no dict has where PyTorch has moved it."""
+    path = f"torch.nn.Module().{name}"
+    return name if _find(path, why=why, public=public, without=without) is not None else path
+
+
+_HOOKS = {
+    "why": "a module with a hook has to be called, so that the hook runs",
+    "public": "none",
+    "without": "the layer runs its children one by one, as nn.Sequential does",
+}
+
+#: Keys of the `__dict__` of a Module.
+FORWARD_HOOKS = _key("_forward_hooks", **_HOOKS)
+FORWARD_PRE_HOOKS = _key("_forward_pre_hooks", **_HOOKS)
+BACKWARD_HOOKS = _key("_backward_hooks", **_HOOKS)
+BACKWARD_PRE_HOOKS = _key("_backward_pre_hooks", **_HOOKS)
+PARAMETERS = _key(
+    "_parameters",
+    why="the parameters that a call of F.linear would get, and not those of a wrapper",
+    public="module.weight, which takes a search and may run what somebody has put in the way",
+    without="the layer runs its children one by one, as nn.Sequential does",
+)
+MODULES = _key(
+    "_modules",
+    why="the children by name, in every call",
+    public="Module.named_children(), a generator that leaves out repeated children",
+    without="the layer runs its children one by one, as nn.Sequential does",
+)
+LOAD_STATE_DICT_PRE_HOOKS = _key(
+    "_load_state_dict_pre_hooks",
+    why="such a hook knows its module, and would be lost by `from_sequential` and `fuse`",
+    public="none",
+    without="such a hook is lost by `from_sequential` and `fuse`",
+)
+
+_global_hooks = [
+    _find(
+        f"torch.nn.modules.module._global_{kind}_hooks",
+        why="a hook for all modules has to run for the children",
+        without="the layer runs its children one by one, as nn.Sequential does",
+    )
+    for kind in ("forward", "forward_pre", "backward", "backward_pre")
+]
+# If one can't be seen, there may be hooks: what is not empty says so.
+(
+    GLOBAL_FORWARD_HOOKS,
+    GLOBAL_FORWARD_PRE_HOOKS,
+    GLOBAL_BACKWARD_HOOKS,
+    GLOBAL_BACKWARD_PRE_HOOKS,
+) = (("unknown",) if hooks is None else hooks for hooks in _global_hooks)
+
+#: Names that an object of Module has if somebody has replaced how it is called.
+CALL_IMPL = "_call_impl"
+COMPILED_CALL_IMPL = "_compiled_call_impl"
+#: What a class of modules does when it is called, beneath `__call__`.
+call_impl_of: Callable[[Any], Any] = (
+    attrgetter(CALL_IMPL)
+    if _find(
+        f"torch.nn.Module.{CALL_IMPL}",
+        why="tools replace it to see every call of a module",
+        public="Module.__call__, which is asked about too",
+        without="a tool that replaces what has taken its place does not see the children's calls",
+    )
+    is not None
+    else _zero
+)
+
+
+def children_of(module: torch.nn.Module) -> Mapping[str, Any]:
+    """The children of a module by name; for what is not called for every network."""
+    children: Mapping[str, Any] | None = module.__dict__.get(MODULES)
+    return dict(module.named_children()) if children is None else children
+
+
+def parameters_of(module: torch.nn.Module) -> dict[str, torch.nn.Parameter | None]:
+    """A module's own parameters by name; for what is not called for every network."""
+    found: dict[str, torch.nn.Parameter | None] | None = module.__dict__.get(PARAMETERS)
+    return dict(module.named_parameters(recurse=False)) if found is None else found
+
+
+def set_parameter(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> None:
+    """Replaces a parameter, whatever kind of tensor it is now."""
+    parameters_of(module)[name] = parameter
+    if PARAMETERS not in module.__dict__:
+        setattr(module, name, parameter)
+
+
+# -- Graphs: torch.compile, torch.export, TorchScript --------------------------------------------
+
+#: The state of a TorchScript trace; None where nothing is traced.
+get_tracing_state: Callable[[], Any] = _find(
+    "torch._C._get_tracing_state",
+    why="asked in every call",
+    public="torch.jit.is_tracing, a Python function",
+    without="every call takes a little longer",
+) or (lambda: torch.jit.is_tracing() or None)  # type: ignore[attr-defined]
+
+#: Public, but PyTorch's types do not say so.
+is_scripting: Callable[[], bool] = torch.jit.is_scripting  # type: ignore[attr-defined]
+
+_copy_to_script_wrapper = _find(
+    "torch._jit_internal._copy_to_script_wrapper",
+    why="a scripted module can be sliced, as a scripted nn.Sequential can",
+    without="a scripted module can't be sliced",
+)
+
+
+def copy_to_script_wrapper(method: _Function) -> _Function:
+    """A decorator: the scripted module has this method too."""
+    return method if _copy_to_script_wrapper is None else _copy_to_script_wrapper(method)
+
+
+_can_mark_constants = _listed(
+    "torch._dynamo: function._dynamo_marked_constant",
+    why="`torch.compile` takes the results of functions so marked for constants",
+    public="torch.compiler.assume_constant_result, which imports the compiler",
+    without="`import relu_mlp` takes longer",
+)
+
+
+def constant_in_a_graph(function: _Function) -> _Function:
+    """`torch.compiler.assume_constant_result`, but the compiler is not imported.
+
+    What the function reads is not compared again in every call of a compiled function.
+    """
+    if not _can_mark_constants:
+        return torch.compiler.assume_constant_result(function)
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+class _NoTensor:
+    """The type of no tensor."""
+
+
+#: The type that torch.export puts in the place of Tensor.
+FakeTensor: Any = (
+    _find(
+        "torch._subclasses.FakeTensor",
+        why="torch.export with `backend('extension')` keeps the operator in the program",
+        without="torch.export always makes a program of PyTorch's own layers",
+    )
+    or _NoTensor
+)
+
+_can_see_inductor = _listed(
+    "torch._inductor.virtualized.V.real_inputs",
+    why="a graph that Inductor writes in C++ gets operators of its own",
+    without="AOTInductor and `cpp_wrapper` can't serve the operators",
+)
+
+
+def inductor_writes_cpp() -> bool:
+    """Whether Inductor is at work, and will write C++."""
+    virtualized = sys.modules.get("torch._inductor.virtualized")  # absent until it is used
+    if virtualized is None or not _can_see_inductor:
+        return False
+    try:
+        return torch._inductor.config.cpp_wrapper and not isinstance(
+            virtualized.V.real_inputs, virtualized.NullHandler
+        )
+    except AttributeError:
+        return False
+
+
+# -- Tensors -------------------------------------------------------------------------------------
+
+_is_zerotensor = _find(
+    "torch.Tensor._is_zerotensor",
+    why="such a tensor has no storage by its nature",
+    without="a tensor whose storage was freed is not refused in Python",
+)
+_is_functional_tensor = _find(
+    "torch._is_functional_tensor",
+    why="such a tensor has no storage by its nature",
+    without="a tensor whose storage was freed is not refused in Python",
+)
+
+
+def has_no_storage_by_nature(tensor: Tensor) -> bool:
+    """Whether a tensor has no storage though nobody has freed it, or it can't be told."""
+    return (
+        _is_zerotensor is None
+        or _is_functional_tensor is None
+        or is_functorch_wrapped_tensor is None
+        or tensor.is_meta
+        or _is_zerotensor(tensor)
+        or _is_functional_tensor(tensor)
+        or is_functorch_wrapped_tensor(tensor)
+    )
+
+
+def _copy_in_shape(tensor: Tensor, shape: list[int]) -> Tensor:
+    return tensor.reshape(shape).clone()
+
+
+#: A tensor in another shape, and for autograd no view, so that it may be changed in place.
+unsafe_view: Callable[[Tensor, list[int]], Tensor] = (
+    _find(
+        "torch.ops.aten._unsafe_view",
+        why="the output of the reference may be changed in place, as that of nn.Linear",
+        public="Tensor.clone of a view, a copy of the output",
+        without="the reference copies the output of an input that is not 2-dimensional",
+    )
+    or _copy_in_shape
+)
+
+
+# -- torch.distributed, which relu_mlp.parallel alone imports ------------------------------------
+
+_listed(
+    "torch.distributed.tensor.parallel.ParallelStyle._apply",
+    why="what `parallelize_module` calls",
+    public="none: the class is public, its one method is not",
+    without="`ReluMLPParallel().apply(module, mesh)` shards a network; `parallelize_module` can't",
+)
+#: The name of the method that `parallelize_module` calls.
+APPLY_PARALLEL_STYLE = "_apply"

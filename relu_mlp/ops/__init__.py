@@ -1,0 +1,59 @@
+"""Everything between the package and ``torch.ops.relu_mlp``.
+
+    library.py     loading the library; the operators' schemas and state in a process
+    arguments.py   plain tensors, missing tensors, differentiated tensors
+    backend.py     which implementation serves a call
+    fake.py        the fake kernels
+    fallback.py    the reference as kernels, where the library has none
+    guards.py      raw operators refuse to be differentiated
+    cpp_graphs.py  the operators in graphs that Inductor writes in C++
+
+The kernels for autograd, vmap and autocast are in autograd.py, batching.py and autocast.py.
+"""
+
+from . import cpp_graphs, fake, fallback, guards  # noqa: F401  register kernels
+from .arguments import NO_TENSOR, PLAIN, carries_tangent, is_differentiated, stand_ins
+from .backend import (
+    BACKENDS,
+    Implementation,
+    backend,
+    current_backend,
+    extension,
+    implementation_for,
+    raising_out_of_memory,
+    using,
+)
+from .library import (
+    HAS_CUDA,
+    LIBRARY_PATH,
+    LIBRARY_PROBLEM,
+    REMEDY,
+    SCHEMAS,
+    kernels_of,
+    library_says,
+    this_thread,
+)
+
+__all__ = [
+    "BACKENDS",
+    "HAS_CUDA",
+    "LIBRARY_PATH",
+    "LIBRARY_PROBLEM",
+    "NO_TENSOR",
+    "PLAIN",
+    "REMEDY",
+    "SCHEMAS",
+    "Implementation",
+    "backend",
+    "carries_tangent",
+    "current_backend",
+    "extension",
+    "implementation_for",
+    "is_differentiated",
+    "kernels_of",
+    "library_says",
+    "raising_out_of_memory",
+    "stand_ins",
+    "this_thread",
+    "using",
+]

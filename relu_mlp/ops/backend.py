@@ -1,0 +1,179 @@
+"""Which implementation of the operators serves a call: the library or the reference."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .._torch_private import call_of
+from .library import HAS_CUDA, LIBRARY_PATH, LIBRARY_PROBLEM, REMEDY, process, this_thread
+
+
+class Implementation(Protocol):
+    """What serves a call: functions with the signatures of the operators."""
+
+    @property
+    def relu_mlp(self) -> Callable[..., Tensor]: ...
+    @property
+    def forward(self) -> Callable[..., tuple[Tensor, list[Tensor]]]: ...
+    @property
+    def backward(self) -> Callable[..., list[Tensor]]: ...
+    @property
+    def recompute_backward(self) -> Callable[..., list[Tensor]]: ...
+    @property
+    def loss_and_grads(self) -> Callable[..., tuple[Tensor, list[Tensor]]]: ...
+
+
+def raising_out_of_memory(call: Callable[..., Any]) -> Callable[..., Any]:
+    """`call`, which raises torch.OutOfMemoryError where a GPU lacks memory, as PyTorch does.
+
+    The library raises a RuntimeError with PyTorch's words: its C interface has no classes.
+    """
+
+    def called(*arguments: Any) -> Any:
+        try:
+            return call(*arguments)
+        except RuntimeError as error:
+            if str(error).startswith("CUDA out of memory"):
+                raise torch.OutOfMemoryError(*error.args) from None
+            raise
+
+    return called
+
+
+def original_call(name: str) -> Callable[..., Any]:
+    """What PyTorch calls for an operator, before guards.py replaces it."""
+    return process.calls.setdefault(name, call_of(getattr(torch.ops.relu_mlp, name).default))
+
+
+def _call_of(name: str) -> Any:
+    call = original_call(name)
+    return staticmethod(raising_out_of_memory(call)) if HAS_CUDA else call
+
+
+class Extension:
+    """The operators of the library."""
+
+    relu_mlp = _call_of("relu_mlp")
+    forward = _call_of("forward")
+    backward = _call_of("backward")
+    recompute_backward = _call_of("recompute_backward")
+    loss_and_grads = _call_of("loss_and_grads")
+
+
+extension = Extension()
+
+BACKENDS = ("auto", "extension", "reference")
+
+
+_has_warned = False
+
+
+class backend:
+    """Chooses the implementation of the operators, for the calling thread.
+
+    A context manager, and a decorator of functions::
+
+        with relu_mlp.backend("reference"):
+            y = net(x)
+
+    A backward pass uses the implementation that its forward pass used. The
+    environment variable RELU_MLP_BACKEND, read at import, is the default for
+    all threads.
+
+    Args:
+        name: ``"extension"``: the compiled library; RuntimeError where it is
+            absent or can't serve the device. Around `torch.export` or a trace it puts the
+            operator into the graph, not the layers. ``"reference"``: the same
+            mathematics in Python. ``"auto"``: the extension where it can serve
+            the call, and the reference elsewhere.
+
+    Raises:
+        ValueError: for any other name.
+    """
+
+    def __init__(self, name: Literal["auto", "extension", "reference"]) -> None:
+        self.name = _checked_backend(name, "name")
+
+    def __enter__(self) -> backend:
+        this_thread.outer.append(this_thread.backend)
+        this_thread.backend = self.name
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        this_thread.backend = this_thread.outer.pop()
+
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            with backend(self.name):  # type: ignore[arg-type]
+                return function(*args, **kwargs)
+
+        return wrapped
+
+
+def _checked_backend(name: str, argument: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{argument} must be 'auto', 'extension' or 'reference', got {name!r}")
+    return name
+
+
+def current_backend() -> str:
+    """The name that is in force in this thread."""
+    return _checked_backend(this_thread.backend, "RELU_MLP_BACKEND")
+
+
+def implementation_for(x: Tensor) -> Implementation:
+    """What serves a call on the device of `x`, under the backend in force."""
+    if x is None:  # an operator takes it for a tensor, as PyTorch's own do
+        raise TypeError("the first argument must be a Tensor, got None")
+    name = this_thread.backend
+    if name == "auto" or name == "extension":
+        if LIBRARY_PATH is not None and (x.is_cpu or (HAS_CUDA and x.is_cuda)):
+            return extension
+        if name == "extension":
+            reason = LIBRARY_PROBLEM or f"it has no kernels for the device {x.device}"
+            raise RuntimeError(f"relu_mlp's extension can't serve this call: {reason}. {REMEDY}")
+        if LIBRARY_PATH is None:
+            _warn_that_library_is_missing()
+    else:
+        _checked_backend(name, "RELU_MLP_BACKEND")
+    return reference
+
+
+@contextmanager
+def using(implementation: Implementation) -> Iterator[None]:
+    """`backend` with the name of an implementation, for a call through the dispatcher."""
+    outer, this_thread.backend = (
+        this_thread.backend,
+        "reference" if implementation is reference else "extension",
+    )
+    try:
+        yield
+    finally:
+        this_thread.backend = outer
+
+
+def _warn_that_library_is_missing() -> None:
+    global _has_warned
+    if not _has_warned:
+        _has_warned = True
+        warnings.warn(
+            f"relu_mlp runs in Python, without its C++ extension: {LIBRARY_PROBLEM}. {REMEDY} "
+            'RELU_MLP_BACKEND="reference" chooses Python and silences this.',
+            UserWarning,
+            stacklevel=4,
+        )

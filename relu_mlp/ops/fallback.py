@@ -1,0 +1,35 @@
+"""The reference as kernels of the operators, for what the library has no kernels for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .. import reference
+from .._torch_private import has_kernel, register
+from .library import LIBRARY_PATH, kernels_of
+
+_library = kernels_of(__name__)
+
+_OPERATORS: dict[str, Callable[..., Any]] = {
+    "relu_mlp": reference.relu_mlp,
+    "forward": reference.forward,
+    "backward": reference.backward,
+    "recompute_backward": reference.recompute_backward,
+    "loss_and_grads": reference.loss_and_grads,
+}
+
+# Every device without kernels of its own.
+for _name, _kernel in _OPERATORS.items():
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+
+# torch.autograd.grad(is_grads_batched=True) has a vmap of its own, older than torch.func's.
+# It takes no batching rules in Python, but it has rules for PyTorch's operations.
+for _name in ("relu_mlp", "forward", "backward", "recompute_backward"):
+    register(_library, _name, _OPERATORS[_name], "Batched")
+
+# Without the library these say nothing.
+for _name in ("_build_info", "_supported_instruction_sets"):
+    _key = "CompositeExplicitAutograd"
+    if LIBRARY_PATH is None and not has_kernel(f"relu_mlp::{_name}", _key):
+        _library.impl(_name, lambda: "", _key)

@@ -1,0 +1,199 @@
+"""Loading the compiled library, and what the operators need once in a process."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from .._torch_private import (
+    CAN_COMPARE_SCHEMAS,
+    HAS_BELOW_AUTOGRAD,
+    destroy,
+    has_kernel,
+    normal_schema,
+    schema_of,
+)
+from ..activations import ACTIVATIONS
+
+_T = TypeVar("_T")
+
+#: csrc/ops.cpp has the same schemas. They are needed here only where the
+#: library is not, so that the operators exist all the same.
+SCHEMAS = (
+    'relu_mlp(Tensor x, Tensor[] weights, Tensor[] biases, str output_activation="none") -> Tensor',
+    "forward(Tensor x, Tensor[] weights, Tensor[] biases, "
+    "str output_activation, bool save_hidden) -> (Tensor, Tensor[])",
+    "backward(Tensor grad_output, Tensor[] saved, str output_activation, str needs) -> Tensor[]",
+    "recompute_backward(Tensor grad_output, Tensor x, Tensor[] weights, Tensor[] biases, "
+    "str output_activation, str needs) -> Tensor[]",
+    "loss_and_grads(Tensor x, Tensor target, Tensor[] weights, "
+    "Tensor[] biases, str loss, str output_activation) -> (Tensor, Tensor[])",
+    "_relu_mlp_in_cpp(Tensor x, Tensor[] weights, Tensor[] biases, "
+    'str output_activation="none") -> Tensor',
+    "_forward_in_cpp(Tensor x, Tensor[] weights, Tensor[] biases, "
+    "str output_activation, bool save_hidden) -> Tensor[]",
+    "_backward_in_cpp(Tensor grad_output, Tensor[] saved, "
+    "str output_activation, str needs) -> Tensor[]",
+    "_recompute_backward_in_cpp(Tensor grad_output, Tensor x, Tensor[] weights, "
+    "Tensor[] biases, str output_activation, str needs) -> Tensor[]",
+    "_loss_and_grads_in_cpp(Tensor x, Tensor target, Tensor[] weights, "
+    "Tensor[] biases, str loss, str output_activation) -> Tensor[]",
+    "_build_info() -> str",
+    "_instruction_set() -> int",
+    "_supported_instruction_sets() -> str",
+    "_choose_instruction_set(str name) -> ()",
+    "_strategy(int rows, int[] widths, bool is_narrow, str pairs, int panel, "
+    "bool outruns_library) -> str",
+    "_cuda_plan(int rows, int[] widths, int element_size, bool is_backward, "
+    "bool recompute, int[] device) -> str",
+    "_is_for_cublaslt(int rows, int in_features, int out_features, "
+    "int input_ld, int output_ld, int element_size, bool aligned) -> bool",
+    "_cuda_columns(int rows, int cols, int element_size, int[] device) -> int[]",
+    "_cuda_columns_at_once(int rows, int cols, bool recompute, int[] device) -> int",
+)
+
+REMEDY = (
+    "Build it where PyTorch 2.11 or newer and a C++20 compiler are installed: "
+    "`pip install --no-build-isolation .` in a checkout of relu_mlp, "
+    "or `python setup.py build_ext --inplace` to use the checkout itself."
+)
+
+
+# -- Loading ----------------------------------------------------------------
+
+
+def _load_library() -> tuple[Path | None, str | None]:
+    """The library's path, or None and the reason why there is none.
+
+    If the process has the operators already, this copy of the library registers nothing
+    (csrc/ops.cpp). The operators that are there are used, if their schemas are the same.
+    """
+    if not HAS_BELOW_AUTOGRAD:
+        return None, "PyTorch has no torch._C._AutoDispatchBelowAutograd, which its calls need"
+    folder = Path(__file__).parent.parent
+    found = sorted(folder.glob("_C*.so")) + sorted(folder.glob("_C*.pyd"))
+    problem = f"it was not built: there is no _C.abi3.so in {folder}"
+    if found:
+        try:
+            torch.ops.load_library(found[0])
+            problem = "its operators were defined in this process before it could be loaded"
+        except (OSError, RuntimeError) as error:
+            problem = f"{found[0].name} could not be loaded: {error}"
+    if _is_defined("forward"):
+        for text in SCHEMAS if CAN_COMPARE_SCHEMAS else ():
+            _check_schema(normal_schema(f"relu_mlp::{text}"), folder)
+        if found and has_kernel("relu_mlp::forward", "CPU"):
+            _check_activations(folder)
+            return found[0], None
+    return None, problem
+
+
+def library_says() -> dict[str, str]:
+    """What the library says of itself, by key. LibTorch leaks the string, so ask seldom."""
+    lines = torch.ops.relu_mlp._build_info().splitlines()
+    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def outside_modes(function: Callable[[], _T]) -> _T:
+    """The result of `function` where no functorch transform and no mode is in force.
+
+    Both belong to a thread, and a new thread has none.
+    """
+    results: list[_T] = []
+    thread = threading.Thread(target=lambda: results.append(function()))
+    thread.start()
+    thread.join()
+    return results[0]
+
+
+def _check_activations(folder: Path) -> None:
+    """Raises ImportError unless activations.py and csrc/activation.h have the same names."""
+    said = outside_modes(library_says).get("output_activations")
+    if said is not None and sorted(said.split()) != sorted(ACTIVATIONS):
+        raise ImportError(
+            f"the package in {folder} has the output activations {' '.join(ACTIVATIONS)}, and "
+            f"its library has {said}. Build it anew, or load one version alone in a process."
+        )
+
+
+def _is_defined(operator: str) -> bool:
+    return hasattr(torch.ops.relu_mlp, operator)
+
+
+def _check_schema(expected: str, folder: Path) -> None:
+    """Raises ImportError unless the process has an operator of exactly this schema."""
+    operator = expected.partition("(")[0]
+    actual = "missing"
+    if _is_defined(operator.removeprefix("relu_mlp::")):
+        actual = schema_of(operator)
+    if actual == expected:
+        return
+    raise ImportError(
+        f"the package in {folder} needs the operator {expected}, and the one in this process is "
+        f"{actual}. Its library was built from another version of relu_mlp, or is loaded from "
+        "elsewhere. Build it anew, or load one version alone in a process."
+    )
+
+
+LIBRARY_PATH, LIBRARY_PROBLEM = _load_library()
+
+#: Whether the library has kernels for CUDA.
+HAS_CUDA = LIBRARY_PATH is not None and has_kernel("relu_mlp::forward", "CUDA")
+
+
+# -- What there is once in a process --------------------------------------------
+#
+# The operators belong to the process. The package may be imported again, after it left
+# `sys.modules` or from another place, while objects of the first import live on. So the
+# state that the operators need is stored beside them, and the kernels of the last import
+# serve all.
+
+
+class _Thread(threading.local):
+    """The backend in force in a thread; the environment's choice to begin with."""
+
+    backend = os.environ.get("RELU_MLP_BACKEND", "auto")
+
+    def __init__(self) -> None:
+        self.outer: list[str] = []  #: what to go back to, innermost last
+
+
+class _Process:
+    """What outlives an import, as an attribute of `torch.ops.relu_mlp`."""
+
+    def __init__(self) -> None:
+        self.thread = _Thread()
+        self.definitions = torch.library.Library("relu_mlp", "FRAGMENT")
+        #: The kernels that a module of the package has registered, by its name.
+        self.kernels: dict[str, torch.library.Library] = {}
+        #: What PyTorch calls for an operator, before guards.py replaces it.
+        self.calls: dict[str, Callable[..., Any]] = {}
+
+
+def _process() -> _Process:
+    found: _Process | None = vars(torch.ops.relu_mlp).get("_package")
+    if found is None:
+        found = _Process()
+        vars(torch.ops.relu_mlp)["_package"] = found
+        if not _is_defined("forward"):
+            for schema in SCHEMAS:
+                found.definitions.define(schema)
+    return found
+
+
+process = _process()
+this_thread = process.thread
+
+
+def kernels_of(module: str) -> torch.library.Library:
+    """Where a module registers its kernels. Those that it registered before are removed."""
+    module = module.rpartition(".")[2]
+    if module in process.kernels:
+        destroy(process.kernels.pop(module))
+    process.kernels[module] = torch.library.Library("relu_mlp", "FRAGMENT")
+    return process.kernels[module]

@@ -1,0 +1,198 @@
+"""Which children of a module may run as one network: `find_run` and `network_of`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Linear, Parameter, ReLU
+
+from . import functional, interception
+from ._torch_private import (
+    BACKWARD_HOOKS,
+    BACKWARD_PRE_HOOKS,
+    CALL_IMPL,
+    COMPILED_CALL_IMPL,
+    FORWARD_HOOKS,
+    FORWARD_PRE_HOOKS,
+    MODULES,
+    PARAMETERS,
+)
+from .activations import DEFAULTS, OUTPUT_ACTIVATIONS, OutputActivation
+from .functional import is_plain
+from .ops import NO_TENSOR
+
+_strided = torch.strided
+
+
+class Run(NamedTuple):
+    """Children that are one network: Linear, ReLU, ..., Linear, activation."""
+
+    children: tuple[nn.Module, ...]
+    weights: list[Tensor]
+    biases: list[Tensor]  #: one for each weight, or nothing; NO_TENSOR where one is missing
+    activation: str
+
+
+def is_patched(state: dict[str, Any]) -> Any:
+    """Whether calling a module does anything else than its class says, as a truth value.
+
+    `state` is the module's `__dict__`. Python looks up attributes there before it asks the
+    class or the parameters.
+    """
+    try:
+        return (
+            state[FORWARD_HOOKS]
+            or state[FORWARD_PRE_HOOKS]
+            or state[BACKWARD_HOOKS]
+            or state[BACKWARD_PRE_HOOKS]
+            or "forward" in state
+            or CALL_IMPL in state
+            or COMPILED_CALL_IMPL in state
+            or "weight" in state
+            or "bias" in state
+        )
+    except KeyError:  # this PyTorch keeps hooks elsewhere, so there may be some
+        return True
+
+
+def _activation_of(child: nn.Module) -> OutputActivation | None:
+    """The activation that a module computes, if it may follow the last Linear."""
+    kind = type(child)
+    activation = OUTPUT_ACTIVATIONS.get(kind)
+    if activation is None or kind is ReLU:
+        return activation
+    if interception.is_output_activation_replaced(kind):
+        return None
+    if kind in DEFAULTS:
+        state = child.__dict__
+        if any(state.get(name) != value for name, value in DEFAULTS[kind].items()):
+            return None
+    return activation
+
+
+def find_run(
+    children: Iterable[nn.Module], is_known: Callable[[object], bool] = is_plain
+) -> Run | None:
+    """The longest run of untouched children from the first on, or None.
+
+    `is_known` says which parameters the caller can serve.
+    """
+    found: list[nn.Module] = []
+    weights: list[Tensor] = []
+    biases: list[Tensor] = []
+    activation = "none"
+    after_linear = False
+    for child in children:
+        kind = type(child)
+        follows = _activation_of(child) if after_linear else None
+        if follows is None and (after_linear or kind is not Linear):
+            break
+        # torch.compile guards on what is read and not on missing keys, so `forward` is read.
+        if is_patched(child.__dict__) or child.forward is None:
+            break
+        if follows is not None:
+            activation = follows
+        else:
+            parameters = child.__dict__.get(PARAMETERS, {})
+            if "weight" not in parameters or "bias" not in parameters:
+                break  # pruned
+            # Not by `get`: a dict of its own may fetch a parameter from elsewhere.
+            weight, bias = parameters["weight"], parameters["bias"]
+            if not is_known(weight) or not (bias is None or is_known(bias)):
+                break  # quantized or distributed, which the operators can't serve
+            weights.append(weight)
+            biases.append(NO_TENSOR if bias is None else bias)
+            activation = "none"
+        found.append(child)
+        if after_linear and kind is not ReLU:
+            break  # nothing can follow in the same run
+        after_linear = not after_linear
+    if not weights:
+        return None
+    if all(bias is NO_TENSOR for bias in biases):
+        biases = []
+    return Run(tuple(found), weights, biases, activation)
+
+
+def network_of(
+    sequential: nn.Sequential,
+) -> tuple[list[Tensor], list[Tensor], str] | None:
+    """(weights, biases, activation) of the run of all children of a module, or None.
+
+    It finds what `find_run` finds, but calls no function for each child: every call of a
+    `ReluMLP` asks for it. A `ReluMLP` caches nothing, because its children can be changed in
+    many ways that it would not notice, and a cache would keep them alive.
+    """
+    weights: list[Tensor] = []
+    biases: list[Tensor] = []
+    activation = "none"
+    has_bias, is_sure = False, True
+    try:
+        children = sequential.__dict__[MODULES]
+        rest = iter(children.values())
+        for child in rest:
+            if type(child) is not Linear:
+                return None
+            state = child.__dict__
+            if (  # is_patched, inlined
+                state[FORWARD_HOOKS]
+                or state[FORWARD_PRE_HOOKS]
+                or state[BACKWARD_HOOKS]
+                or state[BACKWARD_PRE_HOOKS]
+                or "forward" in state
+                or CALL_IMPL in state
+                or COMPILED_CALL_IMPL in state
+                or "weight" in state
+                or "bias" in state
+            ):
+                return None
+            parameters = state[PARAMETERS]
+            weight = parameters["weight"]
+            bias = parameters["bias"]
+            if (type(weight) is not Parameter and not is_plain(weight)) or (
+                weight.layout is not _strided
+            ):
+                return None
+            if bias is None:
+                bias = NO_TENSOR
+            else:
+                has_bias = True
+                if type(bias) is not Parameter or not bias.nbytes:
+                    if not is_plain(bias):
+                        return None
+                    is_sure = False
+            weights.append(weight)
+            biases.append(bias)
+            activation = "none"
+            for child in rest:
+                kind = type(child)
+                if kind is ReLU:
+                    activation = "relu"
+                elif 2 * len(weights) == len(children) and (last := _activation_of(child)):
+                    activation = last
+                else:
+                    return None
+                state = child.__dict__
+                if (
+                    state[FORWARD_HOOKS]
+                    or state[FORWARD_PRE_HOOKS]
+                    or state[BACKWARD_HOOKS]
+                    or state[BACKWARD_PRE_HOOKS]
+                    or "forward" in state
+                    or CALL_IMPL in state
+                    or COMPILED_CALL_IMPL in state
+                ):
+                    return None
+                break
+    except (KeyError, RuntimeError):
+        return None  # a parameter is missing, or its layout has no `nbytes`
+    if not weights:
+        return None
+    if not has_bias:
+        biases = []
+    elif not is_sure:
+        functional.check_empty_biases(weights, biases)
+    return weights, biases, activation
