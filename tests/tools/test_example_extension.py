@@ -1,15 +1,18 @@
 """examples/extension builds and passes its own tests: in C++, in Python, and under another name."""
 
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import warnings
 import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from torch.utils import cpp_extension
 
 import relu_mlp
@@ -128,3 +131,61 @@ def test_is_as_short_as_it_says():
     assert lines <= 150
     said = (EXAMPLE / "README.md").read_text(encoding="utf-8")
     assert f"in {lines} lines" in said
+
+
+@pytest.mark.skipif(
+    shutil.which("g++") is None or platform.machine() != "x86_64", reason="needs GCC on x86"
+)
+def test_the_text_for_two_instruction_sets_runs(tmp_path):
+    page = (ROOT / "docs" / "extension.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"^```cpp\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "text.cpp").write_text(text)
+    expected = str(sum(i % 10 * (i % 3) for i in range(1000)))
+    run("g++", "-O2", "-Wall", "-Werror", "text.cpp", "-o", "text", cwd=tmp_path)
+    assert run(tmp_path / "text", cwd=tmp_path).split() == [expected, expected]
+    disassembly = run("objdump", "-d", "text", cwd=tmp_path) if shutil.which("objdump") else "%ymm"
+    assert "%ymm" in disassembly  # the second copy is of another set
+
+
+def test_the_traps_are_there():
+    """What docs/extension.md says of PyTorch beyond what its own code shows."""
+
+    def backward(ctx, grad):
+        return grad * 2 * torch.relu(*ctx.saved_tensors)
+
+    def save(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    def square(x):
+        return torch.relu(x).square()
+
+    operator = torch.library.custom_op(
+        "teaching_traps::square", square, mutates_args=(), schema="(Tensor x) -> Tensor"
+    )
+    operator.register_fake(torch.empty_like)
+    operator.register_autograd(backward, setup_context=save)
+    x = torch.tensor([1.0, 2.0])
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.grad(lambda x: operator(x).sum())(x)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's own
+        compiled = torch.compile(
+            lambda x: torch.func.jvp(operator, (x,), (x,))[1], backend="aot_eager"
+        )
+        assert torch.equal(compiled(x), torch.zeros(2))
+
+        function = type(
+            "Square",
+            (torch.autograd.Function,),
+            {
+                "forward": staticmethod(square),
+                "setup_context": staticmethod(save),
+                "backward": staticmethod(backward),
+                "jvp": staticmethod(backward),
+            },
+        )
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="custom jvp"):
+            torch.compile(lambda x: function.apply(x), fullgraph=True, backend="aot_eager")(
+                x.requires_grad_()
+            )
