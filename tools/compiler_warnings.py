@@ -1,0 +1,91 @@
+"""Compiles all C++ with -Wall -Wextra -Werror by g++ and clang++: `make warnings`.
+
+Nothing is linked or run, and no object file is written (-fsyntax-only). The flags are those of
+setup.py. csrc/cuda and tests/cuda_on_host are compiled for the host, as tests/test_cuda_on_host.py
+compiles them. MAX_JOBS compilers run at once, 2 if it is not set. A compiler that is not installed
+is left out; if neither is, the command fails.
+
+    python tools/compiler_warnings.py                # every file by every compiler found
+    python tools/compiler_warnings.py csrc/ops.cpp   # some files
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from torch.utils import cpp_extension
+
+ROOT = Path(__file__).resolve().parent.parent
+COMPILERS = ("g++", "clang++")
+
+WARNINGS = [
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    # Aggregates leave trailing members to their defaults on purpose.
+    "-Wno-missing-field-initializers",
+]
+
+FOLDERS = ("csrc", "tests", "examples", "tools")
+#: Needs CUDA's own headers; tools/cuda_check.py compiles it with them.
+NEEDS_CUDA = {"tools/cublaslt_api.cpp"}
+
+
+def flags_of_setup() -> list[str]:
+    """FLAGS of setup.py, which runs the build when it is imported."""
+    tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "FLAGS":
+            return list(ast.literal_eval(node.value))
+    raise SystemExit("tools/compiler_warnings.py: setup.py has no list FLAGS")
+
+
+def files() -> list[str]:
+    found = (path for folder in FOLDERS for path in (ROOT / folder).rglob("*"))
+    names = (p.relative_to(ROOT).as_posix() for p in found if p.suffix in (".cpp", ".cu"))
+    return sorted(set(names) - NEEDS_CUDA)
+
+
+def flags_of(name: str) -> list[str]:
+    flags = flags_of_setup()
+    if name.startswith("examples/"):  # a program for the whole of LibTorch
+        flags = [flag for flag in flags if not flag.startswith("-DTORCH_TARGET_VERSION")]
+    if name.startswith("tests/sanitize/"):
+        flags += [f"-I{ROOT}/tests/sanitize/include"]
+    if name.startswith(("csrc/cuda/", "tests/cuda_on_host/")):
+        flags += ["-DRELU_MLP_CUDA_ON_HOST", f"-I{ROOT}", f"-I{ROOT}/tests/cuda_on_host"]
+    # PyTorch's headers are not ours to warn about.
+    return [*flags, *(f"-isystem{path}" for path in cpp_extension.include_paths())]
+
+
+def complaint(compiler: str, name: str) -> str | None:
+    """A compiler's output for a file, or None if it accepts the file."""
+    command = [compiler, *flags_of(name), *WARNINGS, "-fsyntax-only", "-x", "c++", name]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return done.stderr if done.returncode else None
+
+
+def main(names: list[str]) -> int:
+    compilers = [compiler for compiler in COMPILERS if shutil.which(compiler)]
+    if not compilers:
+        print("tools/compiler_warnings.py: neither g++ nor clang++ was found", file=sys.stderr)
+        return 2
+    pairs = [(compiler, name) for compiler in compilers for name in names or files()]
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:
+        complaints = list(pool.map(lambda pair: complaint(*pair), pairs))
+    failed = [(*pair, text) for pair, text in zip(pairs, complaints, strict=True) if text]
+    for compiler, name, text in failed:
+        print(f"{compiler} {name}\n{text}")
+    clean = len(pairs) - len(failed)
+    print(f"{' and '.join(compilers)}: {clean} of {len(pairs)} compilations without a warning")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
