@@ -733,8 +733,8 @@ def test_a_table_of_nothing(spoil, measures_nothing, tmp_path, capsys):
 
 
 @pytest.mark.skipif(not RESULTS.exists(), reason="the figures are not beside the tests")
-def test_the_table_of_the_readme(capsys):
+def test_the_table_in_the_documentation(capsys):
     assert cli.main(["bench", "--table", "--out", str(RESULTS)]) == 0
-    readme = (ROOT / "README.md").read_text()
-    kept = readme.split("<!-- relu-mlp bench --table -->\n")[1].split("<!-- end -->")[0]
+    page = (ROOT / "docs" / "performance.md").read_text()
+    kept = page.split("<!-- relu-mlp bench --table -->\n")[1].split("<!-- end -->")[0]
     assert kept.startswith(capsys.readouterr().out)

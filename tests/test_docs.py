@@ -8,7 +8,9 @@ In every Markdown file of the repository:
 - any other block of Python runs, after those above it on the page; a block of text
   right after it is what it prints;
 - so do the lines of other blocks that begin with "$ relu-mlp";
-- a relative link leads to a file.
+- a relative link leads to a file, and to a heading of it where it names one;
+- README.md and docs/architecture.md keep to their length, and the figures in README.md are
+  those of docs/performance.md.
 """
 
 import contextlib
@@ -29,7 +31,9 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 FENCE = re.compile(r"^```(\w*) ?(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
-LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)")
+LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)")
+HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
+MOST_WORDS = {"README.md": 1000, "docs/architecture.md": 1500}
 
 
 @dataclass
@@ -160,15 +164,49 @@ def test_a_command_that_fails_is_found(tmp_path, monkeypatch, capsys):
         run(page)
 
 
+def anchors_of(page):
+    """The names under which GitHub links to a page's headings."""
+    text = CODE.sub("", page.read_text(encoding="utf-8"))
+    titles = [re.sub(r"[^\w\- ]", "", title.lower()) for title in HEADING.findall(text)]
+    return {title.strip().replace(" ", "-") for title in titles}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_somewhere(page):
     text = CODE.sub("", page.read_text(encoding="utf-8"))
-    targets = [target for target in LINK.findall(text) if "://" not in target]
-    for target in targets:
-        path = (page.parent / target).resolve()
+    for target, anchor in LINK.findall(text):
+        if "://" in target:
+            continue
+        path = (page.parent / target).resolve() if target else page
         if path.is_relative_to(ROOT):
             path = file_of(path.relative_to(ROOT).as_posix())
         assert path.exists(), f"{target} does not exist"
+        if anchor and path.suffix == ".md":
+            assert anchor in anchors_of(path), f"{target} has no heading #{anchor}"
+
+
+@pytest.mark.parametrize("name", MOST_WORDS)
+def test_pages_keep_to_their_length(name):
+    assert len((ROOT / name).read_text(encoding="utf-8").split()) <= MOST_WORDS[name]
+
+
+def rows_by_shape(page):
+    """The table rows that begin with a shape, such as 64x3-2-1, as lists of their other cells."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [row for row in cells if re.fullmatch(r"\d+x[\d-]+", row[0])]
+
+
+def test_the_figures_of_the_readme_are_those_of_the_suite():
+    suite = {}
+    for shape, *figures in rows_by_shape(ROOT / "docs" / "performance.md"):
+        suite.setdefault(shape, figures)
+    rows = rows_by_shape(ROOT / "README.md")
+    assert rows
+    for shape, *speedups in rows:
+        training, inference, _, training_bfloat16, inference_bfloat16 = suite[shape]
+        measured = [training, inference, training_bfloat16, inference_bfloat16]
+        assert speedups == [figure.split()[0] for figure in measured], shape
 
 
 @pytest.mark.parametrize(
@@ -186,6 +224,9 @@ def test_compatibility_names_tests_that_exist():
     missing = [
         (file, test)
         for file, test in named
-        if not re.search(rf"^def {test}\(", (ROOT / "tests" / file).read_text(), re.MULTILINE)
+        if not any(
+            re.search(rf"^def {test}\(", path.read_text(), re.MULTILINE)
+            for path in (ROOT / "tests").rglob(file)
+        )
     ]
     assert not missing
