@@ -8,7 +8,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 import support
-from relu_mlp import relu_mlp
+from relu_mlp import reference, relu_mlp
 from support import (
     absolutes,
     assert_within,
@@ -98,7 +98,7 @@ def finite_difference_bound(x, weights, biases, activation, grad_output):
     the bound of |dz/dp| and of its derivatives; |phi''''| < 5, |phi'''| <= 2.
     """
     y = native_mlp(x, weights, biases, output_activation=activation).detach()
-    hidden = support.hidden_of(support.reference, x, weights, biases, activation)[1]
+    hidden = support.hidden_of(reference, x, weights, biases, activation)[1]
     exact = support.Exact(x.detach(), weights, biases, activation, hidden, y)
     bounds = [exact.y.bound, *(b.bound for b in exact.backward(grad_output).values())]
     rounding = max(b.max().item() for b in bounds) / STEP
