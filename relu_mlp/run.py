@@ -37,7 +37,7 @@ class Run(NamedTuple):
 
 
 def is_patched(state: dict[str, Any]) -> Any:
-    """Whether calling a module does anything else than its class says, as a truth value.
+    """Whether calling a module does anything but what its class defines, as a truth value.
 
     `state` is the module's `__dict__`. Python looks up attributes there before it asks the
     class or the parameters.
