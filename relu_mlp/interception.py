@@ -126,7 +126,7 @@ def _home_of(function: Any) -> str:
     return str(getattr(function, "__globals__", {}).get("__name__"))
 
 
-def _is_something_in_the_way() -> bool:
+def _do_classes_override() -> bool:
     return not (
         _ATTRIBUTES.isdisjoint(_MODULE)
         and (_ATTRIBUTES | _METHODS).isdisjoint(_LINEAR)
@@ -138,7 +138,7 @@ def _is_something_in_the_way() -> bool:
 (iterate,) = _by_pytorch((Sequential.__iter__,))
 
 _FUNCTIONS = _by_pytorch(_functions())
-_LAYERS = () if _is_something_in_the_way() else _by_pytorch(_layers())
+_LAYERS = () if _do_classes_override() else _by_pytorch(_layers())
 _OUTPUT_ACTIVATIONS: dict[type[Module], tuple[Any, ...]] = {
     kind: _by_pytorch(_output_activation(kind)) for kind in OUTPUT_ACTIVATIONS if kind is not ReLU
 }
@@ -165,9 +165,7 @@ def are_layers_replaced() -> bool:
         return True
     layers = _layers()
     # Classes may get more attributes, as long as these do not matter.
-    return layers != _LAYERS and (
-        _is_replaced(layers[:-3], _LAYERS[:-3]) or _is_something_in_the_way()
-    )
+    return layers != _LAYERS and (_is_replaced(layers[:-3], _LAYERS[:-3]) or _do_classes_override())
 
 
 @constant_in_a_graph

@@ -22,11 +22,11 @@ from ._torch_private import (
     copy_to_script_wrapper,
     is_scripting,
 )
-from .activations import OUTPUT_ACTIVATIONS, OutputActivation
+from .activations import DEFAULTS, OUTPUT_ACTIVATIONS, OutputActivation
 from .functional import call_operators, is_served, leaves_python
 from .interception import are_layers_replaced
 from .ops import backend, extension, implementation_for, this_thread
-from .run import Run, find_run, network_of
+from .run import Run, find_run, has_defaults, network_of
 from .scripting import Scriptable
 
 _is_compiling = torch.compiler.is_compiling
@@ -179,6 +179,8 @@ class ReluMLP(Scriptable):
                 weights.append(child.weight)
                 if child.bias is not None:
                     biases.append(child.bias)
+            elif DEFAULTS and not has_defaults(child):
+                return None
         if (
             (_function_modes() and interception.is_under_a_mode())
             or type(input) is not torch.Tensor
