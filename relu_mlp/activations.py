@@ -13,6 +13,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
+from .checks import listed
+
 #: What `relu_mlp(..., output_activation=...)` takes, besides None.
 OutputActivation = Literal["relu", "sigmoid", "tanh"]
 
@@ -118,4 +120,4 @@ DEFAULTS = {
 }
 
 #: For messages: "None, 'relu', 'sigmoid' or 'tanh'".
-CHOICES = f"None, {', '.join(repr(row.name) for row in ROWS[:-1])} or {ROWS[-1].name!r}"
+CHOICES = f"None, {listed(row.name for row in ROWS)}"

@@ -1,13 +1,13 @@
-"""Autocast: what `torch.nn.functional.linear` makes of its arguments there.
+"""Autocast: the network is cast as `torch.nn.functional.linear` casts its arguments.
 
 Under autocast for the device of the tensors, `F.linear` casts input, weight and
-bias to autocast's dtype, and ReLU, sigmoid and tanh run in the dtype that comes.
-So the network is cast once, at its entrance, by operations that autograd records:
-the gradients of float32 parameters are float32. A cast network has nothing left to
-cast, and so autocast may stay on around it.
+bias to autocast's dtype, and ReLU, sigmoid and tanh run in the dtype of their input.
+So the network is cast once, before it runs, by operations that autograd records: the
+gradients of float32 parameters are float32. After that autocast has nothing left to
+cast, so it may stay on.
 
-PyTorch remembers the casts of a region's weights, and gives no way to that memory
-but through its own layers. Here every call casts anew.
+PyTorch caches the casts of weights within a region, but only its own layers can use
+that cache. Here every call casts again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .ops import NO_TENSOR
 def cast(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """A network as autocast has it; the same tensors where it asks for nothing.
+    """A network in the dtype of autocast; the same tensors where autocast is off.
 
     Args:
         x: (*, in_features); its device decides whether autocast is on.
@@ -33,11 +33,11 @@ def cast(
         biases: nothing, or (out_features,) each, `NO_TENSOR` where one is missing.
 
     Returns:
-        x, weights and biases: those of them that are floating-point and not float64
-        in autocast's dtype, and the others as they are.
+        x, weights and biases. Floating-point tensors other than float64 are in
+        autocast's dtype, and the others unchanged.
     """
     device = x.device.type
-    # There are devices without autocast, to ask about which is an error.
+    # For a device without autocast the second question is an error.
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return x, list(weights), list(biases)
     dtype = torch.get_autocast_dtype(device)
@@ -49,7 +49,7 @@ def cast(
     return casted(x), [casted(w) for w in weights], [casted(b) for b in biases]
 
 
-# -- The rule of the operator for people --------------------------------------
+# -- The rule of the public operator ------------------------------------------
 
 
 def _relu_mlp_autocast(

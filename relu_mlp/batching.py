@@ -1,13 +1,13 @@
 """`torch.vmap` of the operators: many networks, or many inputs, as batched products.
 
-Every rule gets its operands with one more dimension, or without where an operand
-is the same for all. With B examples of n rows each:
+Every rule gets its operands with one more dimension, the batch dimension, or without it
+where an operand is the same for all examples. With B examples of n rows each:
 
-- Where only x has it, B inputs of n rows are one input of B n rows: one call of the
-  operator. The same for a backward pass that asks for the gradient of x alone.
-- The gradients of a parameter are wanted for every example, and so are not summed over
-  the B: dW[b] = delta[b]^T a[b], for one row each an outer product.
-- Where weights have it (an ensemble), a layer is one batched product.
+- If only x has the batch dimension, B inputs of n rows are one input of B n rows, and the
+  operator is called once. A backward pass for the gradient of x alone does the same.
+- The gradients of a parameter are wanted for each example, so they are not summed over
+  the B: dW[b] = delta[b]^T a[b]. For one row each that is an outer product.
+- If weights have the batch dimension (an ensemble), a layer is one batched product.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ Rule = Callable[..., tuple[Any, Any]]
 def register_rule(library: torch.library.Library, name: str, rule: Rule) -> None:
     """Registers the batching rule of an operator.
 
-    `torch.library.register_vmap` would do, but takes the lists of tensors apart as trees,
-    six times a call: a small network's per-sample gradients took twice as long. It serves
-    where this PyTorch lacks what a kernel needs.
+    `torch.library.register_vmap` would do, but it flattens the lists of tensors as trees,
+    six times a call: a small network's per-sample gradients took twice as long. It is used
+    where this PyTorch lacks the private names that a kernel needs.
 
     Args:
-        rule: (batch_size, in_dims, *arguments) -> (results, out_dims). A dimension, or a list
-            of them, stands for each argument and each result: None where it is the same for
-            all examples, or no tensor.
+        rule: (batch_size, in_dims, *arguments) -> (results, out_dims). The dims hold a
+            batch dimension, or a list of them, for each argument and each result; None where
+            it is the same for all examples, or no tensor.
     """
     if HAS_VMAP_TOOLS:
         kernel = _kernel_of(getattr(torch.ops.relu_mlp, name).default, rule)
@@ -62,14 +62,14 @@ def register_rule(library: torch.library.Library, name: str, rule: Rule) -> None
 
 
 def _kernel_of(operator: Callable[..., Any], rule: Rule) -> Callable[..., Any]:
-    """What the dispatcher calls for an operator under vmap; `operator` if nothing is batched."""
+    """A kernel for vmap: the rule, or the operator itself if no argument is batched."""
 
     def kernel(*arguments: Any) -> Any:
         interpreter: Any = current_interpreter()
         level, batch_size = interpreter.level(), interpreter.batch_size()
         pairs = [_taken_apart(argument, level) for argument in arguments]
         in_dims = [dim for _, dim in pairs]
-        # What is below this level, where autocast is not for vmap, natively too.
+        # Runs below vmap with autocast off, as PyTorch does.
         with below_vmap(), disable_autocast():
             if not any(_is_batched(dim) for dim in in_dims):
                 return operator(*arguments)
@@ -84,7 +84,7 @@ def _is_batched(dim: Any) -> bool:
 
 
 def _taken_apart(argument: Any, level: int) -> tuple[Any, Any]:
-    """An argument without its dimension of examples, and that dimension."""
+    """An argument without its batch dimension, and that dimension."""
     if isinstance(argument, Tensor):
         return unwrap_batched(argument, level)
     if isinstance(argument, (list, tuple)):
@@ -114,7 +114,7 @@ def forward(
     weights, biases = _all_to_front(weights, weight_dims), _all_to_front(biases, bias_dims)
     shape = x.shape[x_dim is not None : -1]
     are_same = all(dim is None for dim in [*weight_dims, *bias_dims])
-    if not are_same or x.dim() == 1:  # the operator does not see which dimension is of examples
+    if not are_same or x.dim() == 1:  # the operator can't tell the batch dimension
         checks.check_layers(
             _one_of(x, x_dim),
             list(map(_one_of, weights, weight_dims)),
@@ -177,7 +177,7 @@ def backward(
         for a, dim in zip(inputs, input_dims, strict=True)
     ]
 
-    # Where nothing but rows differs and none are summed, they are one batch.
+    # If only rows differ and nothing is summed over rows, all examples are one batch.
     of_rows = [delta, *([] if y is None else [y]), *inputs[1:]]
     if "1" not in needs[1:] and set(weight_dims) == {None} and all(t.dim() == 3 for t in of_rows):
         flat, *kept = [t.flatten(0, 1) for t in of_rows]
@@ -224,7 +224,7 @@ def recompute_backward(
     of_grad_output, x_dim, weight_dims = in_dims[:3]
     if any(map(_is_batched, in_dims[1:])):
         (y, hidden), (y_dim, hidden_dims) = forward(batch_size, in_dims[1:], *network)
-    else:  # a finished forward pass, of which only the gradients are many
+    else:  # only grad_output is batched, as for many gradients of one forward pass
         y, hidden = implementation_for(x).forward(*network)
         y_dim, hidden_dims = None, [None] * len(hidden)
     saved = reference.pack(x, y, weights, hidden, output_activation, needs)
@@ -243,21 +243,21 @@ def _all_to_front(tensors: Sequence[Tensor], dims: Dims) -> list[Tensor]:
 
 
 def _one_of(tensor: Tensor, dim: int | None) -> Tensor:
-    """One example of what `_to_front` returned, for its shape."""
+    """One example of a tensor that `_to_front` returned, for its shape."""
     if dim is None:
         return tensor
     return tensor[0] if tensor.shape[0] else tensor.new_empty(tensor.shape[1:])
 
 
 def _as_matrices(tensor: Tensor, dim: int | None) -> Tensor:
-    """(*, features) as (rows, features), after the dimension of examples if there is one."""
+    """(*, features) as (rows, features), after the batch dimension if there is one."""
     if dim is None:
         return reference.as_matrix(tensor)
     return tensor.reshape(tensor.shape[0], math.prod(tensor.shape[1:-1]), tensor.shape[-1])
 
 
 def _dim_of(tensor: Tensor, dims: int) -> int | None:
-    """Where the examples are in a result that has `dims` dimensions without them."""
+    """The batch dimension of a result that has `dims` dimensions without it."""
     return None if tensor.dim() == dims else 0
 
 
@@ -269,5 +269,5 @@ def _linear(a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _transposed_product(delta: Tensor, a: Tensor) -> Tensor:
-    """delta^T a; of one row, where that is a product of no sum, in one pass."""
+    """delta^T a; for one row, where nothing is summed, in one pass over memory."""
     return delta.mT * a if a.shape[-2] == 1 else delta.mT @ a

@@ -1,12 +1,12 @@
-"""Checks of the arguments, in the words of csrc/ops.cpp.
+"""Checks of the arguments, with the same messages as the library's own checks.
 
-The extension checks its own arguments; these serve the reference and the fake
+The library checks its arguments itself. These checks serve the reference and the fake
 kernels. A message names the argument, what was expected and what came.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,10 +22,16 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def listed(names: Iterable[str]) -> str:
+    """Names for a message: "'sigmoid', 'tanh' or 'relu'"."""
+    *most, last = map(repr, names)
+    return f"{', '.join(most)} or {last}"
+
+
 def check_name(argument: str, name: str, known: Collection[str]) -> None:
+    """Raises RuntimeError unless `name` is a known one."""
     if name not in known:
-        *most, last = (repr(option) for option in known)
-        raise RuntimeError(f"{argument} must be {', '.join(most)} or {last}, got {name!r}")
+        raise RuntimeError(f"{argument} must be {listed(known)}, got {name!r}")
 
 
 def check_like_x(name: str, tensor: Tensor, x: Tensor) -> None:
@@ -41,7 +47,7 @@ def check_device(name: str, tensor: Tensor, x: Tensor) -> None:
 
 
 def check_tensor(name: str, tensor: object) -> None:
-    """Raises TypeError for None, which PyTorch hands on in place of an operator's first tensor."""
+    """Raises TypeError for None, which PyTorch passes on as an operator's first tensor."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
 
@@ -91,14 +97,14 @@ def check_chain(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) 
                 )
             check_like_x(f"biases[{layer}]", bias, x)
         elif bias.device.type not in ("cpu", x.device.type):
-            # It stands for none, but sends the call to a kernel for another device than x's.
+            # It means no bias, but the dispatcher would choose a kernel by its device.
             check_device(f"biases[{layer}]", bias, x)
 
 
 def check_saved(saved: Sequence[Tensor], grad_output: Tensor) -> None:
-    """Raises RuntimeError unless all is on the device of `grad_output`.
+    """Raises RuntimeError unless every tensor is on the device of `grad_output`.
 
-    A product of PyTorch's takes a meta tensor beside any other, and computes with nothing.
+    PyTorch's products accept a meta tensor beside one that has values, and compute nothing.
     """
     check_storage("relu_mlp::backward: grad_output", grad_output)
     for n, tensor in enumerate(saved):
@@ -122,8 +128,8 @@ def check_like_output(name: str, tensor: Tensor, x: Tensor, shape: torch.Size) -
 def check_storage(name: str, tensor: Tensor) -> None:
     """Raises RuntimeError if the storage of an ordinary tensor lacks memory for its elements.
 
-    `resize_` frees or shrinks it under a tensor whose shape stays what it was. Of PyTorch's
-    operations some check this, and others read memory that is not the tensor's.
+    `resize_` of a storage frees or shrinks it, and the tensor keeps its shape. Some of PyTorch's
+    operations check this; others read memory that is not the tensor's.
     """
     if (
         type(tensor) not in (Tensor, Parameter)  # a subclass may have its memory elsewhere
@@ -178,7 +184,7 @@ def check_operands(
     weights: Sequence[Tensor | None],
     inputs: Sequence[Tensor | None],
 ) -> None:
-    """Raises RuntimeError unless what was saved for a backward pass chains; all are matrices."""
+    """Raises RuntimeError unless the shapes of a backward pass's matrices chain."""
 
     def check(tensor: Tensor | None, rows: int, cols: int, name: str, layer: int) -> None:
         if tensor is None:

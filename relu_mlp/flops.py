@@ -1,9 +1,9 @@
-"""How many operations the operators make, for `torch.utils.flop_counter.FlopCounterMode`.
+"""The operators' floating-point operations, for `torch.utils.flop_counter.FlopCounterMode`.
 
-Counted as PyTorch counts: 2 m n k for the product of an (m, k) and a (k, n), nothing
-for biases and activations. A formula takes the operator's arguments and its result
-(`out_shape`), with a shape in the place of every tensor. The reference needs none:
-what it calls is counted.
+As in PyTorch, the product of an (m, k) and a (k, n) counts 2 m n k, and biases and
+activations count nothing. A formula takes the operator's arguments and its result
+(`out_shape`), with a shape in the place of every tensor. The reference needs no formulas:
+PyTorch counts the operations that it calls.
 """
 
 from __future__ import annotations

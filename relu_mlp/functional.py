@@ -1,9 +1,9 @@
-"""The functional form, and the decision whether the operators may serve a call."""
+"""The functional form, and which calls the operators may serve."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,10 @@ from .ops import (
 
 Loss = Literal["sse", "half_sse", "mse"]
 
-# Named here, because to look them up in every call takes a microsecond.
+if get_args(Loss) != tuple(reference.LOSSES):
+    raise ImportError("Loss and reference.LOSSES must have the same names in the same order")
+
+# Bound here, because looking them up in every call takes a microsecond.
 _strided = torch.strided
 _is_grad_enabled = torch.is_grad_enabled
 _is_compiling = torch.compiler.is_compiling
@@ -113,8 +116,8 @@ def checked_parameters(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The weights and biases as the operators take them.
 
-    Checks what the operators can't, because it never reaches them: types,
-    lengths, and biases without elements, which mean none to an operator.
+    Checks what the operators can't check themselves: types, lengths, and biases without
+    elements, which to an operator mean that there is no bias.
     """
     is_symbolic = not isinstance(x, Tensor)  # as in a trace of torch.fx
     if is_symbolic and not is_tensor_like(x):
@@ -138,9 +141,9 @@ def checked_parameters(
 
 
 def check_empty_biases(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
-    """RuntimeError for a bias without elements that is not `NO_TENSOR`.
+    """Raises RuntimeError for a bias without elements where the layer has outputs.
 
-    To an operator it would mean that there is no bias.
+    An operator would take it to mean that there is no bias.
     """
     # In a TorchScript trace numel() is a tensor, and a symbolic size has no nbytes.
     is_traced = get_tracing_state() is not None
@@ -157,12 +160,13 @@ def check_empty_biases(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> N
 
 
 def list_of_tensors(argument: str, value: object, or_none: bool = False) -> list[Any]:
-    # A Tensor is iterable too, but would fall into its rows.
+    """The items of a sequence of tensors; TypeError if it is something else."""
+    # A Tensor is iterable too, but its items would be its rows.
     if isinstance(value, Tensor) or not hasattr(value, "__iter__"):
         kinds = "Tensors or None" if or_none else "Tensors"
         raise TypeError(f"{argument} must be a sequence of {kinds}, got {type(value).__name__}")
     items = list(value)
-    if PLAIN.issuperset(map(type, items)):  # the usual case, at the speed of C
+    if PLAIN.issuperset(map(type, items)):  # the usual case, checked in C
         return items
     for n, item in enumerate(items):
         if not (isinstance(item, Tensor) or is_tensor_like(item) or (or_none and item is None)):
@@ -171,25 +175,25 @@ def list_of_tensors(argument: str, value: object, or_none: bool = False) -> list
 
 
 def is_plain(tensor: object) -> bool:
-    """Whether this is an ordinary dense tensor, no subclass and no other layout."""
+    """Whether this is an ordinary dense tensor: no subclass, no other layout."""
     if type(tensor) not in PLAIN and not _is_exported(tensor):
         return False
     return tensor.layout is _strided  # type: ignore[attr-defined]
 
 
 def _is_exported(tensor: object) -> bool:
-    """Whether this is what `torch.export` puts in the place of an ordinary tensor."""
+    """Whether `torch.export` has put this in the place of an ordinary tensor."""
     return type(tensor) is FakeTensor and _is_compiling()
 
 
 def is_served(x: Tensor) -> bool:
-    """Whether the operators serve this input exactly as the native path would.
+    """Whether the operators can serve this input exactly as the native path would.
 
-    Not for tensor subclasses, not for other layouts and dtypes, and not under a mode that has to
-    see what the native path does: there it is taken.
+    Tensor subclasses, other layouts and other dtypes take the native path. So do calls under
+    a mode that has to see the native layers' operations.
     """
     return (
-        # First, because a mode sees it if somebody reads an attribute.
+        # Modes come first, because a mode sees every read of an attribute.
         not ((function_modes() or dispatch_modes()) and is_under_a_mode())
         and (type(x) in PLAIN or _is_exported(x))
         and x.dtype in DTYPES
@@ -200,11 +204,12 @@ def is_served(x: Tensor) -> bool:
 
 @constant_in_a_graph
 def leaves_python() -> bool:
-    """Whether a graph is being made that is to be of layers, as the `nn.Sequential` gives it.
+    """Whether a graph is being made that may be used without this package.
 
-    A program of `torch.export`, a TorchScript trace, an ONNX file: whoever gets it need not
-    know this package's operator. ``backend("extension")`` asks for the operator all the same,
-    except in an ONNX file. A graph of `torch.compile` stays in the process.
+    That is a program of `torch.export`, a TorchScript trace or an ONNX file. It gets the
+    native layers, as from an `nn.Sequential`, and not this package's operator.
+    ``backend("extension")`` asks for the operator all the same, except in an ONNX file. A
+    graph of `torch.compile` stays in the process.
     """
     if not (_is_compiling() and _is_exporting()) and get_tracing_state() is None:
         return False
@@ -219,9 +224,15 @@ def call_operators(
     recompute: bool,
     children: Iterable[nn.Module] = (),
 ) -> Tensor:
-    """One call of the operators, for tensors that `is_served` and `is_plain` let pass.
+    """Runs a network by the operators, or natively in graphs that leave the process.
 
-    `children` are the modules that the network is made of, for a trace to have their names.
+    Args:
+        x, weights, biases: tensors that passed `is_served` and `is_plain`; biases as
+            `checked_parameters` returns them.
+        activation: the operators' name of the output activation.
+        recompute: as in `relu_mlp`.
+        children: the modules that the network consists of. A trace calls them, so that it
+            has their names.
     """
     if _is_compiling() or get_tracing_state() is not None:
         if leaves_python() and children:
@@ -233,14 +244,14 @@ def call_operators(
         return torch.ops.relu_mlp.relu_mlp(x, weights, biases, activation)
     implementation = implementation_for(x)
     if FORWARD_AD[LEVEL] >= 0 or are_functorch_transforms_active():
-        # Level by level, through the dispatcher, which knows what each tensor is.
+        # Through the dispatcher, which runs one level after the other.
         return torch.ops.relu_mlp.relu_mlp(x, weights, stand_ins(biases), activation)
     if is_any_autocast_enabled():
         x, weights, biases = autocast.cast(x, weights, biases)
     if _is_grad_enabled():
         call = (implementation, activation, recompute, len(weights))
         return autograd.apply(call, x, *weights, *biases)[0]
-    # To enter and to leave it as a context takes longer than to make it, which enters it already.
+    # The guard is active from its creation. `with` would take longer.
     guard = below_autograd()
     try:
         return implementation.relu_mlp(x, weights, biases, activation)
@@ -249,7 +260,7 @@ def call_operators(
 
 
 def refuse_transforms(function: str, *arguments: Any) -> None:
-    """RuntimeError where somebody differentiates or maps a function that has no derivative."""
+    """Raises RuntimeError under a transform, for a function that has no derivative."""
     if (KNOWS_TRANSFORMS and are_functorch_transforms_active()) or (
         FORWARD_AD[LEVEL] >= 0 and carries_tangent(*arguments)
     ):
@@ -260,16 +271,17 @@ def refuse_transforms(function: str, *arguments: Any) -> None:
 
 
 def has_other_dtype(x: Tensor) -> bool:
-    """Whether x is a tensor of integers, say: the native path is taken, after a check.
+    """Whether x is an ordinary tensor of a dtype that the operators don't have, such as int64.
 
-    PyTorch's own message for a weight of another dtype would not name the argument.
+    The native path serves it, after a check of the arguments: PyTorch's own message about a
+    weight of another dtype would not name the argument.
     """
     return (
         type(x) in PLAIN
         and not is_under_a_mode()
         and x.dtype not in DTYPES
         and get_tracing_state() is None
-        # Autocast makes something else of a float8 first.
+        # Autocast converts a float8 first.
         and not (x.is_floating_point() and is_any_autocast_enabled())
     )
 
@@ -312,9 +324,8 @@ def loss_and_grads(
 ) -> LossAndGrads:
     """The loss of a network and its gradient at every parameter, by hand.
 
-    One call and no autograd graph: the loop of those who derive
-    back-propagation themselves. With y = `relu_mlp(x, weights, biases)`, the
-    loss is
+    One call and no autograd graph, for training loops by hand. With
+    y = `relu_mlp(x, weights, biases)`, the loss is
 
         ``"sse"``        sum of (y - target)^2
         ``"half_sse"``   half of that
@@ -344,7 +355,7 @@ def loss_and_grads(
             )
     activation = activation_name(output_activation)
     if not isinstance(loss, str) or loss not in reference.LOSSES:
-        raise ValueError(f"loss must be 'sse', 'half_sse' or 'mse', got {loss!r}")
+        raise ValueError(f"loss must be {checks.listed(reference.LOSSES)}, got {loss!r}")
     weight_list, present = checked_parameters(x, weights, biases)
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a Tensor, got {type(target).__name__}")
@@ -362,7 +373,7 @@ def loss_and_grads(
 def split_by_kind(
     of_parameters: Sequence[Tensor], biases: Sequence[Tensor]
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...] | None]:
-    """What belongs to the weights, and what belongs to the biases, None where there is none.
+    """Splits a sequence into the entries of the weights and of the biases; None for a missing one.
 
     Args:
         of_parameters: an entry for each weight, then one for each of `biases`.

@@ -37,7 +37,7 @@ class BuildInfo:
     missing_in_torch: tuple[str, ...]  #: private names of PyTorch that this version lacks
 
     def advice(self) -> list[str]:
-        """What runs slower than it could here, and what to do about it; a sentence or two each."""
+        """What runs slower here than it could, and the remedy, in a sentence or two each."""
         lines = []
         if self.problem is not None:
             lines.append(f"The extension is missing: {self.problem}")
@@ -85,7 +85,7 @@ def _built() -> tuple[dict[str, str], tuple[str, ...]]:
 
 
 def build_info() -> BuildInfo:
-    """What was built, what will run, and if that is less than it could be, why."""
+    """What was built, what will run, and why, if that is less than it could be."""
     built, supported = _built()
     compiled = tuple(built.get("instruction_sets", "").split())
     name = ops.current_backend()

@@ -1,8 +1,8 @@
-"""Whether somebody sees or changes what the native layers do; then the native layers run.
+"""Whether something intercepts the native layers' calls; then the native layers run.
 
-The operators give the same numbers, but they call no `F.linear`. So where a function or a
-method has been replaced that the native layers would call, or a mode is active that would see
-their calls, nothing is fused. docs/compatibility.md, "Under modes", says it for people.
+The operators give the same numbers, but they call no `F.linear`. So nothing is fused where a
+function or a method that the native layers call has been replaced, or where a mode is active
+that would see their calls. For users this is in docs/compatibility.md, "Under modes".
 """
 
 from __future__ import annotations
@@ -63,14 +63,14 @@ def _understands(mode: Any) -> bool:
     )
 
 
-# -- What somebody has replaced -----------------------------------------------------------------
+# -- Replaced functions and methods --------------------------------------------------------------
 #
-# Tuples are compared as wholes, which takes a third of the steps of a chain of comparisons. To
-# torch.compile the answers are constants: it would compare every item again in every call.
+# Whole tuples are compared, in a third of the steps of a chain of comparisons. For torch.compile
+# the answers are constants; else it would compare every item again in every call.
 
 _MODULE, _LINEAR, _RELU = vars(Module), vars(Linear), vars(ReLU)
 
-#: What a class has to have for its modules to do something else by the same `forward`. Module
+#: With one of these, the modules of a class do something else by the same `forward`. Module
 #: itself has the methods.
 _ATTRIBUTES = frozenset({"weight", "bias", "inplace", "__getattribute__"})
 _METHODS = frozenset({"__call__", CALL_IMPL, "__getattr__"})
@@ -81,12 +81,12 @@ _output_functions = attrgetter(*FUNCTIONS.values())
 
 
 def _functions() -> tuple[Any, ...]:
-    """What a network of functions calls."""
+    """The functions that a network of functions calls."""
     return F.linear, F.relu, *_output_functions(torch)
 
 
 def _layers() -> tuple[Any, ...]:
-    """What a network of layers calls, and how many attributes their classes have."""
+    """The functions that a network of layers calls, and how many attributes its classes have."""
     return (
         Sequential.forward,
         Module.__call__,
@@ -105,12 +105,12 @@ def _layers() -> tuple[Any, ...]:
 
 
 def _output_activation(kind: type[Module]) -> tuple[Any, ...]:
-    """What a module of an output activation calls."""
+    """The functions that calling a module of an output activation calls."""
     return kind.forward, kind.__call__, call_impl_of(kind), *_output_functions(torch)
 
 
 def _by_pytorch(code: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The same, but something that equals nothing for what somebody had replaced before."""
+    """The same, but with an object that equals nothing for each that is not PyTorch's own."""
     return tuple(item if _is_by_pytorch(item) else object() for item in code)
 
 
@@ -126,7 +126,7 @@ def _home_of(function: Any) -> str:
     return str(getattr(function, "__globals__", {}).get("__name__"))
 
 
-def _is_something_in_the_way() -> bool:
+def _do_classes_override() -> bool:
     return not (
         _ATTRIBUTES.isdisjoint(_MODULE)
         and (_ATTRIBUTES | _METHODS).isdisjoint(_LINEAR)
@@ -134,11 +134,11 @@ def _is_something_in_the_way() -> bool:
     )
 
 
-#: How a Sequential goes through its children, which a subclass may do otherwise.
+#: How a Sequential iterates over its children. A subclass may do it otherwise.
 (iterate,) = _by_pytorch((Sequential.__iter__,))
 
 _FUNCTIONS = _by_pytorch(_functions())
-_LAYERS = () if _is_something_in_the_way() else _by_pytorch(_layers())
+_LAYERS = () if _do_classes_override() else _by_pytorch(_layers())
 _OUTPUT_ACTIVATIONS: dict[type[Module], tuple[Any, ...]] = {
     kind: _by_pytorch(_output_activation(kind)) for kind in OUTPUT_ACTIVATIONS if kind is not ReLU
 }
@@ -164,10 +164,8 @@ def are_layers_replaced() -> bool:
     ):
         return True
     layers = _layers()
-    # Classes may get more attributes, if these do not matter.
-    return layers != _LAYERS and (
-        _is_replaced(layers[:-3], _LAYERS[:-3]) or _is_something_in_the_way()
-    )
+    # Classes may get more attributes, as long as these do not matter.
+    return layers != _LAYERS and (_is_replaced(layers[:-3], _LAYERS[:-3]) or _do_classes_override())
 
 
 @constant_in_a_graph
@@ -178,7 +176,7 @@ def is_output_activation_replaced(kind: type[Module]) -> bool:
 
 
 def _is_replaced(code: tuple[Any, ...], known: tuple[Any, ...]) -> bool:
-    # To record a graph of operations, PyTorch wraps methods of Module, but records no modules.
+    # To record a graph of operations PyTorch wraps methods of Module, but records no modules.
     wrapper = TRACER_OF_FX if dispatch_modes() else None
     return len(code) != len(known) or any(
         item is not original and _home_of(item) != wrapper

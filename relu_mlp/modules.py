@@ -1,4 +1,4 @@
-"""The layer."""
+"""`ReluMLP`, the layer."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from ._torch_private import (
     copy_to_script_wrapper,
     is_scripting,
 )
-from .activations import OUTPUT_ACTIVATIONS, OutputActivation
+from .activations import DEFAULTS, OUTPUT_ACTIVATIONS, OutputActivation
 from .functional import call_operators, is_served, leaves_python
 from .interception import are_layers_replaced
 from .ops import backend, extension, implementation_for, this_thread
-from .run import Run, find_run, network_of
+from .run import Run, find_run, has_defaults, network_of
 from .scripting import Scriptable
 
 _is_compiling = torch.compiler.is_compiling
@@ -39,9 +39,9 @@ class ReluMLP(Scriptable):
     """`nn.Sequential(Linear, ReLU, ..., Linear)` as one operator each way.
 
     The children are those that the `nn.Sequential` would have, under the same
-    names and with the same initial values after a given seed; `state_dict`,
-    optimizers, hooks and slices work as they do there. Where a child carries a
-    hook, has been replaced, parametrized or pruned, or where the operators
+    names and with the same initial values after a given seed. `state_dict`,
+    optimizers, hooks and slices work as they do there. If a child carries a
+    hook or has been replaced, parametrized or pruned, or if the operators
     can't serve the input, the children are called one by one.
 
     Args:
@@ -103,8 +103,8 @@ class ReluMLP(Scriptable):
     def from_sequential(cls, sequential: nn.Sequential, recompute: bool = False) -> ReluMLP:
         """A `ReluMLP` that holds the same children under the same names.
 
-        What else `sequential` has comes along: its mode, its hooks (in lists of their own),
-        parameters and buffers of its own, and attributes.
+        It also gets the mode of `sequential`, its hooks (in dicts of their own), its own
+        parameters and buffers, and its attributes.
 
         Args:
             sequential: Linear, ReLU, ..., Linear, and at most one of ReLU,
@@ -144,7 +144,7 @@ class ReluMLP(Scriptable):
             return self._scripted_forward(input)
         else:
             if _is_compiling():
-                if leaves_python():  # before anything is read, after which parameters are named
+                if leaves_python():  # first: parameters are named after the first read
                     return super().forward(input)
                 result = self._traced_forward(input)
                 if result is not None:
@@ -161,11 +161,11 @@ class ReluMLP(Scriptable):
             return super().forward(input)
 
     def _traced_forward(self, input: Tensor) -> Tensor | None:
-        """What `torch.compile` reads first; None where `forward` has to look closer.
+        """The output in a graph of `torch.compile`; None where `forward` has to look closer.
 
-        Whatever is read here is compared again in every call of the compiled function, and to
-        compare what `forward` reads takes as long as a small network. So the children are read
-        as their own forward would read them, and the rest is asked once, when a graph is made.
+        A compiled function compares everything that was read here in every call, and
+        comparing all that `forward` reads takes as long as a small network. So this reads the
+        children as their own forward methods would, and asks the rest once per graph.
         """
         activation = self._activation_in_a_graph(this_thread.backend)
         if activation is None:
@@ -173,12 +173,14 @@ class ReluMLP(Scriptable):
         weights: list[Tensor] = []
         biases: list[Tensor] = []
         for child in self:
-            if child.forward is None:  # never; but read, so that another one will be noticed
+            if child.forward is None:  # never; but the read guards against another `forward`
                 return None
             if type(child) is Linear:
                 weights.append(child.weight)
                 if child.bias is not None:
                     biases.append(child.bias)
+            elif DEFAULTS and not has_defaults(child):
+                return None
         if (
             (_function_modes() and interception.is_under_a_mode())
             or type(input) is not torch.Tensor
@@ -193,7 +195,7 @@ class ReluMLP(Scriptable):
 
     @constant_in_a_graph
     def _activation_in_a_graph(self, name: str) -> str | None:
-        """The output activation, if under that backend the operator serves all children."""
+        """The output activation, if the operator serves all children under that backend."""
         network = None if are_layers_replaced() else network_of(self)
         if network is None or torch.onnx.is_in_onnx_export():
             return None
@@ -215,13 +217,14 @@ class ReluMLP(Scriptable):
 
 
 def slice_or_child(sequential: nn.Sequential, index: Any) -> Any:
+    """``sequential[index]``; a slice is a plain `nn.Sequential`."""
     if isinstance(index, slice):
         return nn.Sequential(OrderedDict(list(children_of(sequential).items())[index]))
     return nn.Sequential.__getitem__(sequential, index)
 
 
 def _lost_by_another_class(sequential: nn.Sequential) -> str | None:
-    """What a module of another class with the same `__dict__` would do otherwise, or None."""
+    """What a module of another class with the same `__dict__` would lose, or None."""
     for name in ("forward", CALL_IMPL, COMPILED_CALL_IMPL):
         if name in sequential.__dict__:
             return f"a {name} of its own"
@@ -237,7 +240,7 @@ def _lost_by_another_class(sequential: nn.Sequential) -> str | None:
     return None
 
 
-#: What a class has that defines nothing but how its objects are made.
+#: The attributes of a class that defines nothing but `__init__`.
 _OF_EVERY_CLASS = {*vars(type("_", (), {})), "__init__", "__annotations__", "__annotate__"}
 _OF_EVERY_CLASS |= {"__firstlineno__", "__static_attributes__", "__annotate_func__"}
 

@@ -82,7 +82,7 @@ abc.update_abstractmethods(ReluMLPParallel)  # type: ignore[type-abstract]
 
 
 class TensorParallelReluMLP(ReluMLP):
-    """What `ReluMLPParallel` makes of a `ReluMLP`.
+    """A `ReluMLP` whose parameters `ReluMLPParallel` has sharded.
 
     Shape:
         (*, in_features) to (*, out_features). The input is a tensor that is the
@@ -99,7 +99,7 @@ class TensorParallelReluMLP(ReluMLP):
 
     def forward(self, input: Tensor) -> Tensor:
         mesh = next((p.device_mesh for p in self.parameters() if isinstance(p, DTensor)), None)
-        if mesh is None:  # functional_call lends whole parameters
+        if mesh is None:  # functional_call has put whole parameters in their place
             return super().forward(input)
         if isinstance(input, DTensor) and input.device_mesh != mesh:
             raise ValueError(

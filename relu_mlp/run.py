@@ -37,7 +37,7 @@ class Run(NamedTuple):
 
 
 def is_patched(state: dict[str, Any]) -> Any:
-    """Whether calling a module does anything else than its class says, as a truth value.
+    """Whether calling a module does anything but what its class defines, as a truth value.
 
     `state` is the module's `__dict__`. Python looks up attributes there before it asks the
     class or the parameters.
@@ -58,6 +58,12 @@ def is_patched(state: dict[str, Any]) -> Any:
         return True
 
 
+def has_defaults(child: nn.Module) -> bool:
+    """Whether a module computes what its class computes by default: no nn.Softplus(beta=2)."""
+    defaults = DEFAULTS.get(type(child), {})
+    return all(getattr(child, name) == value for name, value in defaults.items())
+
+
 def _activation_of(child: nn.Module) -> OutputActivation | None:
     """The activation that a module computes, if it may follow the last Linear."""
     kind = type(child)
@@ -66,11 +72,7 @@ def _activation_of(child: nn.Module) -> OutputActivation | None:
         return activation
     if interception.is_output_activation_replaced(kind):
         return None
-    if kind in DEFAULTS:
-        state = child.__dict__
-        if any(state.get(name) != value for name, value in DEFAULTS[kind].items()):
-            return None
-    return activation
+    return activation if has_defaults(child) else None
 
 
 def find_run(

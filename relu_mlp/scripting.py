@@ -1,4 +1,8 @@
-"""What TorchScript compiles of the modules, whose Python it can't read."""
+"""All there is for TorchScript, which can't compile the modules' `forward`.
+
+PyTorch deprecates TorchScript. Nothing of it belongs into other files, but for the branch in
+a `forward` that leads here. The ``__jit_..__`` attributes are private names of PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +20,9 @@ if TYPE_CHECKING:
 
 
 class Scriptable(nn.Sequential):
-    """What TorchScript compiles in the place of `forward`, which it can't read.
+    """The `forward` that TorchScript compiles.
 
-    The children's runs as they are when the module is scripted, each one operator.
+    Each run of children that the operators serve when the module is scripted is one operator.
     """
 
     __constants__ = ("_script_steps",)
@@ -27,8 +31,8 @@ class Scriptable(nn.Sequential):
 
     @property
     def _script_steps(self) -> tuple[str, ...]:
-        """What to do at each child: "call" it, "gather" it for a run, or end the run: an
-        output activation."""
+        """A step for each child: "call" it, "gather" its parameters, or the output activation
+        of the run that ends with it."""
         steps = ["call"] * len(children_of(self))
         for position, run in self._find_runs():
             first = run.weights[0]
@@ -38,7 +42,7 @@ class Scriptable(nn.Sequential):
         return tuple(steps)
 
     def _find_runs(self) -> list[tuple[int, Run]]:
-        """The runs that are served as one operator, and where among the children each begins."""
+        """The runs that are served as one operator, with the position of each one's first child."""
         raise NotImplementedError
 
     def _scripted_forward(self, input: Tensor) -> Tensor:

@@ -165,7 +165,7 @@ def test_outputs_do_not_share_memory_with_inputs():
             assert len(set(pointers)) == len(pointers)
 
 
-# -- The operator for people -----------------------------------------------------
+# -- The public operator ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", support.DTYPES, ids=str)
