@@ -2,8 +2,8 @@
 
 Nothing is linked or run, and no object file is written (-fsyntax-only). The flags are those of
 setup.py. csrc/cuda and tests/cuda_on_host are compiled for the host, as
-tests/kernels/test_cuda_on_host.py compiles them. MAX_JOBS compilers run at once, 2 if it is not set. A compiler that is not installed
-is left out; if neither is, the command fails.
+tests/kernels/test_cuda_on_host.py compiles them. MAX_JOBS compilers run at once, 2 if it is not
+set. A compiler that is not installed is left out; if neither is, the command fails.
 
     python tools/compiler_warnings.py                # every file by every compiler found
     python tools/compiler_warnings.py csrc/ops.cpp   # some files
