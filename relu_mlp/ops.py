@@ -26,7 +26,7 @@ from torch.nn import Parameter
 
 from . import checks, reference
 
-#: csrc/ops.cpp has the same schemas. They are needed here only where the
+#: csrc/operators.cpp has the same schemas. They are needed here only where the
 #: library is not, so that the operators exist all the same.
 SCHEMAS = (
     'relu_mlp(Tensor x, Tensor[] weights, Tensor[] biases, str output_activation="none") -> Tensor',
@@ -117,7 +117,7 @@ def _load_library() -> tuple[Path | None, str | None]:
     """The library's path, or why there is none.
 
     Where the process has the operators already, this copy of the library serves nothing
-    (csrc/ops.cpp), and what is there is used, if it is the same.
+    (csrc/operators.cpp), and what is there is used, if it is the same.
     """
     folder = Path(__file__).parent
     found = sorted(folder.glob("_C*.so")) + sorted(folder.glob("_C*.pyd"))

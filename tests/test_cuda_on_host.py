@@ -29,10 +29,10 @@ ROOT = Path(__file__).parent.parent
 COMPILER = os.environ.get("CXX", "c++").split()[0]
 SOURCES = [
     "csrc/cuda/plan.cpp",
-    "csrc/cuda/cublaslt.cpp",
-    "csrc/cuda/mlp.cpp",
-    "csrc/cuda/wide.cu",
-    "csrc/cuda/narrow.cu",
+    "csrc/cuda/layered/cublaslt.cpp",
+    "csrc/cuda/passes.cpp",
+    "csrc/cuda/layered/kernels.cu",
+    "csrc/cuda/fused/fused.cu",
     "tests/cuda_on_host/emulator.cpp",
     "tests/cuda_on_host/operators.cpp",
 ]

@@ -136,7 +136,7 @@ def check_cublaslt() -> None:
         if (folder / "cublasLt.h").exists():
             run("nvcc", "-std=c++20", f"-I{folder}", "-Xcompiler=-fsyntax-only", "-c",
                 ROOT / "tools" / "cublaslt_api.cpp", "-o", OUT / "cublaslt_api.o")  # fmt: skip
-            print("cublasLt.h agrees with csrc/cuda/cublaslt_api.h")
+            print("cublasLt.h agrees with csrc/cuda/layered/cublaslt_api.h")
             return
     print("cublasLt.h was not found (CPATH, the nvidia-cublas wheel): its check is left out")
 

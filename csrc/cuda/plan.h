@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "device.h"
-#include "narrow_plan.h"
+#include "fused/fused_plan.h"
 
 namespace relu_mlp::cuda {
 

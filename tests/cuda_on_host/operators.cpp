@@ -3,7 +3,7 @@
 
 #include "../../csrc/boxed.h"
 #include "../../csrc/cuda/machine.h"
-#include "../../csrc/cuda/mlp.h"
+#include "../../csrc/cuda/passes.h"
 
 namespace relu_mlp {
 namespace {

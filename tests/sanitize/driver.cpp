@@ -330,7 +330,7 @@ class Case {
     }
   }
 
-  // As in csrc/cpu/mlp.cpp, but for the library.
+  // As in csrc/cpu/passes.cpp, but for the library.
   template <typename F>
   void with_layers(const F& f) {
     if constexpr (std::is_same_v<T, BFloat16>) {

@@ -4,13 +4,13 @@
 
 #include "boxed.h"
 #include "cpu/isa.h"
-#include "cpu/mlp.h"
+#include "cpu/passes.h"
 #include "cpu/strategy.h"
 #include "cuda/plan.h"
 #ifdef RELU_MLP_WITH_CUDA
 #include <cuda_runtime_api.h>
 
-#include "cuda/mlp.h"
+#include "cuda/passes.h"
 #endif
 
 namespace relu_mlp {
@@ -229,7 +229,7 @@ class Registration {
   Registration& operator=(const Registration&) = delete;
 
  private:
-  static constexpr const char* file = "csrc/ops.cpp";
+  static constexpr const char* file = "csrc/operators.cpp";
 
   StableLibrary& open(
       std::optional<StableLibrary>& library,

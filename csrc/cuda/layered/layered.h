@@ -5,10 +5,10 @@
 #include <algorithm>
 #include <vector>
 
-#include "../tensor.h"
-#include "memory.h"
-#include "products.h"
-#include "wide.h"
+#include "../../tensor.h"
+#include "../memory.h"
+#include "layer_products.h"
+#include "kernels.h"
 
 namespace relu_mlp::cuda {
 

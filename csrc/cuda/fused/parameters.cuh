@@ -4,8 +4,8 @@
 
 #include <cmath>
 
-#include "machine.h"
-#include "narrow.h"
+#include "../machine.h"
+#include "fused.h"
 
 namespace relu_mlp::cuda {
 

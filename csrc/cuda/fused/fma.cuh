@@ -13,7 +13,7 @@
 // quarters of its rate. These are predictions; nothing of it has been measured.
 #pragma once
 
-#include "narrow_sum.cuh"
+#include "gradient_sums.cuh"
 
 namespace relu_mlp::cuda {
 

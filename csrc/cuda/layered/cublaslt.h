@@ -3,9 +3,9 @@
 
 #include <compare>
 
-#include "../tensor.h"
+#include "../../tensor.h"
 #include "cublaslt_api.h"
-#include "device.h"
+#include "../device.h"
 
 namespace relu_mlp::cuda::cublaslt {
 

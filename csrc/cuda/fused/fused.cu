@@ -1,9 +1,9 @@
-#include "narrow.h"
+#include "fused.h"
 
-#include "narrow_fma.cuh"
-#include "narrow_mma.cuh"
-#include "narrow_mma_backward.cuh"
-#include "narrow_sum.cuh"
+#include "fma.cuh"
+#include "mma.cuh"
+#include "mma_backward.cuh"
+#include "gradient_sums.cuh"
 
 #include <algorithm>
 #include <stdexcept>

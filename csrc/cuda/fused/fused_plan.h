@@ -3,7 +3,7 @@
 // arithmetic of its kernels. Plain functions, the same on host and device.
 #pragma once
 
-#include "device.h"
+#include "../device.h"
 
 namespace relu_mlp::cuda {
 

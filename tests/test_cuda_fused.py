@@ -28,8 +28,8 @@ from relu_mlp import reference
 ROOT = Path(__file__).parent.parent
 COMPILER = os.environ.get("CXX", "c++").split()[0]
 SOURCES = [
-    "csrc/cuda/narrow.cu",
-    "tests/cuda_on_host/narrow.cpp",
+    "csrc/cuda/fused/fused.cu",
+    "tests/cuda_on_host/fused.cpp",
     "tests/cuda_on_host/emulator.cpp",
 ]
 
@@ -45,7 +45,7 @@ A100 = (108, 166912)
 
 
 class Call(ctypes.Structure):
-    """As in tests/cuda_on_host/narrow.cpp, field by field."""
+    """As in tests/cuda_on_host/fused.cpp, field by field."""
 
     _pointers = ctypes.c_void_p * 16
     _strides = ctypes.c_int64 * 2

@@ -1,10 +1,10 @@
 // The passes on a GPU: tensors to plain data, new tensors for the results, and
 // the choice of the regime. Kernels run on the device of the tensors, in the
 // order of PyTorch's current stream of that device.
-#include "mlp.h"
+#include "passes.h"
 
-#include "layers.h"
-#include "narrow.h"
+#include "layered/layered.h"
+#include "fused/fused.h"
 
 namespace relu_mlp::cuda {
 namespace {

@@ -1,7 +1,7 @@
-// The narrow regime on the emulator, for test_cuda_narrow.py to call.
+// The narrow regime on the emulator, for test_cuda_fused.py to call.
 
 #include "csrc/cuda/machine.h"
-#include "csrc/cuda/narrow.h"
+#include "csrc/cuda/fused/fused.h"
 
 #include <algorithm>
 #include <vector>
@@ -11,7 +11,7 @@ using namespace relu_mlp::cuda;
 
 namespace {
 
-// As test_cuda_narrow.Call, field by field.
+// As test_cuda_fused.Call, field by field.
 struct Call {
   int64_t element; // 0: float, 1: BFloat16, 2: Half
   int64_t layers, widths[max_layers + 1];

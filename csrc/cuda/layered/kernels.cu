@@ -1,10 +1,10 @@
 // Kernels over whole matrices, between the products of wide layers. All are
 // limited by memory: they read and write every element once.
-#include "wide.h"
+#include "kernels.h"
 
 #include <algorithm>
 
-#include "elementwise.cuh"
+#include "../elementwise.cuh"
 
 namespace relu_mlp::cuda {
 namespace {

@@ -2,7 +2,7 @@
 // over the blocks.
 #pragma once
 
-#include "narrow_rows.cuh"
+#include "parameters.cuh"
 
 namespace relu_mlp::cuda {
 

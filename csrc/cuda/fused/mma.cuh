@@ -15,7 +15,7 @@
 // 1.755 GHz. These are predictions; nothing of it has been measured.
 #pragma once
 
-#include "narrow_rows.cuh"
+#include "parameters.cuh"
 
 namespace relu_mlp::cuda {
 

@@ -4,10 +4,10 @@
 
 #include <type_traits>
 
-#include "../tensor.h"
+#include "../../tensor.h"
 #include "cublaslt.h"
-#include "plan.h"
-#include "wide.h"
+#include "../plan.h"
+#include "kernels.h"
 
 // PyTorch's products as C functions, which know neither autograd nor autocast.
 // PyTorch without CUDA lacks these symbols, and the library loads there too.

@@ -7,8 +7,8 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#include "../mlp.h"
-#include "narrow_plan.h"
+#include "../../mlp.h"
+#include "fused_plan.h"
 
 namespace relu_mlp::cuda {
 

@@ -18,8 +18,8 @@
 // 2^20 rows. These are predictions; nothing of it has been measured.
 #pragma once
 
-#include "narrow_mma.cuh"
-#include "narrow_sum.cuh"
+#include "mma.cuh"
+#include "gradient_sums.cuh"
 
 namespace relu_mlp::cuda {
 

@@ -5,7 +5,7 @@
 #include <map>
 #include <mutex>
 
-#include "memory.h"
+#include "../memory.h"
 
 namespace relu_mlp::cuda::cublaslt {
 namespace {

@@ -1,4 +1,4 @@
-#include "mlp.h"
+#include "passes.h"
 
 #include "pair_block.h"
 #include "pair_layers.h"

@@ -5,8 +5,8 @@
 // contiguous and start at an address divisible by 16.
 #pragma once
 
-#include "../mlp.h"
-#include "plan.h"
+#include "../../mlp.h"
+#include "../plan.h"
 
 namespace relu_mlp::cuda {
 
