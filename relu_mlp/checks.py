@@ -1,4 +1,4 @@
-"""Checks of the arguments, in the words of csrc/operators.cpp.
+"""Checks of the arguments, in the words of csrc/checks.h.
 
 The extension checks its own arguments; these serve the reference and the fake
 kernels. A message names the argument, what was expected and what came.

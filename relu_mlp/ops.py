@@ -26,7 +26,7 @@ from torch.nn import Parameter
 
 from . import checks, reference
 
-#: csrc/operators.cpp has the same schemas. They are needed here only where the
+#: csrc/operators.h has the same schemas. They are needed here only where the
 #: library is not, so that the operators exist all the same.
 SCHEMAS = (
     'relu_mlp(Tensor x, Tensor[] weights, Tensor[] biases, str output_activation="none") -> Tensor',
@@ -49,16 +49,6 @@ SCHEMAS = (
     "Tensor[] biases, str loss, str output_activation) -> Tensor[]",
     "_build_info() -> str",
     "_instruction_set() -> int",
-    "_supported_instruction_sets() -> str",
-    "_choose_instruction_set(str name) -> ()",
-    "_strategy(int rows, int[] widths, bool is_narrow, str pairs, int panel, "
-    "bool outruns_library) -> str",
-    "_cuda_plan(int rows, int[] widths, int element_size, bool is_backward, "
-    "bool recompute, int[] device) -> str",
-    "_is_for_cublaslt(int rows, int in_features, int out_features, "
-    "int input_ld, int output_ld, int element_size, bool aligned) -> bool",
-    "_cuda_columns(int rows, int cols, int element_size, int[] device) -> int[]",
-    "_cuda_columns_at_once(int rows, int cols, bool recompute, int[] device) -> int",
 )
 
 REMEDY = (
@@ -71,23 +61,21 @@ REMEDY = (
 PLAIN = frozenset({Tensor, Parameter})
 
 
-def _make_no_tensor() -> Tensor:
-    """An ordinary tensor without elements, wherever the first import happens.
+def _outside_modes(function: Callable[[], Any]) -> Any:
+    """What `function` returns, wherever the first import happens.
 
-    A functorch transform or a mode that is in force would make it one of its own kind. All of
-    them belong to a thread, and a new thread has none.
+    A functorch transform or a mode that is in force would change what it does. All of them
+    belong to a thread, and a new thread has none.
     """
-    made: list[Tensor] = []
-    thread = threading.Thread(
-        target=lambda: made.append(torch.empty(0, dtype=torch.float32, device="cpu"))
-    )
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(function()))
     thread.start()
     thread.join()
-    return made[0]
+    return results[0]
 
 
 #: Stands in an operator's arguments for a tensor that is missing.
-NO_TENSOR = _make_no_tensor()
+NO_TENSOR: Tensor = _outside_modes(lambda: torch.empty(0, dtype=torch.float32, device="cpu"))
 
 
 def stand_ins(biases: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -117,7 +105,7 @@ def _load_library() -> tuple[Path | None, str | None]:
     """The library's path, or why there is none.
 
     Where the process has the operators already, this copy of the library serves nothing
-    (csrc/operators.cpp), and what is there is used, if it is the same.
+    (csrc/registration.h), and what is there is used, if it is the same.
     """
     folder = Path(__file__).parent
     found = sorted(folder.glob("_C*.so")) + sorted(folder.glob("_C*.pyd"))
@@ -132,8 +120,27 @@ def _load_library() -> tuple[Path | None, str | None]:
         for text in SCHEMAS:
             _check_schema(torch._C.parse_schema(f"relu_mlp::{text}"), folder)
         if found and torch._C._dispatch_has_kernel_for_dispatch_key("relu_mlp::forward", "CPU"):
+            _check_activations(folder)
             return found[0], None
     return None, problem
+
+
+def library_says() -> dict[str, str]:
+    """What the library says of itself, by key. LibTorch leaks the string: ask seldom."""
+    lines = torch.ops.relu_mlp._build_info().splitlines()
+    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def _check_activations(folder: Path) -> None:
+    """The two tables of output activations, csrc/activation.h and reference.py, must agree."""
+    here = list(reference.ACTIVATIONS)
+    there = _outside_modes(library_says).get("output_activations", "").split()
+    if sorted(here) != sorted(there):
+        raise ImportError(
+            f"the package in {folder} has the output activations {', '.join(here)}, and its "
+            f"library has {', '.join(there)}. Build it anew, or load one version alone in a "
+            "process."
+        )
 
 
 def _are_defined() -> bool:
@@ -502,10 +509,10 @@ _library.impl("loss_and_grads", reference.loss_and_grads, "CompositeExplicitAuto
 # takes no rules in Python, but knows PyTorch's operators.
 for _name in ("relu_mlp", "forward", "backward", "recompute_backward"):
     _library.impl(_name, getattr(reference, _name), "Batched")
-for _name in ("_build_info", "_supported_instruction_sets"):
-    _key = "CompositeExplicitAutograd"
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"relu_mlp::{_name}", _key):
-        _library.impl(_name, lambda: "", _key)
+if not torch._C._dispatch_has_kernel_for_dispatch_key(
+    "relu_mlp::_build_info", "CompositeExplicitAutograd"
+):
+    _library.impl("_build_info", lambda: "", "CompositeExplicitAutograd")
 
 
 # -- Guards: a raw operator has no derivative and must not seem to have one ----
@@ -600,7 +607,7 @@ def _in_cpp(
 ) -> Any:
     """What records a call in a graph. If that will be C++, another operator takes its place.
 
-    It has no kernel in Python (csrc/boxed.h says why), and no derivative: below autograd,
+    It has no kernel in Python (csrc/operators.h says why), and no derivative: below autograd,
     where this runs, there is none left to ask for.
     """
     if not _is_written_in_cpp():

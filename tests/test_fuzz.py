@@ -30,7 +30,7 @@ def fuzz():
     before = relu_mlp.build_info().instruction_set
     yield module
     if module.INSTRUCTION_SETS:
-        torch.ops.relu_mlp._choose_instruction_set(before)
+        torch.ops.relu_mlp_testing.choose_instruction_set(before)
 
 
 def run(code, *arguments):

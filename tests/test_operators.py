@@ -80,6 +80,8 @@ def test_schemas():
         if name.startswith("relu_mlp::")
     }
     assert registered == {schema.split("(")[0] for schema in ops.SCHEMAS}
+    public = {name for name in registered if not name.startswith("_")}
+    assert public == {"relu_mlp", "forward", "backward", "recompute_backward", "loss_and_grads"}
     for schema in ops.SCHEMAS:
         operator = getattr(R, schema.split("(")[0]).default
         assert str(torch._C.parse_schema(f"relu_mlp::{schema}")) == str(operator._schema)

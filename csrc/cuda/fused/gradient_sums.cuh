@@ -17,7 +17,7 @@ RELU_MLP_DEVICE void add(float* sums, const float (&c)[4]) {
 }
 
 template <typename T>
-RELU_MLP_DEVICE int sum_floats_of_layer(const Narrow<T>& network, int l) {
+RELU_MLP_DEVICE int sum_floats_of_layer(const FusedNetwork<T>& network, int l) {
   return sum_floats_of(
       network.widths[l + 1], network.widths[l], static_cast<int>(sizeof(T)));
 }
@@ -72,7 +72,7 @@ struct SumParameters {
 // written to: 4 blocks bytes for each element; for 64 -> 64 -> 64 -> 64
 // on an H200 7 MB in all.
 template <typename T>
-RELU_MLP_KERNEL void RELU_MLP_BOUNDS(narrow_threads)
+RELU_MLP_KERNEL void RELU_MLP_BOUNDS(tuning::fused_threads)
     sum_blocks(RELU_MLP_PARAMETER SumParameters<T> parameters) {
   const BackwardParameters<T>& p = parameters.backward;
   const int blocks = parameters.blocks;

@@ -1,11 +1,11 @@
-// The backward pass of the narrow regime for bfloat16 and float16.
+// The backward pass of the fused passes for bfloat16 and float16.
 //
 // A block takes a tile of rows, 16 for each warp, at a time. A warp puts what
 // the layers were applied to into shared memory, read from memory or computed
 // again from x, and carries delta down through its rows. For each layer all
 // warps meet, and share among them the product delta^T a over the whole
 // tile, which is added to float32 sums in shared memory. At its end a block
-// writes its sums to the workspace, and narrow_sum.cuh adds up the blocks'.
+// writes its sums to the workspace, and gradient_sums.cuh adds up the blocks'.
 //
 // From x, grad_output and the weights alone the pass reads
 // 2 (widths[0] + widths[L]) bytes a row, and writes 2 widths[0] if the gradient
@@ -18,8 +18,8 @@
 // 2^20 rows. These are predictions; nothing of it has been measured.
 #pragma once
 
-#include "mma.cuh"
 #include "gradient_sums.cuh"
+#include "mma_layer.cuh"
 
 namespace relu_mlp::cuda {
 
@@ -67,7 +67,7 @@ struct MmaBackward {
       const Vector16& chunk) const {
     store16(
         place(tile, groups, m, half, q),
-        row_of(m, half) < p.rows ? chunk : Vector16{});
+        row_of(m, half) < p.pass.rows ? chunk : Vector16{});
   }
   RELU_MLP_DEVICE void put(int tile, int columns, const WarpRows& rows) const {
     const int groups = groups_of(columns);
@@ -90,13 +90,13 @@ struct MmaBackward {
     for (int l = 0; l < p.network.layers; ++l) {
       const T* const weight = p.network.weights[l];
       const int in = width(l), out = width(l + 1);
-      if (p.recompute) {
+      if (p.pass.recompute) {
         stage(contiguous_view(weight, out, in), shared + p.layout.weights[l]);
         stage_bias(
             p.network.biases[l], out,
             reinterpret_cast<float*>(shared + p.layout.biases[l]));
       }
-      if (is_carried_through(p, l) && l >= p.lowest) {
+      if (propagates_through(p, l) && l >= p.pass.lowest) {
         stage(
             view(Matrix<const T>{weight, in, out, 1, in}, out),
             shared + p.layout.transposed[l]);
@@ -109,19 +109,19 @@ struct MmaBackward {
   RELU_MLP_DEVICE WarpRows put_inputs() const {
     const int layers = p.network.layers;
     WarpRows a{};
-    if (p.recompute || (p.pass.grad_weights[0] && p.lowest == 0)) {
+    if (p.pass.recompute || (p.pass.grad_weights[0] && p.pass.lowest == 0)) {
       a = load_rows<Groups, Tiles>(view(p.pass.x, width(0)), row);
       put(p.layout.inputs[0], width(0), a);
     }
     RELU_MLP_NO_UNROLL
     for (int l = 1; l < layers; ++l) {
-      if (p.recompute) {
+      if (p.pass.recompute) {
         a = hidden_layer<is_bf16>(
             a, width(l - 1), width(l), shared + p.layout.weights[l - 1],
             bias(l - 1));
-      } else if (l >= p.lowest && p.pass.hidden[l - 1]) {
+      } else if (l >= p.pass.lowest && p.pass.hidden[l - 1]) {
         a = load_rows<Groups, Tiles>(
-            contiguous_view(p.pass.hidden[l - 1], p.rows, width(l)),
+            contiguous_view(p.pass.hidden[l - 1], p.pass.rows, width(l)),
             row);
       } else {
         continue;
@@ -143,7 +143,7 @@ struct MmaBackward {
           a, width(l), columns, shared + p.layout.weights[l], bias(l), q, y);
     }
     const View16 given = contiguous_view(
-        p.pass.y, p.recompute_y || !p.pass.y ? 0 : p.rows, columns);
+        p.pass.y, p.recompute_y || !p.pass.y ? 0 : p.pass.rows, columns);
     RELU_MLP_UNROLL
     for (int m = 0; m < Tiles; ++m) {
       RELU_MLP_UNROLL
@@ -189,7 +189,7 @@ struct MmaBackward {
     const int l = p.network.layers - 1, columns = width(l + 1);
     const int groups = groups_of(columns), tile = p.layout.deltas[l % 2];
     const View16 source = p.pass.squares
-        ? contiguous_view(p.pass.target, p.rows, columns)
+        ? contiguous_view(p.pass.target, p.pass.rows, columns)
         : view(p.pass.grad_output, columns);
     RELU_MLP_NO_UNROLL
     for (int q = 0; q < groups; ++q) {
@@ -272,7 +272,7 @@ struct MmaBackward {
 
   // delta_{l-1} from delta_l, into its tile; below the first layer the
   // gradient of x, into memory.
-  RELU_MLP_DEVICE WarpRows carry(int l, const WarpRows& delta) const {
+  RELU_MLP_DEVICE WarpRows propagate(int l, const WarpRows& delta) const {
     const int columns = width(l), groups = groups_of(columns);
     const int tile = p.layout.deltas[(l + 1) % 2];
     RELU_MLP_NO_UNROLL
@@ -287,7 +287,7 @@ struct MmaBackward {
         for (int half = 0; half < 2; ++half) {
           if (l == 0) {
             store_chunk(
-                p.pass.grad_x, p.rows, columns, row_of(m, half),
+                p.pass.grad_x, p.pass.rows, columns, row_of(m, half),
                 group_width * q + chunk_width * t,
                 pack_chunk<is_bf16>(values[m][half]));
             continue;
@@ -312,13 +312,13 @@ struct MmaBackward {
     const WarpRows a = put_inputs();
     WarpRows delta = put_last_delta(a, squares);
     RELU_MLP_NO_UNROLL
-    for (int l = p.network.layers - 1; l >= p.lowest; --l) {
+    for (int l = p.network.layers - 1; l >= p.pass.lowest; --l) {
       sync(); // the tiles of delta_l, and of a_{l-1}, are there
       if (p.pass.grad_weights[l] || p.pass.grad_biases[l]) {
         add_gradients(l);
       }
-      if (is_carried_through(p, l)) {
-        delta = carry(l, delta);
+      if (propagates_through(p, l)) {
+        delta = propagate(l, delta);
       }
     }
     sync(); // the tiles may be written again
@@ -327,8 +327,8 @@ struct MmaBackward {
 
 template <typename T, int Groups, int Tiles>
 RELU_MLP_KERNEL void RELU_MLP_BOUNDS(
-    narrow_threads,
-    residents_16_bit(true, group_width * Groups))
+    tuning::fused_threads,
+    tuning::fused_residents_16_bit(true, group_width * Groups))
     mma_backward(RELU_MLP_PARAMETER BackwardParameters<T> p) {
   const int warps = block_size() / warp_size, lane = lane_index();
   MmaBackward<T, Groups, Tiles> work{
@@ -339,7 +339,7 @@ RELU_MLP_KERNEL void RELU_MLP_BOUNDS(
   const int tile_rows = 16 * Tiles * warps;
   double squares = 0;
   RELU_MLP_NO_UNROLL
-  for (int64_t tile = block_index(); tile * tile_rows < p.rows;
+  for (int64_t tile = block_index(); tile * tile_rows < p.pass.rows;
        tile += grid_size()) {
     work.row = tile * tile_rows + work.first;
     work.run_tile(squares);

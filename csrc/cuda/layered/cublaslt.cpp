@@ -209,7 +209,7 @@ std::pair<Handle, const Chosen*> find(const Problem& p, const void* bias) {
 
 // The largest power of 2, up to the 256 that the library assumes if not told,
 // that divides the addresses of all operands.
-uint32_t common_alignment(const Operands& operands) {
+uint32_t common_alignment(const Buffers& operands) {
   uintptr_t all = 256;
   for (const void* pointer : {operands.a, operands.b,
                               static_cast<const void*>(operands.d),
@@ -227,7 +227,7 @@ bool is_available() {
 
 bool multiply(
     Problem p,
-    const Operands& operands,
+    const Buffers& operands,
     const Tensor& like,
     Stream stream) {
   p.alignment = common_alignment(operands);

@@ -25,7 +25,7 @@ struct Problem {
   auto operator<=>(const Problem&) const = default;
 };
 
-struct Operands {
+struct Buffers {
   const void *a, *b;
   void* d;
   const void* bias; // what the epilogue reads or, for a gradient, writes
@@ -37,7 +37,7 @@ struct Operands {
 // PyTorch's allocator gives the workspace, for the time of the call.
 bool multiply(
     Problem problem,
-    const Operands& operands,
+    const Buffers& operands,
     const Tensor& like,
     Stream stream);
 
