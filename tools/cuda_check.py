@@ -31,7 +31,7 @@ FLAGS = [
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
     "-DRELU_MLP_WITH_CUDA",
     f"-DRELU_MLP_CUDA_ARCHITECTURES={'+'.join(ARCHITECTURES)}",
-    "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall",
+    "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror=switch,-Werror=return-type",
 ]
 CUDA_FLAGS = [
     "-O3",

@@ -116,6 +116,6 @@ class CpuDevice {
 
 } // namespace
 
-const Passes passes = passes_of<CpuDevice>(/*checks_devices=*/false);
+constinit const Passes passes = passes_of<CpuDevice>(/*checks_devices=*/false);
 
 } // namespace relu_mlp::cpu

@@ -159,6 +159,6 @@ class CudaDevice {
 
 } // namespace
 
-const Passes passes = passes_of<CudaDevice>(/*checks_devices=*/true);
+constinit const Passes passes = passes_of<CudaDevice>(/*checks_devices=*/true);
 
 } // namespace relu_mlp::cuda
