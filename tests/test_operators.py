@@ -87,6 +87,14 @@ def test_schemas():
         assert str(torch._C.parse_schema(f"relu_mlp::{schema}")) == str(operator._schema)
 
 
+@pytest.mark.skipif(ops.LIBRARY_PATH is None, reason="is about the library")
+def test_the_library_has_the_same_activations(monkeypatch):
+    """An activation that is added to one of the two tables alone stops the import."""
+    monkeypatch.setitem(reference.ACTIVATIONS, "softplus", torch.nn.functional.softplus)
+    with pytest.raises(ImportError, match="relu, sigmoid, tanh, softplus, and its library has"):
+        ops._check_activations(ops.LIBRARY_PATH.parent)
+
+
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("network", NETWORKS, ids=str)
 def test_opcheck(network, requires_grad):

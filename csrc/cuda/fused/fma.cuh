@@ -9,8 +9,8 @@
 // and 8192 or, recomputing, 12288 backwards, of which a multiprocessor does 128
 // a cycle. 2^20 rows of 64 -> 64 -> 64 -> 64 take 435 us forwards on an H200 at
 // 1.755 GHz; memory traffic would take 112 us. Each group of 64 FMAs of a
-// thread comes with 8 reads of 16 bytes, so shared memory is at three
-// quarters of its rate. These are predictions; nothing of it has been measured.
+// thread comes with 8 reads of 16 bytes, so shared memory runs at three
+// quarters of its bandwidth. These are predictions, not measurements.
 #pragma once
 
 #include "fma_layer.cuh"
@@ -82,7 +82,7 @@ struct FmaBackward {
     return reinterpret_cast<const float*>(shared + p.layout.biases[l]);
   }
 
-  // The operands a_0 ... a_{L-1} into their tiles, as far as they are needed.
+  // Puts the needed ones of a_0 ... a_{L-1} into their tiles.
   RELU_MLP_DEVICE void put_inputs() const {
     if (p.pass.recompute || (p.pass.grad_weights[0] && p.pass.lowest == 0)) {
       load_tile(p.pass.x, first, p.tile_rows, input(0));
@@ -189,8 +189,8 @@ struct FmaBackward {
     }
   }
 
-  // delta_{l-1} from delta_l, into its tile; below the first layer the
-  // gradient of x, into memory.
+  // Computes delta_{l-1} from delta_l and puts it into its tile. Below the first
+  // layer it is the gradient of x, which goes to memory.
   RELU_MLP_DEVICE void propagate(int l) const {
     const Tile from = delta(l), w = weight(l), a = input(l);
     const Tile to = tile(shared, p.layout.deltas[(l + 1) % 2], a.columns);

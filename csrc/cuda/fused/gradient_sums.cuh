@@ -36,7 +36,7 @@ RELU_MLP_DEVICE void clear_sums(
   }
 }
 
-// A block's sums into its part of the workspace, after a barrier.
+// Writes a block's sums to its part of the workspace. A barrier comes before.
 template <typename T>
 RELU_MLP_DEVICE void write_sums(
     const BackwardParameters<T>& p,
@@ -66,11 +66,10 @@ struct SumParameters {
   int blocks;
 };
 
-// One element of the workspace's sums, added up over the blocks in a fixed
-// order, for each thread, and rounded to T once. The first warp adds up the
-// squares. Limited by the second-level cache, which the workspace was
-// written to: 4 blocks bytes for each element; for 64 -> 64 -> 64 -> 64
-// on an H200 7 MB in all.
+// Each thread adds up one element of the workspace's sums over the blocks, in a
+// fixed order, and rounds it to T once. The first warp adds up the squares. The
+// limit is the second-level cache, which holds the workspace: 4 * blocks bytes for
+// each element, 7 MB in all for 64 -> 64 -> 64 -> 64 on an H200.
 template <typename T>
 RELU_MLP_KERNEL void RELU_MLP_BOUNDS(tuning::fused_threads)
     sum_blocks(RELU_MLP_PARAMETER SumParameters<T> parameters) {
@@ -106,7 +105,7 @@ RELU_MLP_KERNEL void RELU_MLP_BOUNDS(tuning::fused_threads)
   if (place.row < 0 || !to) {
     return;
   }
-  // Four sums that do not wait for each other.
+  // Four independent sums.
   float sums[4] = {};
   int b = 0;
   for (; b + 4 <= blocks; b += 4) {

@@ -1,21 +1,21 @@
-// The backward pass of the fused passes for bfloat16 and float16.
+// The fused backward pass for bfloat16 and float16.
 //
-// A block takes a tile of rows, 16 for each warp, at a time. A warp puts what
-// the layers were applied to into shared memory, read from memory or computed
-// again from x, and carries delta down through its rows. For each layer all
-// warps meet, and share among them the product delta^T a over the whole
-// tile, which is added to float32 sums in shared memory. At its end a block
-// writes its sums to the workspace, and gradient_sums.cuh adds up the blocks'.
+// A block takes a tile of rows at a time, 16 rows for each warp. A warp puts the
+// inputs of the layers into shared memory, read from memory or recomputed from x,
+// and propagates delta through its rows. At each layer the warps synchronize and
+// divide the product delta^T a over the whole tile among them; it is added to
+// float32 sums in shared memory. In the end a block writes its sums to the
+// workspace, and gradient_sums.cuh adds up the sums of the blocks.
 //
 // From x, grad_output and the weights alone the pass reads
 // 2 (widths[0] + widths[L]) bytes a row, and writes 2 widths[0] if the gradient
-// of x is wanted: 256 and 128 for 64 -> 64 -> 64 -> 64, 84 us for 2^20 rows at
-// 4.8 TB/s. But what limits it is shared memory, at 128 bytes a cycle. For a
+// of x is needed: 256 and 128 for 64 -> 64 -> 64 -> 64, 84 us for 2^20 rows at
+// 4.8 TB/s. The limit is shared memory, at 128 bytes a cycle. For a
 // layer of 64 x 64 and 16 rows a warp reads 8 KB of weights going forwards and
 // 8 KB going back, writes and reads 4 KB of activations and deltas, and the
 // products for the sums read 12 KB and add up 4 KB: about 36 KB, 18 cycles a
 // row. Three layers on 132 multiprocessors at 1.755 GHz come to 245 us for
-// 2^20 rows. These are predictions; nothing of it has been measured.
+// 2^20 rows. These are predictions, not measurements.
 #pragma once
 
 #include "gradient_sums.cuh"
@@ -75,7 +75,7 @@ struct MmaBackward {
       put(tile, groups, m, half, q, rows.get(m, half, q));
     });
   }
-  // What the lane itself has put there.
+  // What the lane itself has put into the tile.
   RELU_MLP_DEVICE WarpRows get(int tile, int columns) const {
     const int groups = groups_of(columns);
     WarpRows rows;
@@ -104,8 +104,8 @@ struct MmaBackward {
     }
   }
 
-  // The operands a_0 ... a_{L-1} into their tiles, as far as they are needed.
-  // Returns a_{L-1} if all were computed from x.
+  // Puts the needed ones of a_0 ... a_{L-1} into their tiles. Returns a_{L-1} if
+  // all were computed from x.
   RELU_MLP_DEVICE WarpRows put_inputs() const {
     const int layers = p.network.layers;
     WarpRows a{};
@@ -270,8 +270,8 @@ struct MmaBackward {
     }
   }
 
-  // delta_{l-1} from delta_l, into its tile; below the first layer the
-  // gradient of x, into memory.
+  // Computes delta_{l-1} from delta_l and puts it into its tile. Below the first
+  // layer it is the gradient of x, which goes to memory.
   RELU_MLP_DEVICE WarpRows propagate(int l, const WarpRows& delta) const {
     const int columns = width(l), groups = groups_of(columns);
     const int tile = p.layout.deltas[(l + 1) % 2];
@@ -306,8 +306,8 @@ struct MmaBackward {
     return l == 0 ? delta : get(tile, columns);
   }
 
-  // All layers for the block's present tile. Deltas lie in two tiles by turns,
-  // so that one barrier for each layer is enough.
+  // All layers for the block's current tile. Two tiles hold the deltas in turn, so
+  // one barrier for each layer is enough.
   RELU_MLP_DEVICE void run_tile(double& squares) const {
     const WarpRows a = put_inputs();
     WarpRows delta = put_last_delta(a, squares);

@@ -111,14 +111,15 @@ struct Reduction {
   int64_t rows, cols;
   ColumnReduction plan;
   T* delta; // where the elements go, or null
-  // Where the sums go, or null: those of a chunk to a row of `parts`, or, if
-  // there is only one, to `total`.
+  // Where the sums go: those of a chunk to a row of `parts` or, if there is only
+  // one chunk, to `total`. Null where they are not needed.
   compute_t<T>* parts;
   T* total;
   double* squares; // those of a block, or null
 };
 
-// The sum of what the block's threads hold, in a fixed order; thread 0 has it.
+// The sum of the values of the block's threads, in a fixed order. Thread 0 gets
+// it.
 RELU_MLP_DEVICE double block_sum(double value, double* memory) {
   memory[thread_index()] = value;
   RELU_MLP_NO_UNROLL
@@ -132,10 +133,10 @@ RELU_MLP_DEVICE double block_sum(double value, double* memory) {
 }
 
 // A block has a tile of 32 * vector columns and a chunk of the rows. Each of
-// its 8 rows of 32 threads takes every eighth row of the chunk and sums what
-// it sees, as it is stored, in compute_t; the 8 sums are added in order. Reads
-// what the source reads and writes delta: for Mask, 3 * rows * cols *
-// sizeof(T) bytes.
+// its 8 rows of 32 threads takes every eighth row of the chunk and sums the
+// elements, rounded as they are stored, in compute_t; the 8 sums are added in
+// order. It reads what the source reads and writes delta: for Mask, 3 * rows *
+// cols * sizeof(T) bytes.
 template <typename T, typename Source, int vector>
 RELU_MLP_KERNEL void RELU_MLP_BOUNDS(reduction_threads)
     reduce_kernel(RELU_MLP_PARAMETER Reduction<T, Source> p) {

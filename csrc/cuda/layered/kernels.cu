@@ -1,5 +1,8 @@
 #include "kernels.h"
 
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
 #include <algorithm>
 #include <stdexcept>
 
@@ -17,7 +20,7 @@ struct Elements {
 };
 
 // Memory limits it: it reads and writes 2 * count * sizeof(T) bytes. A thread has
-// 16 bytes; elements at the end that are fewer go one by one.
+// 16 bytes; a shorter rest goes element by element.
 template <typename T, typename Row>
 RELU_MLP_KERNEL void RELU_MLP_BOUNDS(activation_threads)
     activation_kernel(RELU_MLP_PARAMETER Elements<T> p) {
@@ -48,7 +51,8 @@ struct Squares {
   T* loss;
 };
 
-// One block: every thread sums its share of the squares, then the block.
+// One block. Every thread sums its share of the squares, then the block sums
+// theirs.
 template <typename T>
 RELU_MLP_KERNEL void RELU_MLP_BOUNDS(reduction_threads)
     loss_kernel(RELU_MLP_PARAMETER Squares<T> p) {

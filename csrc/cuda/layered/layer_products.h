@@ -34,10 +34,10 @@ namespace relu_mlp::cuda {
 template <typename T>
 class LayerProducts {
  public:
-  // On a stream of the current device, where `like` is.
+  // On a stream of the current device; `like` is a tensor there.
   LayerProducts(const Tensor& like, Stream stream) : like_(like), stream_(stream) {}
 
-  // out = a w^T + bias, then ReLU if asked for. out: (rows, out),
+  // out = a w^T + bias, then ReLU if `relu`. out: (rows, out),
   // a: (rows, in), w: (out, in); bias may be null.
   void linear(
       Matrix<T> out,
@@ -68,8 +68,8 @@ class LayerProducts {
     }
   }
 
-  // to = delta^T a, (out, in). Where `grad_bias` is not null, returns whether
-  // it now has the sums of delta's columns, too.
+  // to = delta^T a, (out, in). Returns whether it also wrote the sums of delta's
+  // columns to `grad_bias`, which may be null.
   bool grad_weight(
       Matrix<T> to,
       Matrix<const T> delta,
@@ -112,14 +112,14 @@ class LayerProducts {
     return std::is_same_v<T, BFloat16> ? cublaslt::bfloat16 : cublaslt::float16;
   }
 
-  // The distance of two rows; that of a single row may be any number.
+  // The distance of two rows. The stride of a single row is arbitrary.
   template <typename U>
   static int64_t ld(const Matrix<U>& m) {
     return m.rows == 1 ? m.cols : m.row_stride;
   }
 
-  // The product of y (rows, out), a (rows, in) and w (out, in), one of which is
-  // its result.
+  // The shape of a product of y (rows, out), a (rows, in) and w (out, in). One of
+  // them is its result.
   template <typename Y, typename A, typename W>
   static ProductShape shape_of(
       const Matrix<Y>& y,

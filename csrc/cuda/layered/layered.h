@@ -1,5 +1,5 @@
 // The layered passes: a product for each layer, followed by one kernel over its
-// result where cuBLASLt cannot fuse what belongs there.
+// result where cuBLASLt cannot fuse its work into the product.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 
 namespace relu_mlp::cuda {
 
-// `like` is a tensor on the device, for new ones.
+// `like` is a tensor on the device. New tensors are made like it.
 template <typename T>
 class LayeredPasses {
  public:
@@ -22,8 +22,8 @@ class LayeredPasses {
         stream_(stream),
         products_(like, stream) {}
 
-  // y, unless it is null, and the hidden activations; those that `hidden` has
-  // no place for live until the next layer has read them.
+  // Computes the hidden activations, and y unless it is null. Hidden activations
+  // that `hidden` has no place for live until the next layer has read them.
   void forward(const std::vector<T*>& hidden, T* y) {
     const std::size_t layers = network_.layers.size();
     Matrix<const T> a = network_.x;
@@ -64,7 +64,7 @@ class LayeredPasses {
       recomputed = recompute(pass);
     }
     Tensor memory; // of delta
-    bool has_sums = true; // whether the bias gradient is there
+    bool has_sums = true; // whether the bias gradient is computed
     Matrix<const T> delta = output_delta(pass, memory, has_sums);
     for (std::size_t l = layers; l-- > lowest;) {
       if (l == lowest + 1 && !needs.propagation_through(lowest)) {
@@ -95,7 +95,7 @@ class LayeredPasses {
         mask_delta(
             to, input(l, pass), sums(pass.grad_biases[l - 1]), stream_);
         if (pass.recompute) {
-          recomputed[l - 1] = Tensor(); // nobody reads it any more
+          recomputed[l - 1] = Tensor(); // no longer read
         }
       }
       delta = as_const(out);
@@ -104,10 +104,10 @@ class LayeredPasses {
   }
 
  private:
-  // The gradients of the layers `low` and low + 1, where nothing below is asked
-  // for: delta_{low+1} and, if it is computed again, a_{low+1} a few columns at
-  // a time. Every sum runs over all rows, as it does without that. `delta` is
-  // that of the layer above, whose bias gradient may still have to be made.
+  // The gradients of the layers `low` and low + 1, where nothing below is needed.
+  // delta_{low+1}, and a_{low+1} if it is recomputed, exist only a few columns at
+  // a time. Every sum still runs over all rows at once. `delta` is that of the
+  // layer above; `has_sums` is whether its bias gradient is computed already.
   void lowest_layers(
       std::size_t low,
       const Matrix<const T>& delta,
@@ -173,8 +173,8 @@ class LayeredPasses {
         pass.grad_weights[l], network_.width(l + 1), network_.width(l));
   }
 
-  // Enough for the sums of every delta, whole or a few columns of it, which take
-  // turns.
+  // Enough for the sums of any delta, whole or a few columns of it. They share it,
+  // one after the other.
   Tensor new_workspace(const BackwardPass<T>& pass) const {
     const Device device = device_properties();
     int64_t bytes = 0;
@@ -192,8 +192,8 @@ class LayeredPasses {
     return empty<1>({bytes / int64_t(sizeof(T)) + 1}, like_);
   }
 
-  // The hidden activations and, if it is needed, y, entered into `pass`; but
-  // not what lowest_layers can compute itself.
+  // Computes the hidden activations and, if it is needed, y, and enters them into
+  // `pass`. Leaves out what lowest_layers can compute itself.
   std::vector<Tensor> recompute(BackwardPass<T>& pass) {
     const std::size_t layers = network_.layers.size();
     const bool needs_y = pass.reads_y(network_.output_activation);
@@ -224,8 +224,8 @@ class LayeredPasses {
     return l == 0 ? network_.x : pass.hidden[l - 1];
   }
 
-  // delta_L: grad_output itself where phi is the identity and its rows lie
-  // apart from each other; then its sums are still to be made. Else in `memory`.
+  // delta_L. It is grad_output itself where phi is the identity and no two rows
+  // overlap; then its sums are not computed yet. Otherwise it is in `memory`.
   Matrix<const T> output_delta(
       const BackwardPass<T>& pass,
       Tensor& memory,
