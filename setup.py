@@ -77,6 +77,11 @@ SAFE = [
 ]
 
 
+#: What is always a mistake: a switch over an enumeration that leaves out a case, and a
+#: function that ends without its value.
+MISTAKES = ["-Werror=switch", "-Werror=return-type"]
+
+
 def say(line: str) -> None:
     print(f"relu_mlp: {line}", file=sys.stderr)
 
@@ -140,10 +145,10 @@ def cuda_extension(sources: list[str], flags: list[str], **arguments):
     defines = ["-DRELU_MLP_WITH_CUDA", f"-DRELU_MLP_CUDA_ARCHITECTURES={'+'.join(names)}"]
     extension = CUDAExtension(
         "relu_mlp._C",
-        sources + [str(path) for path in sorted(Path("csrc/cuda").glob("*.c*")) if is_source(path)],
+        sources + [str(path) for path in sorted(Path("csrc/cuda").rglob("*.c*")) if is_source(path)],
         extra_compile_args={
             "cxx": flags + defines,
-            "nvcc": [*FLAGS, *(f"-Xcompiler={flag}" for flag in without_builders_paths())],
+            "nvcc": [*FLAGS, *(f"-Xcompiler={flag}" for flag in without_builders_paths() + MISTAKES)],
         },
         # libtorch.so brings libtorch_cuda.so where there is one. Its symbols are
         # weak here, and the CUDA runtime is linked in: so the library loads with a
@@ -249,7 +254,7 @@ def extension_arguments() -> dict:
         "py_limited_api": True,
     }
     # Python's own flags may ask for debug information.
-    flags = [*FLAGS, *SAFE, "-g0", "-fvisibility=hidden", *without_builders_paths()]
+    flags = [*FLAGS, *SAFE, *MISTAKES, "-g0", "-fvisibility=hidden", *without_builders_paths()]
     say(f"PyTorch {torch.__version__}, compiler {compiler}, MAX_JOBS {os.environ.get('MAX_JOBS')}")
     if builds_cuda():
         extension = cuda_extension(flags=flags, **arguments)

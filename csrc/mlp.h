@@ -1,13 +1,13 @@
-// What an operator is asked to do, as plain data. Nothing here knows PyTorch.
+// What the arguments of an operator say, as plain data: matrices, which
+// gradients are needed, and the loss. Nothing here knows PyTorch.
 #pragma once
 
 #include <cstdint>
 #include <string_view>
 
-namespace relu_mlp {
+#include "activation.h"
 
-enum class Activation { none, relu, sigmoid, tanh };
-enum class Loss { sse, half_sse, mse };
+namespace relu_mlp {
 
 // A matrix in memory that somebody else owns. Element (i, j) is
 // data[i * row_stride + j * col_stride]; strides count elements and may be 0,
@@ -29,8 +29,32 @@ struct Matrix {
   }
 };
 
-// Which gradients are wanted, as one character '0' or '1' for x, for every
-// weight and for every bias, in that order.
+// A contiguous matrix.
+template <typename T>
+Matrix<T> contiguous(T* data, int64_t rows, int64_t cols) {
+  return {data, rows, cols, cols, 1};
+}
+
+// Rows [first, first + rows) of m.
+template <typename T>
+Matrix<T> rows_of(Matrix<T> m, int64_t first, int64_t rows) {
+  return {m.row(first), rows, m.cols, m.row_stride, m.col_stride};
+}
+
+// Columns [first, first + cols) of m.
+template <typename T>
+Matrix<T> columns_of(Matrix<T> m, int64_t first, int64_t cols) {
+  return {
+      m.data + first * m.col_stride, m.rows, cols, m.row_stride, m.col_stride};
+}
+
+template <typename T>
+Matrix<const T> as_const(Matrix<T> m) {
+  return {m.data, m.rows, m.cols, m.row_stride, m.col_stride};
+}
+
+// Which gradients are needed, as one character '0' or '1' for x, for every
+// weight and for every bias, in that order. Layers are counted from 0.
 struct Needs {
   std::string_view flags;
 
@@ -46,8 +70,9 @@ struct Needs {
   bool bias(std::size_t l) const {
     return flags[1 + layers() + l] == '1';
   }
-  // The lowest layer, counted from 0, that has a gradient to compute; the
-  // number of layers if there is none. Nothing is propagated below it.
+
+  // The lowest layer that has a gradient to compute, or the number of layers if
+  // there is none. Nothing is propagated below it. (reference.lowest_layer)
   std::size_t lowest_layer() const {
     std::size_t l = 0;
     while (!x() && l < layers() && !weight(l) && !bias(l)) {
@@ -55,10 +80,39 @@ struct Needs {
     }
     return l;
   }
-  // Whether delta is carried on to the input of layer l.
+  // Whether delta is propagated to the input of layer l.
   bool propagation_through(std::size_t l) const {
     return x() || l > lowest_layer();
   }
+
+  // What the needed gradients are computed from, and so what a forward pass
+  // saves for them. (reference.is_kept)
+  bool reads_y(Activation output_activation) const {
+    return lowest_layer() < layers() && output_activation != Activation::none;
+  }
+  bool reads_weight(std::size_t l) const {
+    return propagation_through(l);
+  }
+  bool reads_input(std::size_t l) const { // x, a_1, ... a_{L-1}
+    return l > lowest_layer() || weight(l);
+  }
 };
+
+// loss_scale * sum (y - target)^2.
+enum class Loss { sse, half_sse, mse };
+inline constexpr std::string_view loss_names[] = {"sse", "half_sse", "mse"};
+
+// `count` is the number of elements of y.
+inline double loss_scale(Loss loss, int64_t count) {
+  switch (loss) {
+    case Loss::sse:
+      return 1.0;
+    case Loss::half_sse:
+      return 0.5;
+    case Loss::mse:
+      return 1.0 / double(count);
+  }
+  return 0.0; // not reached
+}
 
 } // namespace relu_mlp

@@ -12,8 +12,8 @@
 namespace relu_mlp {
 
 // Calls f(begin, end) for ranges that cover [0, count), on PyTorch's threads
-// if there are more than `grain` elements. What f throws in one of them is thrown
-// here: it must not pass PyTorch's C interface.
+// if there are more than `grain` elements. An exception of f must not cross
+// PyTorch's C interface, so it is caught in its thread and rethrown here.
 template <typename F>
 void parallel_for(int64_t count, int64_t grain, const F& f) {
   if (count <= grain) {

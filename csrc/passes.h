@@ -1,6 +1,6 @@
 // The passes that every device has: the whole forward pass, the whole backward
-// pass, and both with a loss in between. boxed.h calls them with arguments that
-// it has checked; matrices are 2-D.
+// pass, and both with a loss in between. The operators call them with arguments
+// that are checked; x, y, the gradient of y and the target are matrices.
 #pragma once
 
 #include <string>
@@ -12,19 +12,18 @@ namespace relu_mlp {
 
 struct ForwardResult {
   Tensor y; // (rows, out_features)
-  std::vector<Tensor> hidden; // a_1 ... a_{L-1}, or nothing
+  std::vector<Tensor> hidden; // a_1 ... a_{L-1} if they are saved, else empty
 };
 
-// The operands of the backward pass. `inputs[l]` is what layer l was applied
-// to: x, a_1, ... a_{L-1}. A null pointer stands where `needs` makes the
-// operand superfluous.
+// The operands of the backward pass. `inputs[l]` is the input of layer l: x, a_1,
+// ... a_{L-1}. An operand that `needs` makes superfluous is null.
 struct Saved {
   std::vector<const Tensor*> inputs, weights;
   const Tensor* y;
 };
 
-// The gradients of x, of every weight and of every bias, in that order; those
-// that `needs` does not ask for have no handle.
+// The gradients of x, of every weight and of every bias, in that order. Those that
+// are not needed have no handle.
 using Gradients = std::vector<Tensor>;
 
 struct LossAndGradients {
@@ -49,8 +48,8 @@ struct Passes {
       Activation output_activation,
       const Needs& needs);
 
-  // The same from x and the parameters alone: the hidden activations are
-  // computed again.
+  // The same from x and the parameters alone. It computes the hidden activations
+  // again.
   Gradients (*recompute_backward)(
       const Tensor& grad_output,
       const Tensor& x,
@@ -67,8 +66,9 @@ struct Passes {
       Loss loss,
       Activation output_activation);
 
-  // Whether tensors of another device may come: the dispatcher sends a call to
-  // the CPU only if all tensors are there.
+  // Whether the operators have to check devices. The dispatcher sends a call to the
+  // CPU only if all of its tensors are there; other devices may get tensors of
+  // several.
   bool checks_devices;
 };
 

@@ -1,7 +1,7 @@
-// Arguments from, and results to, the stack on which the dispatcher hands
-// them over. A kernel owns what is on the stack when it is called and takes
-// all of it before it does anything that can fail. (TORCH_BOX does this too,
-// by way of torch::stable::Tensor; see tensor.h.)
+// The dispatcher's stack: operators take their arguments from it and give it
+// their results. A kernel owns what is on the stack when it is called, and takes
+// all of it before it does anything that can fail. (TORCH_BOX does this too, with
+// torch::stable::Tensor; see tensor.h.)
 #pragma once
 
 #include <memory>
@@ -49,8 +49,8 @@ struct Take<std::vector<T>> {
   }
 };
 
-// LibTorch's own conversion makes a string with `new`, returns a copy of it and
-// forgets it.
+// LibTorch's own conversion leaks: it makes a string with `new` and returns a
+// copy.
 template <>
 struct Take<std::string> {
   static std::string from(StableIValue value) {
@@ -89,10 +89,10 @@ StableIValue give(std::vector<T> items) {
   return give(list);
 }
 
-// What the dispatcher calls.
+// A function that the dispatcher calls.
 using Kernel = void (*)(StableIValue* stack, uint64_t inputs, uint64_t outputs);
 
-// `kernel`, for which Python sees a RuntimeError whatever it throws.
+// `kernel`, but whatever it throws is a RuntimeError in Python.
 template <void (*kernel)(StableIValue*)>
 void guarded(StableIValue* stack, uint64_t, uint64_t) {
   try {

@@ -1,8 +1,8 @@
-// The few things the operators need of a tensor, on LibTorch's stable ABI.
+// What the operators need of a tensor, on LibTorch's stable ABI.
 //
-// torch::stable::Tensor would do, but it shares ownership: every argument and
-// every result costs two more allocations, which at small sizes take longer
-// than the arithmetic. Here a tensor has one owner.
+// torch::stable::Tensor would work, but it shares ownership: every argument and
+// every result costs two more allocations, which for small sizes take longer
+// than the arithmetic. A Tensor here has one owner.
 #pragma once
 
 #include <torch/csrc/stable/c/shim.h>
@@ -26,6 +26,20 @@ namespace relu_mlp {
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
+// The number of the dtype that T is stored as.
+template <typename T>
+int32_t dtype_number() {
+  if constexpr (std::is_same_v<T, float>) {
+    return aoti_torch_dtype_float32();
+  } else if constexpr (std::is_same_v<T, double>) {
+    return aoti_torch_dtype_float64();
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    return aoti_torch_dtype_bfloat16();
+  } else {
+    return aoti_torch_dtype_float16();
+  }
+}
+
 class Tensor {
  public:
   Tensor() = default;
@@ -48,15 +62,15 @@ class Tensor {
     return std::exchange(handle_, nullptr);
   }
 
-  // To ask for memory to write into ends a lazy copy (torch._lazy_clone): PyTorch
-  // then makes it. So a const T asks for memory to read.
+  // A request for memory to write to makes PyTorch perform a lazy copy
+  // (torch._lazy_clone). So a const T requests memory to read.
   template <typename T>
   T* data() const {
     std::conditional_t<std::is_const_v<T>, const void*, void*> pointer;
     if constexpr (std::is_const_v<T>) {
-      check_call(torch_get_const_data_ptr(handle_, &pointer));
+      pointer = ask(torch_get_const_data_ptr);
     } else {
-      check_call(torch_get_mutable_data_ptr(handle_, &pointer));
+      pointer = ask(torch_get_mutable_data_ptr);
     }
     if (!pointer && numel() > 0) {
       fail("a tensor has elements, but no memory");
@@ -64,82 +78,68 @@ class Tensor {
     return static_cast<T*>(pointer);
   }
   int64_t dim() const {
-    int64_t dim;
-    check_call(aoti_torch_get_dim(handle_, &dim));
-    return dim;
+    return ask(aoti_torch_get_dim);
   }
   int64_t numel() const {
-    int64_t numel;
-    check_call(aoti_torch_get_numel(handle_, &numel));
-    return numel;
+    return ask(aoti_torch_get_numel);
   }
-  // dim() numbers each; the tensor's own memory.
+  // dim() numbers each, in the tensor's own memory.
   const int64_t* sizes() const {
-    int64_t* sizes;
-    check_call(aoti_torch_get_sizes(handle_, &sizes));
-    return sizes;
+    return ask(aoti_torch_get_sizes);
   }
   const int64_t* strides() const {
-    int64_t* strides;
-    check_call(aoti_torch_get_strides(handle_, &strides));
-    return strides;
+    return ask(aoti_torch_get_strides);
   }
   int64_t size(int64_t d) const {
     return sizes()[d];
   }
-  // In elements.
-  int64_t storage_offset() const {
-    int64_t offset;
-    check_call(aoti_torch_get_storage_offset(handle_, &offset));
-    return offset;
+  int64_t storage_offset() const { // in elements
+    return ask(aoti_torch_get_storage_offset);
   }
-  // In bytes.
-  int64_t storage_size() const {
-    int64_t bytes;
-    check_call(aoti_torch_get_storage_size(handle_, &bytes));
-    return bytes;
+  int64_t storage_size() const { // in bytes
+    return ask(aoti_torch_get_storage_size);
   }
   bool is_contiguous() const {
-    bool is_contiguous;
-    check_call(
-        aoti_torch_is_contiguous(handle_, &is_contiguous));
-    return is_contiguous;
+    return ask(aoti_torch_is_contiguous);
   }
   // One of the numbers that aoti_torch_dtype_float32() and its like return.
   int32_t dtype() const {
-    int32_t dtype;
-    check_call(aoti_torch_get_dtype(handle_, &dtype));
-    return dtype;
+    return ask(aoti_torch_get_dtype);
   }
   int32_t device_type() const {
-    int32_t type;
-    check_call(aoti_torch_get_device_type(handle_, &type));
-    return type;
+    return ask(aoti_torch_get_device_type);
   }
   int32_t device_index() const {
-    int32_t index;
-    check_call(aoti_torch_get_device_index(handle_, &index));
-    return index;
+    return ask(aoti_torch_get_device_index);
   }
 
  private:
+  // The value that a function of PyTorch's C interface writes to its last
+  // argument.
+  template <typename Value>
+  Value ask(AOTITorchError (*getter)(AtenTensorHandle, Value*)) const {
+    Value value;
+    check_call(getter(handle_, &value));
+    return value;
+  }
+
   AtenTensorHandle handle_ = nullptr;
 };
 
-// Whether the storage has memory for all elements. It need not: resize_ frees or
-// shrinks it under a tensor whose sizes stay what they were.
+// Whether the storage has memory for all elements. resize_ may have freed or
+// shrunk it, and the tensor keeps its sizes.
 inline bool is_covered(const Tensor& tensor) {
   const int64_t dim = tensor.dim();
   const int64_t *sizes = tensor.sizes(), *strides = tensor.strides();
-  // Elements from the first of the tensor to the end of the storage. What is
-  // compared are quotients: products could overflow.
+  // Elements from the first of the tensor to the end of the storage. Quotients
+  // are compared, because products could overflow.
   const int64_t bytes = int64_t(aoti_torch_dtype_element_size(tensor.dtype()));
   int64_t left = tensor.storage_size() / bytes - tensor.storage_offset();
   bool is_within = true;
   for (int64_t d = 0; d < dim; ++d) {
     const int64_t steps = sizes[d] - 1, stride = strides[d];
     if (steps < 0) {
-      return true; // nothing is read of a tensor without elements
+      return true; // a tensor without elements is never read
     }
     if (steps > 0 && stride > 0) {
       is_within = is_within && steps <= (stride == 1 ? left : left / stride);
@@ -161,7 +161,7 @@ Sizes contiguous_strides(const Sizes& sizes) {
   return strides;
 }
 
-// Throws the reason why there is no new tensor of these sizes like `like`.
+// Throws the reason why a new tensor of these sizes could not be created.
 [[noreturn]] inline void fail_to_create(
     const std::vector<int64_t>& sizes,
     const Tensor& like) {
@@ -204,11 +204,20 @@ Tensor reinterpret(
   return Tensor(handle);
 }
 
-inline Tensor transposed(const Tensor& matrix) {
-  const int64_t *sizes = matrix.sizes(), *strides = matrix.strides();
-  return reinterpret(
-      matrix, std::array<int64_t, 2>{sizes[1], sizes[0]},
-      std::array<int64_t, 2>{strides[1], strides[0]});
+// Memory that somebody else owns as a tensor. T's dtype has to be one that
+// dtype_number knows.
+template <typename T, std::size_t N>
+Tensor from_blob(
+    const T* data,
+    const std::array<int64_t, N>& sizes,
+    const std::array<int64_t, N>& strides,
+    int32_t device_type,
+    int32_t device_index) {
+  AtenTensorHandle handle;
+  check_call(aoti_torch_create_tensor_from_blob(
+      const_cast<T*>(data), N, sizes.data(), strides.data(), 0,
+      dtype_number<T>(), device_type, device_index, &handle));
+  return Tensor(handle);
 }
 
 // The tensor itself if it is contiguous, else a copy, which `holder` keeps.
@@ -268,20 +277,6 @@ Matrix<T> matrix(const Tensor& tensor) {
   return {
       tensor.data<T>(), sizes[0], sizes[1], strides[0],
       sizes[1] <= 1 ? 1 : strides[1]};
-}
-
-// The number of the dtype that T is stored as.
-template <typename T>
-int32_t dtype_number() {
-  if constexpr (std::is_same_v<T, float>) {
-    return aoti_torch_dtype_float32();
-  } else if constexpr (std::is_same_v<T, double>) {
-    return aoti_torch_dtype_float64();
-  } else if constexpr (std::is_same_v<T, BFloat16>) {
-    return aoti_torch_dtype_bfloat16();
-  } else {
-    return aoti_torch_dtype_float16();
-  }
 }
 
 // Calls f<T>() with the C++ type that `dtype` stands for.

@@ -1,4 +1,4 @@
-"""Checks of the arguments, with the same messages as the library's own checks.
+"""Checks of the arguments, with the same messages as csrc/checks.h.
 
 The library checks its arguments itself. These checks serve the reference and the fake
 kernels. A message names the argument, what was expected and what came.

@@ -77,16 +77,14 @@ class BuildInfo:
 
 
 @functools.cache  # LibTorch leaks the strings that operators return
-def _built() -> tuple[dict[str, str], tuple[str, ...]]:
-    """What the library says of itself, and which of its instruction sets this machine has."""
-    lines = torch.ops.relu_mlp._build_info().splitlines()
-    supported = torch.ops.relu_mlp._supported_instruction_sets()
-    return dict(line.split(": ", 1) for line in lines), tuple(supported.split())
+def _built() -> dict[str, str]:
+    """What the library says of itself."""
+    return ops.library_says()
 
 
 def build_info() -> BuildInfo:
     """What was built, what will run, and why, if that is less than it could be."""
-    built, supported = _built()
+    built = _built()
     compiled = tuple(built.get("instruction_sets", "").split())
     name = ops.current_backend()
     has_library = ops.LIBRARY_PATH is not None
@@ -104,7 +102,7 @@ def build_info() -> BuildInfo:
         oldest_torch=built.get("oldest_torch"),
         instruction_sets=compiled,
         instruction_set=compiled[torch.ops.relu_mlp._instruction_set()] if compiled else None,
-        supported_instruction_sets=supported,
+        supported_instruction_sets=tuple(built.get("supported_instruction_sets", "").split()),
         cuda=f"{built['cuda']}: {NOT_RUN}" if "cuda" in built else "not compiled",
         cuda_architectures=tuple(filter(None, built.get("cuda_architectures", "").split("+"))),
         missing_in_torch=tuple(name.path for name in _torch_private.MISSING),

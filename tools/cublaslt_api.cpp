@@ -1,10 +1,10 @@
-// Holds csrc/cuda/cublaslt_api.h against NVIDIA's header. tools/cuda_check.py
+// Holds csrc/cuda/layered/cublaslt_api.h against NVIDIA's header. tools/cuda_check.py
 // compiles this where it finds cublasLt.h; nothing is linked.
 #include <cublasLt.h>
 
 #include <type_traits>
 
-#include "../csrc/cuda/cublaslt_api.h"
+#include "../csrc/cuda/layered/cublaslt_api.h"
 
 namespace ours = relu_mlp::cuda::cublaslt;
 

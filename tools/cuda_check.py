@@ -31,7 +31,7 @@ FLAGS = [
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
     "-DRELU_MLP_WITH_CUDA",
     f"-DRELU_MLP_CUDA_ARCHITECTURES={'+'.join(ARCHITECTURES)}",
-    "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall",
+    "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror=switch,-Werror=return-type",
 ]
 CUDA_FLAGS = [
     "-O3",
@@ -136,7 +136,7 @@ def check_cublaslt() -> None:
         if (folder / "cublasLt.h").exists():
             run("nvcc", "-std=c++20", f"-I{folder}", "-Xcompiler=-fsyntax-only", "-c",
                 ROOT / "tools" / "cublaslt_api.cpp", "-o", OUT / "cublaslt_api.o")  # fmt: skip
-            print("cublasLt.h agrees with csrc/cuda/cublaslt_api.h")
+            print("cublasLt.h agrees with csrc/cuda/layered/cublaslt_api.h")
             return
     print("cublasLt.h was not found (CPATH, the nvidia-cublas wheel): its check is left out")
 

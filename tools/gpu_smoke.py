@@ -1,4 +1,4 @@
-"""One training step of each CUDA regime and dtype against float64: the first stage on a GPU.
+"""One training step by each of CUDA's methods and dtype against float64: the first stage on a GPU.
 
     python tools/gpu_smoke.py [--device cuda] [--small]
 

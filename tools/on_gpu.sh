@@ -21,7 +21,7 @@ if [ -n "${REHEARSE:-}" ]; then
 fi
 export sanitizer=$(command -v compute-sanitizer)
 
-smoke() { # loads, and one step of each regime and dtype against float64
+smoke() { # loads, and one step by each method and dtype against float64
     "$python" -m relu_mlp info && "$python" tools/gpu_smoke.py --device "$device"
 }
 check() { # the kernels' own tests

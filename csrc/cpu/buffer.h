@@ -7,17 +7,11 @@
 #include <utility>
 #include <vector>
 
+#include "../arithmetic.h"
 #include "../error.h"
 #include "huge_pages.h"
 
 namespace relu_mlp::cpu {
-
-inline int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-inline int64_t round_up(int64_t a, int64_t b) {
-  return ceil_div(a, b) * b;
-}
 
 constexpr int64_t alignment = 64;
 

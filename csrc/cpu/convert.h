@@ -15,9 +15,6 @@ namespace relu_mlp::cpu {
 using torch::headeronly::Half;
 
 template <typename T>
-using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-template <typename T>
 Means means() {
   const InstructionSet& isa = chosen_instruction_set();
   Means means{

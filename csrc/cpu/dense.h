@@ -27,29 +27,6 @@
 
 namespace relu_mlp::cpu {
 
-// What the backward pass is asked for. An operand that `needs` makes
-// superfluous has no data.
-template <typename T>
-struct BackwardPass {
-  Needs needs;
-  // a_1 ... a_{L-1} and y, or nothing: then they are computed again.
-  std::vector<Matrix<const T>> hidden;
-  Matrix<const T> y;
-  bool recompute;
-
-  // Either the gradient of y, of any strides, or, where `squares` is not null,
-  // the target of the loss loss_scale * sum (y - target)^2. The sum is added to
-  // *squares.
-  Matrix<const T> grad_output;
-  Matrix<const T> target;
-  double loss_scale;
-  double* squares;
-
-  // The results, contiguous; null where not needed.
-  T* grad_x;
-  std::vector<T*> grad_weights, grad_biases;
-};
-
 // total[i] = the sum over the chunks of parts[chunk * step + i], in their order,
 // for i < count. The first part is overwritten.
 template <typename T, typename Sum>
@@ -119,7 +96,7 @@ class Blocks {
         to = to ? to + row * width : nullptr;
         a = linear(l, a, spare_[l % 2].get(), to);
       }
-      if (network_.output_activation > Activation::relu) {
+      if (applied_by(network_.output_activation) != AppliedBy::epilogue) {
         network_.activate(
             network_.output_activation, y + row * a.cols, rows * a.cols);
       }
@@ -157,7 +134,7 @@ class Blocks {
       if (pass.recompute) {
         recompute(
             row, rows,
-            pass.squares || network_.output_activation != Activation::none);
+            pass.loss || network_.output_activation != Activation::none);
       }
       Matrix<const C> delta =
           output_delta(row, rows, pass, delta_memory[0].get(), squares);
@@ -226,7 +203,7 @@ class Blocks {
     for (std::size_t l = 0; l + !needs_y < computed_.size(); ++l) {
       a = linear(l, a, computed_[l].get(), nullptr);
     }
-    if (network_.output_activation > Activation::relu) {
+    if (applied_by(network_.output_activation) != AppliedBy::epilogue) {
       C* const y = computed_.back().get();
       const int64_t count = rows * a.cols;
       if constexpr (is_narrow) {
@@ -272,7 +249,7 @@ class Blocks {
     } else if (phi != Activation::none) {
       y = widen_to(spare_[0].get(), rows_of(pass.y, row, rows));
     }
-    if (pass.squares) {
+    if (pass.loss) {
       *squares += squared_error(
           phi, delta, y, rows_of(pass.target, row, rows), 2 * pass.loss_scale);
       return as_const(delta);
@@ -373,10 +350,12 @@ void dense_backward(
         .backward(begin, end, pass, grad_weights, grad_biases, &squares[c]);
   });
 
-  if (pass.squares) {
-    for (const double sum : squares) {
-      *pass.squares += sum;
+  if (pass.loss) {
+    double sum = 0;
+    for (const double of_chunk : squares) {
+      sum += of_chunk;
     }
+    *pass.loss = T(compute_t<T>(pass.loss_scale * sum));
   }
   for (std::size_t l = 0; l < count; ++l) {
     if (pass.needs.weight(l) && !in_place) {

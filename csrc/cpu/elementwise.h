@@ -1,5 +1,5 @@
-// What happens between the last product and the first of the way back: the
-// derivative of the output activation, and that of the loss.
+// The first delta of a backward pass, element by element: the gradient of y or of
+// the loss, times the derivative of the output activation.
 #pragma once
 
 #include <algorithm>
@@ -8,38 +8,8 @@
 
 namespace relu_mlp::cpu {
 
-// grad * phi'(z), with phi' written in terms of y = phi(z). The order of the
-// factors is PyTorch's, so that 0 * inf turns up in the same places.
-template <Activation phi, typename C>
-C times_derivative(C grad, C y) {
-  if constexpr (phi == Activation::relu) {
-    return y <= C(0) ? C(0) : grad;
-  } else if constexpr (phi == Activation::sigmoid) {
-    return grad * (C(1) - y) * y;
-  } else if constexpr (phi == Activation::tanh) {
-    return grad * (C(1) - y * y);
-  } else {
-    return grad;
-  }
-}
-
-// Calls f<phi>() for an activation known only at run time.
-template <typename F>
-void dispatch(Activation phi, const F& f) {
-  switch (phi) {
-    case Activation::none:
-      return f.template operator()<Activation::none>();
-    case Activation::relu:
-      return f.template operator()<Activation::relu>();
-    case Activation::sigmoid:
-      return f.template operator()<Activation::sigmoid>();
-    case Activation::tanh:
-      return f.template operator()<Activation::tanh>();
-  }
-}
-
-// delta = grad_output * phi'(z). delta and y are contiguous, y may be missing
-// where phi is the identity, and grad_output has any strides.
+// delta = grad_output * phi'(z). delta and y are contiguous. y may be missing where
+// phi is the identity, and grad_output has any strides.
 template <typename C, typename T>
 void activation_backward(
     Activation activation,
@@ -47,20 +17,20 @@ void activation_backward(
     Matrix<const T> grad_output,
     Matrix<const C> y) {
   using F = compute_t<C>;
-  dispatch(activation, [&]<Activation phi>() {
+  const bool has_y = activation != Activation::none;
+  with_row(activation, [&]<typename Row>() {
     for (int64_t i = 0; i < delta.rows; ++i) {
       for (int64_t j = 0; j < delta.cols; ++j) {
-        const F output = phi == Activation::none ? F(0) : F(y.row(i)[j]);
-        delta.row(i)[j] =
-            C(times_derivative<phi>(F(grad_output.at(i, j)), output));
+        const F output = has_y ? F(y.row(i)[j]) : F(0);
+        delta.row(i)[j] = C(Row::backward(F(grad_output.at(i, j)), output));
       }
     }
   });
 }
 
-// squared_error for an activation known when this is compiled. Eight sums that do
-// not wait for each other make it vector code.
-template <Activation phi, typename C, typename T>
+// squared_error for one row of the table of activations. The compiler vectorizes
+// it because its eight sums are independent.
+template <typename Row, typename C, typename T>
 double squared_error_through(
     C* delta,
     const C* y,
@@ -82,13 +52,13 @@ double squared_error_through(
     }
     for (int64_t u = 0; u < together; ++u) {
       delta[i + u] =
-          C(times_derivative<phi>(F(scale) * error[u], output[u]));
+          C(Row::backward(F(scale) * error[u], output[u]));
     }
   }
   for (; i < count; ++i) {
     const F output = F(y[i]), error = output - F(target[i]);
     sums[0] += double(error) * double(error);
-    delta[i] = C(times_derivative<phi>(F(scale) * error, output));
+    delta[i] = C(Row::backward(F(scale) * error, output));
   }
   double sum = 0;
   for (const double part : sums) {
@@ -97,8 +67,8 @@ double squared_error_through(
   return sum;
 }
 
-// The same for numbers of 16 bits, which are widened piece by piece.
-template <Activation phi, typename T>
+// The same for elements of 16 bits, which are converted to float piece by piece.
+template <typename Row, typename T>
 double squared_error_through(
     T* delta,
     const T* y,
@@ -114,7 +84,7 @@ double squared_error_through(
     const int64_t piece = std::min(most, count - i);
     widen(y_of, y + i, piece);
     widen(target_of, target + i, piece);
-    sum += squared_error_through<phi>(delta_of, y_of, target_of, piece, scale);
+    sum += squared_error_through<Row>(delta_of, y_of, target_of, piece, scale);
     narrow(delta + i, delta_of, piece);
   }
   return sum;
@@ -130,8 +100,8 @@ double squared_error(
     Matrix<const T> target,
     double scale) {
   double sum = 0;
-  dispatch(activation, [&]<Activation phi>() {
-    sum = squared_error_through<phi>(
+  with_row(activation, [&]<typename Row>() {
+    sum = squared_error_through<Row>(
         delta.data, y.data, target.data, delta.rows * delta.cols, scale);
   });
   return sum;

@@ -148,14 +148,9 @@ class LibraryLayers {
   // The memory as a tensor, for the time of a call.
   template <typename U>
   static Tensor view(Matrix<U> m) {
-    const int64_t sizes[] = {m.rows, m.cols};
-    const int64_t strides[] = {m.row_stride, m.col_stride};
-    AtenTensorHandle handle;
-    check_call(aoti_torch_create_tensor_from_blob(
-        const_cast<std::remove_const_t<U>*>(m.data), 2, sizes, strides, 0,
-        dtype_number<std::remove_const_t<U>>(), aoti_torch_device_type_cpu(),
-        0, &handle));
-    return Tensor(handle);
+    return from_blob<std::remove_const_t<U>, 2>(
+        m.data, {m.rows, m.cols}, {m.row_stride, m.col_stride},
+        aoti_torch_device_type_cpu(), 0);
   }
 
   const std::vector<Layer<T>>& layers_;

@@ -1,18 +1,12 @@
-// What plans and passes know of a device. Plain C++, in every build.
+// What plans and passes know of a call and of a device. Plain C++, in every build.
 #pragma once
 
 #include <cstdint>
-
-// For functions that kernels and plain C++ share.
-#ifdef __CUDACC__
-#define RELU_MLP_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define RELU_MLP_HOST_DEVICE inline
-#endif
+#include <vector>
 
 namespace relu_mlp::cuda {
 
-// A cudaStream_t; the header of the CUDA runtime is not needed to pass one on.
+// A cudaStream_t, which can be passed on without the header of the CUDA runtime.
 using Stream = void*;
 
 // The properties that plans depend on. The numbers of an A100 are 108,
@@ -21,6 +15,16 @@ struct Device {
   int multiprocessors;
   int shared_per_block; // bytes, with the opt-in to more than 48 KB
   int shared_per_multiprocessor; // bytes
+};
+
+// A pass over tensors of one type.
+struct Call {
+  int64_t rows;
+  std::vector<int64_t> widths; // of x, the hidden layers and y
+  int element_size; // bytes
+  bool is_backward;
+  bool recomputes; // whether a backward pass computes hidden activations or y
+  Device device;
 };
 
 } // namespace relu_mlp::cuda

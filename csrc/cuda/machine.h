@@ -1,8 +1,8 @@
-// The CUDA machine as this package's kernels see it. All kernels and launches
-// go through this header, which has two forms: compiled by nvcc it is a thin
-// cover of the real thing; compiled with RELU_MLP_CUDA_ON_HOST it is the
-// emulator in tests/cuda_on_host, on which the same kernels run on the host.
-// Plain C++ that includes it gets the part about launches, not the device's.
+// CUDA as this package's kernels use it. All kernels and launches go through this
+// header, which has two forms. Compiled by nvcc it wraps CUDA thinly. Compiled
+// with RELU_MLP_CUDA_ON_HOST it is the emulator in tests/cuda_on_host, which runs
+// the same kernels on the host. Plain C++ that includes it gets what concerns
+// launches, but not the functions for the device.
 //
 // A kernel is written
 //
@@ -17,6 +17,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../arithmetic.h"
 #include "device.h"
 
 namespace relu_mlp::cuda {
@@ -26,7 +27,6 @@ struct Launch {
   int64_t grid;
   int block;
   int64_t shared_bytes = 0;
-  int grid_y = 1;
 };
 
 // What one thread loads or stores at once, at addresses divisible by 16.
@@ -109,13 +109,6 @@ inline Device device_properties() {
   return known[device];
 }
 
-// Fills device memory with zeros, in the stream's order.
-inline void set_zero(void* memory, std::size_t bytes, Stream stream) {
-  check(
-      cudaMemsetAsync(memory, 0, bytes, static_cast<cudaStream_t>(stream)),
-      "cudaMemsetAsync");
-}
-
 } // namespace relu_mlp::cuda
 
 #ifdef __CUDACC__
@@ -152,8 +145,8 @@ void launch(
         "cudaFuncSetAttribute");
   }
   kernel<<<
-      dim3(static_cast<unsigned>(shape.grid), shape.grid_y), shape.block,
-      shape.shared_bytes, static_cast<cudaStream_t>(stream)>>>(parameters);
+      static_cast<unsigned>(shape.grid), shape.block, shape.shared_bytes,
+      static_cast<cudaStream_t>(stream)>>>(parameters);
   check(cudaGetLastError(), "launch");
 }
 
@@ -165,9 +158,6 @@ RELU_MLP_DEVICE int block_size() {
 }
 RELU_MLP_DEVICE int block_index() {
   return blockIdx.x;
-}
-RELU_MLP_DEVICE int block_index_y() {
-  return blockIdx.y;
 }
 RELU_MLP_DEVICE int grid_size() {
   return gridDim.x;
@@ -183,26 +173,12 @@ RELU_MLP_DEVICE int warp_index() {
 RELU_MLP_DEVICE void sync() {
   __syncthreads();
 }
-// A barrier for the threads of the warp. What follows is called by all of a
-// warp's threads together too.
-RELU_MLP_DEVICE void sync_warp() {
-  __syncwarp();
-}
-
-// The value of another lane.
-template <typename V>
-RELU_MLP_DEVICE V shuffle(V value, int lane) {
-  return __shfl_sync(0xffffffffu, value, lane);
-}
+// The value of the lane whose index differs in the bits of `mask`. All threads of
+// the warp call it together.
 template <typename V>
 RELU_MLP_DEVICE V shuffle_xor(V value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
-// Bit i is whether lane i said yes.
-RELU_MLP_DEVICE uint32_t ballot(bool yes) {
-  return __ballot_sync(0xffffffffu, yes);
-}
-
 // The block's dynamic shared memory, aligned to 16 bytes.
 RELU_MLP_DEVICE unsigned char* shared_memory() {
   extern __shared__ __align__(16) unsigned char relu_mlp_shared[];

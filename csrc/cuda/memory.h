@@ -1,4 +1,4 @@
-// What passes ask of the CUDA runtime beside launches.
+// The functions of the CUDA runtime that passes call, apart from launches.
 #pragma once
 
 #include "machine.h"
@@ -27,7 +27,7 @@ inline bool is_capturing(Stream) {
 
 #else
 
-// Of the CUDA runtime that is linked in here. PyTorch has a copy of its own.
+// For the CUDA runtime that is linked into this library. PyTorch has its own copy.
 inline void set_device(int device) {
   check(cudaSetDevice(device), "cudaSetDevice");
 }
@@ -43,7 +43,7 @@ inline void set_bytes(
       "cudaMemsetAsync");
 }
 
-// Copies device memory when the stream has come so far, and waits for it.
+// Copies device memory in the stream's order, and waits until it is done.
 inline void copy_to_host(
     void* to,
     const void* from,
@@ -56,7 +56,7 @@ inline void copy_to_host(
   check(cudaStreamSynchronize(on), "cudaStreamSynchronize");
 }
 
-// Whether the stream records a CUDA graph, so that nobody may wait for it.
+// Whether the stream records a CUDA graph. Nothing may wait for it then.
 inline bool is_capturing(Stream stream) {
   cudaStreamCaptureStatus status;
   check(

@@ -1,44 +1,36 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <optional>
 
 namespace relu_mlp::cuda {
+namespace {
 
-NarrowPlanQuestion as_narrow(const Question& question) {
-  const std::size_t layers = question.widths.size() - 1;
-  NarrowPlanQuestion narrow{};
-  if (question.rows < 1 || layers > std::size_t(max_layers)) {
-    return narrow; // no layers: not served
-  }
-  narrow.layers = int(layers);
-  for (std::size_t l = 0; l <= layers; ++l) {
-    // one more than the largest stands for all that are too large
-    narrow.widths[l] =
-        int(std::min<int64_t>(question.widths[l], max_width + 1));
-  }
-  narrow.element_size = question.element_size;
-  narrow.rows = question.rows;
-  narrow.is_backward = question.is_backward;
-  narrow.recompute = question.recompute;
-  narrow.device = question.device;
-  return narrow;
+std::optional<Plan> plan_fused(const Call& call) {
+  Plan plan{Method::fused, {}};
+  return fused_serves(call, plan.fused) ? std::optional(plan) : std::nullopt;
 }
 
-Regime choose_regime(const Question& question) {
-  if (narrow_serves(as_narrow(question))) {
-    return Regime::narrow;
-  }
-  for (std::size_t l = 0; l + 1 < question.widths.size(); ++l) {
-    const int64_t in = question.widths[l], out = question.widths[l + 1];
-    if (is_for_cublaslt(
-            {question.rows, in, out, in, out, question.element_size, true})) {
-      return Regime::wide;
+std::optional<Plan> plan_layered(const Call&) {
+  return Plan{Method::layered, {}};
+}
+
+// The candidates in order of preference. The last one serves every call.
+constexpr std::optional<Plan> (*candidates[])(const Call&) = {
+    plan_fused, plan_layered};
+
+} // namespace
+
+Plan plan_call(const Call& call) {
+  for (const auto candidate : candidates) {
+    if (const std::optional<Plan> plan = candidate(call)) {
+      return *plan;
     }
   }
-  return Regime::library;
+  return {Method::layered, {}}; // not reached
 }
 
-bool is_for_cublaslt(const Product& p) {
+bool is_for_cublaslt(const ProductShape& p) {
   constexpr int64_t limit = int64_t(1) << 31; // its kernels count in 32 bits
   const int64_t step = 16 / p.element_size;
   const auto fits = [&](int64_t width, int64_t ld) {
@@ -59,32 +51,31 @@ int64_t columns_at_once(
     int64_t cols,
     bool recompute,
     const Device& device) {
-  constexpr int64_t tile = 128; // rows and columns that a multiprocessor takes
-  const int64_t most_parts = recompute ? 16 : 4;
-  const int64_t least_tiles = device.multiprocessors / (recompute ? 2 : 1);
-  const int64_t tiles_down = std::max<int64_t>(1, ceil_div(rows, tile));
-  const int64_t tiles = std::max<int64_t>(1, ceil_div(cols, tile));
+  using namespace tuning;
+  const int64_t most_parts = recompute ? max_parts_recomputing : max_parts;
+  const int64_t least_tiles = device.multiprocessors /
+      (recompute ? busy_share_recomputing : busy_share);
+  const int64_t tiles_down = std::max<int64_t>(1, ceil_div(rows, product_tile));
+  const int64_t tiles = std::max<int64_t>(1, ceil_div(cols, product_tile));
   const int64_t wanted = std::max(
       ceil_div(tiles, most_parts), ceil_div(least_tiles, tiles_down));
   const int64_t parts = ceil_div(tiles, wanted);
-  return std::min(cols, tile * ceil_div(tiles, parts)); // in equal parts
+  return std::min(cols, product_tile * ceil_div(tiles, parts)); // equal parts
 }
 
-Columns plan_columns(
+ColumnReduction plan_reduction(
     int64_t rows,
     int64_t cols,
     int vector,
     const Device& device) {
-  // As many blocks as a multiprocessor has registers for, so that all run at
-  // once; a chunk with several rows for each thread; and a second kernel of at
-  // most 256 rows.
-  constexpr int64_t blocks_each = 5, least_rows = 8 * columns_rows, most = 256;
-  Columns plan{vector, ceil_div(cols, columns_lanes * vector), 1, rows};
+  using namespace tuning;
+  ColumnReduction plan{vector, ceil_div(cols, reduction_lanes * vector), 1, rows};
   if (rows > 0 && cols > 0) {
     const int64_t wanted = std::max<int64_t>(
-        1, blocks_each * device.multiprocessors / plan.tiles);
+        1, reduction_residents * device.multiprocessors / plan.tiles);
+    const int64_t least_rows = min_rows_per_thread * reduction_rows;
     const int64_t chunks =
-        std::min({wanted, ceil_div(rows, least_rows), most});
+        std::min({wanted, ceil_div(rows, least_rows), max_chunks});
     plan.chunk_rows = ceil_div(rows, chunks);
     plan.chunks = ceil_div(rows, plan.chunk_rows);
   }

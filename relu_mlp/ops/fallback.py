@@ -28,8 +28,6 @@ for _name, _kernel in _OPERATORS.items():
 for _name in ("relu_mlp", "forward", "backward", "recompute_backward"):
     register(_library, _name, _OPERATORS[_name], "Batched")
 
-# Without the library these say nothing.
-for _name in ("_build_info", "_supported_instruction_sets"):
-    _key = "CompositeExplicitAutograd"
-    if LIBRARY_PATH is None and not has_kernel(f"relu_mlp::{_name}", _key):
-        _library.impl(_name, lambda: "", _key)
+# Without the library it says nothing.
+if LIBRARY_PATH is None and not has_kernel("relu_mlp::_build_info", "CompositeExplicitAutograd"):
+    _library.impl("_build_info", lambda: "", "CompositeExplicitAutograd")

@@ -22,7 +22,7 @@ from ..activations import ACTIVATIONS
 
 _T = TypeVar("_T")
 
-#: csrc/ops.cpp has the same schemas. They are needed here only where the
+#: csrc/operators.h has the same schemas. They are needed here only where the
 #: library is not, so that the operators exist all the same.
 SCHEMAS = (
     'relu_mlp(Tensor x, Tensor[] weights, Tensor[] biases, str output_activation="none") -> Tensor',
@@ -45,16 +45,6 @@ SCHEMAS = (
     "Tensor[] biases, str loss, str output_activation) -> Tensor[]",
     "_build_info() -> str",
     "_instruction_set() -> int",
-    "_supported_instruction_sets() -> str",
-    "_choose_instruction_set(str name) -> ()",
-    "_strategy(int rows, int[] widths, bool is_narrow, str pairs, int panel, "
-    "bool outruns_library) -> str",
-    "_cuda_plan(int rows, int[] widths, int element_size, bool is_backward, "
-    "bool recompute, int[] device) -> str",
-    "_is_for_cublaslt(int rows, int in_features, int out_features, "
-    "int input_ld, int output_ld, int element_size, bool aligned) -> bool",
-    "_cuda_columns(int rows, int cols, int element_size, int[] device) -> int[]",
-    "_cuda_columns_at_once(int rows, int cols, bool recompute, int[] device) -> int",
 )
 
 REMEDY = (
@@ -71,7 +61,7 @@ def _load_library() -> tuple[Path | None, str | None]:
     """The library's path, or None and the reason why there is none.
 
     If the process has the operators already, this copy of the library registers nothing
-    (csrc/ops.cpp). The operators that are there are used, if their schemas are the same.
+    (csrc/registration.h). The operators that are there are used, if their schemas are the same.
     """
     if not HAS_BELOW_AUTOGRAD:
         return None, "PyTorch has no torch._C._AutoDispatchBelowAutograd, which its calls need"

@@ -80,9 +80,19 @@ def test_schemas():
         if name.startswith("relu_mlp::")
     }
     assert registered == {schema.split("(")[0] for schema in ops.SCHEMAS}
+    public = {name for name in registered if not name.startswith("_")}
+    assert public == {"relu_mlp", "forward", "backward", "recompute_backward", "loss_and_grads"}
     for schema in ops.SCHEMAS:
         operator = getattr(R, schema.split("(")[0]).default
         assert str(torch._C.parse_schema(f"relu_mlp::{schema}")) == str(operator._schema)
+
+
+@pytest.mark.skipif(ops.LIBRARY_PATH is None, reason="is about the library")
+def test_the_library_has_the_same_activations(monkeypatch):
+    """An activation that is added to one of the two tables alone stops the import."""
+    monkeypatch.setitem(reference.ACTIVATIONS, "softplus", torch.nn.functional.softplus)
+    with pytest.raises(ImportError, match="relu, sigmoid, tanh, softplus, and its library has"):
+        ops._check_activations(ops.LIBRARY_PATH.parent)
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])

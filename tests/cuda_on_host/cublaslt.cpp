@@ -1,5 +1,5 @@
 // A stand-in for cuBLASLt on the host: the functions and epilogues that
-// csrc/cuda/cublaslt.cpp uses, over host memory, one element after the other.
+// csrc/cuda/layered/cublaslt.cpp uses, over host memory, one element after the other.
 // It looks at its arguments as the real one does, or more strictly, and says
 // no where the real one may.
 
@@ -11,7 +11,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#include "../../csrc/cuda/cublaslt_api.h"
+#include "../../csrc/cuda/layered/cublaslt_api.h"
 
 using namespace relu_mlp::cuda::cublaslt;
 

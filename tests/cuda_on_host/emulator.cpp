@@ -141,7 +141,6 @@ void fail(const std::string& message) {
 void run(const Launch& shape, const std::function<void()>& body) {
   check(!machine.is_running, "a launch within a kernel");
   check(shape.grid >= 1 && shape.grid < int64_t(1) << 31, "bad grid");
-  check(shape.grid_y >= 1 && shape.grid_y < 1 << 16, "bad second grid size");
   check(
       shape.block >= warp_size && shape.block <= 1024 &&
           shape.block % warp_size == 0,
@@ -164,12 +163,11 @@ void run(const Launch& shape, const std::function<void()>& body) {
   machine.place.threads = shape.block;
   machine.place.grid = static_cast<int>(shape.grid);
   machine.is_running = true;
-  std::vector<int64_t> blocks(shape.grid * shape.grid_y);
+  std::vector<int64_t> blocks(shape.grid);
   std::iota(blocks.begin(), blocks.end(), 0);
   std::shuffle(blocks.begin(), blocks.end(), machine.random);
   for (const int64_t block : blocks) {
-    machine.place.block = static_cast<int>(block % shape.grid);
-    machine.place.block_y = static_cast<int>(block / shape.grid);
+    machine.place.block = static_cast<int>(block);
     std::memset(start, guard, bytes + 2 * guard_bytes);
     std::memset(start + guard_bytes, poison, bytes);
     run_block(shape.block);

@@ -50,7 +50,7 @@ int64_t& launches();
 
 // Where the running thread is.
 struct Place {
-  int thread, block, block_y;
+  int thread, block;
   int threads, grid;
   unsigned char* shared;
 };
@@ -78,9 +78,6 @@ inline Stream current_stream() {
 inline Device device_properties() {
   return emulator::settings().device;
 }
-inline void set_zero(void* memory, std::size_t bytes, Stream) {
-  std::memset(memory, 0, bytes);
-}
 
 template <typename P>
 void launch(
@@ -100,9 +97,6 @@ inline int block_size() {
 inline int block_index() {
   return emulator::here().block;
 }
-inline int block_index_y() {
-  return emulator::here().block_y;
-}
 inline int grid_size() {
   return emulator::here().grid;
 }
@@ -115,9 +109,6 @@ inline int warp_index() {
 
 inline void sync() {
   emulator::wait_for_block();
-}
-inline void sync_warp() {
-  emulator::with_warp([](void* const*) {}, nullptr);
 }
 
 namespace emulator {
@@ -147,32 +138,9 @@ V shuffle_from(V value, int source) {
 } // namespace emulator
 
 template <typename V>
-V shuffle(V value, int lane) {
-  return emulator::shuffle_from(value, lane % warp_size);
-}
-template <typename V>
 V shuffle_xor(V value, int mask) {
   return emulator::shuffle_from(value, lane_index() ^ mask);
 }
-inline uint32_t ballot(bool yes) {
-  struct Vote {
-    bool yes;
-    uint32_t all;
-  } mine{yes, 0};
-  emulator::with_warp(
-      [](void* const* arguments) {
-        uint32_t all = 0;
-        for (int lane = 0; lane < warp_size; ++lane) {
-          all |= uint32_t(static_cast<Vote*>(arguments[lane])->yes) << lane;
-        }
-        for (int lane = 0; lane < warp_size; ++lane) {
-          static_cast<Vote*>(arguments[lane])->all = all;
-        }
-      },
-      &mine);
-  return mine.all;
-}
-
 inline unsigned char* shared_memory() {
   return emulator::here().shared;
 }
@@ -231,24 +199,24 @@ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 }
 
 template <bool IsBFloat16>
-using Narrow16 = std::conditional_t<
+using Element16 = std::conditional_t<
     IsBFloat16,
     torch::headeronly::BFloat16,
     torch::headeronly::Half>;
 
 template <bool IsBFloat16>
 uint32_t pack(float low, float high) {
-  const Narrow16<IsBFloat16> a(low), b(high);
+  const Element16<IsBFloat16> a(low), b(high);
   return uint32_t(a.x) | uint32_t(b.x) << 16;
 }
 template <bool IsBFloat16>
 float unpack_low(uint32_t word) {
-  using T = Narrow16<IsBFloat16>;
+  using T = Element16<IsBFloat16>;
   return T(static_cast<unsigned short>(word & 0xffff), T::from_bits());
 }
 template <bool IsBFloat16>
 float unpack_high(uint32_t word) {
-  using T = Narrow16<IsBFloat16>;
+  using T = Element16<IsBFloat16>;
   return T(static_cast<unsigned short>(word >> 16), T::from_bits());
 }
 

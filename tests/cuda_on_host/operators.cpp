@@ -1,9 +1,9 @@
 // The operators of the passes in csrc/cuda, compiled for the host, on CPU
 // tensors: torch.ops.relu_mlp_cuda_on_host. With what tests set and read.
 
-#include "../../csrc/boxed.h"
+#include "../../csrc/operators.h"
 #include "../../csrc/cuda/machine.h"
-#include "../../csrc/cuda/mlp.h"
+#include "../../csrc/cuda/passes.h"
 
 namespace relu_mlp {
 namespace {
@@ -22,7 +22,7 @@ int64_t launches() {
 } // namespace relu_mlp
 
 STABLE_TORCH_LIBRARY(relu_mlp_cuda_on_host, m) {
-  relu_mlp::define_passes(m);
+  relu_mlp::define_operators(m);
   m.def("set_machine(int seed, int[] device) -> ()");
   m.def("launches() -> int");
 }
@@ -33,5 +33,5 @@ STABLE_TORCH_LIBRARY_IMPL(relu_mlp_cuda_on_host, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(relu_mlp_cuda_on_host, CPU, m) {
-  relu_mlp::register_passes<relu_mlp::cuda::passes>(m);
+  relu_mlp::register_operators<relu_mlp::cuda::passes>(m);
 }

@@ -22,7 +22,7 @@ import support
 from relu_mlp import ops
 
 R = torch.ops.relu_mlp
-SETS = R._supported_instruction_sets().split()
+SETS = relu_mlp.build_info().supported_instruction_sets
 
 # pytest collects nothing here where there is no library.
 __test__ = bool(SETS)
@@ -36,9 +36,9 @@ def chosen():
 def instruction_set(request):
     """Every instruction set in turn; the test runs on it."""
     before = chosen()
-    R._choose_instruction_set(request.param)
+    torch.ops.relu_mlp_testing.choose_instruction_set(request.param)
     yield request.param
-    R._choose_instruction_set(before)
+    torch.ops.relu_mlp_testing.choose_instruction_set(before)
 
 
 every_dtype = pytest.mark.parametrize("dtype", support.DTYPES, ids=str)
@@ -52,7 +52,7 @@ KINDS = ["none", "dots", "tiles"]  # of products of bfloat16 in pairs
 
 def strategy(rows, widths, dtype=torch.float32, pairs="none", panel=64, outruns_library=False):
     means = dtype in NARROW, pairs, panel, outruns_library
-    lines = R._strategy(rows, widths, *means).splitlines()
+    lines = torch.ops.relu_mlp_testing.strategy(rows, widths, *means).splitlines()
     answer = dict(line.split(": ") for line in lines)
     return {key: value if key == "products" else int(value) for key, value in answer.items()}
 
@@ -273,7 +273,7 @@ import torch
 from kernels import test_cpu_kernels as t
 torch.set_num_threads(1)
 for name in t.SETS:
-    t.R._choose_instruction_set(name)
+    torch.ops.relu_mlp_testing.choose_instruction_set(name)
     for dtype in t.support.DTYPES:
         for seed in range(25):
             t.check_exactly(seed, dtype)
@@ -761,7 +761,7 @@ def test_an_unknown_instruction_set_is_refused_and_the_best_is_the_default():
 def test_an_unknown_choice_changes_nothing():
     before = chosen()
     with pytest.raises(RuntimeError, match=r"name must be one of .*, got 'avx3'"):
-        R._choose_instruction_set("avx3")
+        torch.ops.relu_mlp_testing.choose_instruction_set("avx3")
     assert chosen() == before
     assert set(SETS) <= set(relu_mlp.build_info().instruction_sets)
 

@@ -1,4 +1,4 @@
-"""The CUDA operators, from PyTorch's tensors through the choice of regime, the kernels and
+"""The CUDA operators, from PyTorch's tensors through the plan, the kernels and
 cuBLASLt, run on the host: against the reference, and against float64 with bounds.
 
 The sources of csrc/cuda are compiled by the host's compiler, with an emulator for the GPU and a
@@ -27,10 +27,10 @@ ROOT = Path(__file__).parents[2]
 COMPILER = os.environ.get("CXX", "c++").split()[0]
 SOURCES = [
     "csrc/cuda/plan.cpp",
-    "csrc/cuda/cublaslt.cpp",
-    "csrc/cuda/mlp.cpp",
-    "csrc/cuda/wide.cu",
-    "csrc/cuda/narrow.cu",
+    "csrc/cuda/layered/cublaslt.cpp",
+    "csrc/cuda/passes.cpp",
+    "csrc/cuda/layered/kernels.cu",
+    "csrc/cuda/fused/fused.cu",
     "tests/cuda_on_host/emulator.cpp",
     "tests/cuda_on_host/operators.cpp",
 ]
@@ -38,7 +38,7 @@ H200, A100 = [132, 232448, 233472], [108, 166912, 167936]
 ACTIVATIONS = list(reference.ACTIVATIONS)
 #: Widths, and what they are for.
 SIZES = {
-    "narrow": [5, 7, 6, 3],
+    "fused": [5, 7, 6, 3],
     "aligned": [136, 8, 16],
     "hidden-aligned": [8, 136, 24, 8],
     "ragged": [130, 9, 5],
@@ -142,7 +142,7 @@ def test_exact(cuda, dtype, sizes, rows):
 
 @every_dtype
 @pytest.mark.parametrize("bias", ["none", "some"])
-@pytest.mark.parametrize("sizes", [SIZES["narrow"], SIZES["hidden-aligned"]], ids=str)
+@pytest.mark.parametrize("sizes", [SIZES["fused"], SIZES["hidden-aligned"]], ids=str)
 def test_exact_without_biases_through_relu(cuda, dtype, sizes, bias):
     compare(cuda, integer_network(sizes, dtype, 33, bias), "relu")
 

@@ -7,44 +7,44 @@ from relu_mlp import ops
 
 pytestmark = pytest.mark.skipif(ops.LIBRARY_PATH is None, reason="needs the library")
 
-R = torch.ops.relu_mlp
+R = torch.ops.relu_mlp_testing
 #: multiprocessors, bytes of shared memory per block and per multiprocessor
 DEVICES = {"H200": [132, 232448, 233472], "A100": [108, 166912, 167936]}
 every_device = pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
 
 
 def plan(rows, widths, element_size, is_backward, recompute, device):
-    said = R._cuda_plan(rows, widths, element_size, is_backward, recompute, device)
+    said = R.cuda_plan(rows, widths, element_size, is_backward, recompute, device)
     return dict(line.split(": ") for line in said.splitlines())
 
 
 @every_device
 @pytest.mark.parametrize("is_backward", [False, True])
 @pytest.mark.parametrize(
-    "regime, rows, widths, element_size",
+    "method, rows, widths, element_size",
     [
-        ("narrow", 1 << 20, [64] * 4, 2),
-        ("narrow", 1, [3, 2, 1], 4),
-        ("narrow", 1 << 33, [1, 1], 2),  # more rows than an int holds
-        ("wide", 8192, [4096, 16384, 4096], 2),
-        ("wide", 1, [1024, 4096, 1024], 2),
-        ("wide", 8192, [129, 136, 8], 2),  # one product of two
-        ("library", 8192, [129, 130, 131], 2),
-        ("library", 8192, [1024, 4096, 1024], 4),
-        ("library", 8192, [64, 64], 8),
-        ("library", 0, [64, 64], 2),
-        ("library", 8192, [64, 0, 64], 2),
-        ("library", 8192, [8] * 18, 8),
-        ("wide", 8192, [8] * 18, 2),  # more layers than the narrow regime has places for
-        ("wide", 8192, [8, 1 << 32, 8, 8], 2),
+        ("fused", 1 << 20, [64] * 4, 2),
+        ("fused", 1, [3, 2, 1], 4),
+        ("fused", 1 << 33, [1, 1], 2),  # more rows than an int holds
+        ("layered", 8192, [4096, 16384, 4096], 2),
+        ("layered", 1, [1024, 4096, 1024], 2),
+        ("layered", 8192, [129, 136, 8], 2),  # one product of two
+        ("layered", 8192, [129, 130, 131], 2),
+        ("layered", 8192, [1024, 4096, 1024], 4),
+        ("layered", 8192, [64, 64], 8),
+        ("layered", 0, [64, 64], 2),
+        ("layered", 8192, [64, 0, 64], 2),
+        ("layered", 8192, [8] * 18, 8),
+        ("layered", 8192, [8] * 18, 2),  # more layers than the fused kernels have places for
+        ("layered", 8192, [8, 1 << 32, 8, 8], 2),
     ],
 )
-def test_regime(regime, rows, widths, element_size, is_backward, device):
-    assert plan(rows, widths, element_size, is_backward, False, device)["regime"] == regime
+def test_method(method, rows, widths, element_size, is_backward, device):
+    assert plan(rows, widths, element_size, is_backward, False, device)["method"] == method
 
 
 @every_device
-def test_what_a_narrow_backward_takes_does_not_grow_with_the_rows(device):
+def test_what_a_fused_backward_takes_does_not_grow_with_the_rows(device):
     many, more = (plan(rows, [64] * 4, 2, True, False, device) for rows in (1 << 16, 1 << 24))
     assert many == more
     assert int(many["shared_bytes"]) <= device[1]
@@ -54,8 +54,8 @@ GOOD = (8192, 1024, 4096, 1024, 4096, 2, True)
 
 
 def test_cublaslt_serves_aligned_16_bit_products():
-    assert R._is_for_cublaslt(*GOOD)
-    assert R._is_for_cublaslt(1, 8, 8, 16, 24, 2, True)
+    assert R.is_for_cublaslt(*GOOD)
+    assert R.is_for_cublaslt(1, 8, 8, 16, 24, 2, True)
 
 
 @pytest.mark.parametrize(
@@ -78,13 +78,13 @@ def test_cublaslt_serves_aligned_16_bit_products():
 def test_cublaslt_does_not_serve(place, value):
     arguments = list(GOOD)
     arguments[place] = value
-    assert not R._is_for_cublaslt(*arguments)
+    assert not R.is_for_cublaslt(*arguments)
 
 
 @every_device
 def test_the_lowest_delta_a_few_columns_at_a_time(device):
     def columns(rows, cols, recompute=False):
-        return R._cuda_columns_at_once(rows, cols, recompute, device)
+        return R.cuda_columns_at_once(rows, cols, recompute, device)
 
     assert columns(8192, 4096) == 1024
     assert columns(8192, 4096, True) == 256
@@ -104,7 +104,7 @@ def test_every_element_has_one_block(element_size, device):
     """Tiles cover the columns and chunks the rows, and none is empty."""
     for rows in (0, 1, 7, 64, 65, 1000, 8192, 1 << 33):
         for cols in (1, 8, 31, 32, 33, 256, 4096, 1 << 20, (1 << 31) + 8):
-            vector, tiles, chunks, chunk_rows = R._cuda_columns(rows, cols, element_size, device)
+            vector, tiles, chunks, chunk_rows = R.cuda_reduction(rows, cols, element_size, device)
             assert vector in (1, 16 // element_size) and cols % vector == 0
             width = 32 * vector
             assert (tiles - 1) * width < cols <= tiles * width

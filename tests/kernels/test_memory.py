@@ -19,7 +19,7 @@ from relu_mlp import ReluMLP, loss_and_grads, ops, reference
 from support import assert_same, integers, passes
 
 R = torch.ops.relu_mlp
-SETS = R._supported_instruction_sets().split()
+SETS = relu_mlp.build_info().supported_instruction_sets
 needs_library = pytest.mark.skipif(ops.LIBRARY_PATH is None, reason="needs the extension")
 
 #: The operators, and what stands in for them without the library.
@@ -53,12 +53,12 @@ WIDTHS = [
 def test_workspaces_of_every_size(name, widths, dtype):
     """One block of rows and several, one chunk and several: all passes, bit by bit."""
     before = relu_mlp.build_info().instruction_set
-    R._choose_instruction_set(name)
+    torch.ops.relu_mlp_testing.choose_instruction_set(name)
     try:
         for rows in (0, 1, 5, 17, 240, 481):
             passes.compare(R, passes.integer_network(widths, dtype, rows), "none")
     finally:
-        R._choose_instruction_set(before)
+        torch.ops.relu_mlp_testing.choose_instruction_set(before)
 
 
 # -- Storages that do not cover their tensors -------------------------------------

@@ -330,7 +330,7 @@ class Case {
     }
   }
 
-  // As in csrc/cpu/mlp.cpp, but for the library.
+  // As in csrc/cpu/passes.cpp, but for the library.
   template <typename F>
   void with_layers(const F& f) {
     if constexpr (std::is_same_v<T, BFloat16>) {
@@ -406,10 +406,10 @@ class Case {
     const Placed<T> grad(
         by_loss ? target : plain_.grad, rows, plain_.sizes.back(), by_loss ? 0 : random_.below(3),
         is_turned);
-    double squares = 0;
+    Array<T> loss(1);
     (by_loss ? pass.target : pass.grad_output) = grad.matrix;
     pass.loss_scale = 0.5;
-    pass.squares = by_loss ? &squares : nullptr;
+    pass.loss = by_loss ? loss.data : nullptr;
     Array<T> grad_x(int64_t(plain_.x.size()));
     std::vector<Array<T>> of_weights, of_biases;
     pass.grad_x = needs.x() ? grad_x.data : nullptr;

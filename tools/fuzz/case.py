@@ -131,7 +131,7 @@ class Case:
         torch.set_num_threads(threads)
         try:
             if INSTRUCTION_SETS:
-                torch.ops.relu_mlp._choose_instruction_set(
+                torch.ops.relu_mlp_testing.choose_instruction_set(
                     self.note("instruction set", self.r.choice(INSTRUCTION_SETS))
                 )
             with relu_mlp.backend(name):
@@ -145,7 +145,7 @@ class Case:
         return MODES[self.mode_name]
 
 
-INSTRUCTION_SETS = torch.ops.relu_mlp._supported_instruction_sets().split()
+INSTRUCTION_SETS = relu_mlp.build_info().supported_instruction_sets
 
 
 @contextmanager

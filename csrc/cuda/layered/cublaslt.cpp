@@ -5,7 +5,7 @@
 #include <map>
 #include <mutex>
 
-#include "memory.h"
+#include "../memory.h"
 
 namespace relu_mlp::cuda::cublaslt {
 namespace {
@@ -68,10 +68,10 @@ void check(Status status, const char* call) {
   }
 }
 
-// Calls a function and checks its status, naming it.
+// Calls a function and checks its status. An error names the function.
 #define RELU_MLP_CALL(name, ...) check(functions().name(__VA_ARGS__), #name)
 
-// One of the library's objects, with the function that ends it.
+// One of the library's objects, with the function that destroys it.
 class Object {
  public:
   Object() = default;
@@ -82,7 +82,7 @@ class Object {
       end_(object_);
     }
   }
-  // Where a function that creates one writes it.
+  // Where a function that creates the object writes it.
   void** create(Status (*end)(void*)) {
     end_ = end;
     return &object_;
@@ -123,7 +123,7 @@ Object description(const Problem& p, const void* bias) {
   return result;
 }
 
-// What is kept of a problem: the layouts and, if there is one, the algorithm.
+// What is cached for a problem: the layouts and, if there is one, the algorithm.
 struct Chosen {
   Object a, b, d;
   bool has_algorithm;
@@ -170,8 +170,8 @@ Chosen choose(Handle handle, const Problem& p, const void* bias) {
   return chosen;
 }
 
-// What is kept of a device. It is never destroyed: when a process ends, the
-// library may be gone before.
+// What is cached for a device. It is never destroyed, because the library may be
+// unloaded first when a process ends.
 struct OfDevice {
   Handle handle;
   std::map<Problem, Chosen> chosen; // entries stay where they are
@@ -207,9 +207,9 @@ std::pair<Handle, const Chosen*> find(const Problem& p, const void* bias) {
   return {known.handle, &entry->second};
 }
 
-// The largest power of 2, up to the 256 that the library assumes if not told,
-// that divides the addresses of all operands.
-uint32_t common_alignment(const Operands& operands) {
+// The largest power of 2 that divides the addresses of all operands, but at most
+// 256, which is the library's default.
+uint32_t common_alignment(const Buffers& operands) {
   uintptr_t all = 256;
   for (const void* pointer : {operands.a, operands.b,
                               static_cast<const void*>(operands.d),
@@ -227,7 +227,7 @@ bool is_available() {
 
 bool multiply(
     Problem p,
-    const Operands& operands,
+    const Buffers& operands,
     const Tensor& like,
     Stream stream) {
   p.alignment = common_alignment(operands);

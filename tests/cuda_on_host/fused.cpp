@@ -1,9 +1,10 @@
-// The narrow regime on the emulator, for test_cuda_narrow.py to call.
+// The fused passes on the emulator, for test_cuda_fused.py to call.
 
 #include "csrc/cuda/machine.h"
-#include "csrc/cuda/narrow.h"
+#include "csrc/cuda/fused/fused.h"
 
 #include <algorithm>
+#include <string>
 #include <vector>
 
 using namespace relu_mlp;
@@ -11,8 +12,8 @@ using namespace relu_mlp::cuda;
 
 namespace {
 
-// As test_cuda_narrow.Call, field by field.
-struct Call {
+// As test_cuda_fused.Call, field by field.
+struct Arguments {
   int64_t element; // 0: float, 1: BFloat16, 2: Half
   int64_t layers, widths[max_layers + 1];
   int64_t activation;
@@ -48,7 +49,7 @@ void copy(const T* to[max_layers], const void* const from[max_layers]) {
 template <typename T>
 Matrix<const T> matrix(
     const void* data,
-    const Call& call,
+    const Arguments& call,
     int64_t columns,
     const int64_t* strides) {
   return {
@@ -56,8 +57,8 @@ Matrix<const T> matrix(
 }
 
 template <typename T>
-Narrow<T> network(const Call& call) {
-  Narrow<T> network{};
+FusedNetwork<T> network(const Arguments& call) {
+  FusedNetwork<T> network{};
   network.layers = static_cast<int>(call.layers);
   std::copy_n(call.widths, max_layers + 1, network.widths);
   copy(network.weights, call.weights);
@@ -66,18 +67,62 @@ Narrow<T> network(const Call& call) {
   return network;
 }
 
-template <typename T>
-void forward(const Call& call) {
-  NarrowForward<T> pass{};
-  pass.x = matrix<T>(call.x, call, call.widths[0], call.x_strides);
-  copy(pass.hidden, call.hidden);
-  pass.y = static_cast<T*>(call.y);
-  narrow_forward(network<T>(call), pass, current_stream());
+Call question(const Arguments& call, bool is_backward, bool recomputes) {
+  return {
+      call.rows,
+      {call.widths, call.widths + call.layers + 1},
+      call.element == 0 ? 4 : 2,
+      is_backward,
+      recomputes,
+      {static_cast<int>(call.multiprocessors),
+       static_cast<int>(call.shared_bytes),
+       static_cast<int>(call.shared_bytes + 1024)}};
+}
+
+// Throws if the fused kernels do not serve the call.
+FusedPlan plan_of(const Arguments& call, bool is_backward, bool recomputes) {
+  FusedPlan plan;
+  if (!fused_serves(question(call, is_backward, recomputes), plan)) {
+    throw std::logic_error("not a call for the fused kernels");
+  }
+  return plan;
+}
+
+// The gradients that have a place, as Needs writes them.
+std::string needs_of(const Arguments& call) {
+  std::string flags(1, call.grad_x ? '1' : '0');
+  for (int64_t l = 0; l < call.layers; ++l) {
+    flags += call.grad_weights[l] ? '1' : '0';
+  }
+  for (int64_t l = 0; l < call.layers; ++l) {
+    flags += call.grad_biases[l] ? '1' : '0';
+  }
+  return flags;
+}
+
+// Whether something that the pass reads is not given.
+bool recomputes(const Arguments& call, const Needs& needs) {
+  const auto phi = static_cast<Activation>(call.activation);
+  bool missing = (call.squares || needs.reads_y(phi)) && !call.y;
+  for (int64_t l = 1; l < call.layers; ++l) {
+    missing |= needs.reads_input(l) && !call.hidden[l - 1];
+  }
+  return missing;
 }
 
 template <typename T>
-void backward(const Call& call) {
-  NarrowBackward<T> pass{};
+void forward(const Arguments& call) {
+  FusedForward<T> pass{};
+  pass.x = matrix<T>(call.x, call, call.widths[0], call.x_strides);
+  copy(pass.hidden, call.hidden);
+  pass.y = static_cast<T*>(call.y);
+  fused_forward(
+      network<T>(call), pass, plan_of(call, false, false), current_stream());
+}
+
+template <typename T>
+void backward(const Arguments& call) {
+  FusedBackward<T> pass{};
   pass.x = matrix<T>(call.x, call, call.widths[0], call.x_strides);
   copy(pass.hidden, const_cast<const void* const*>(call.hidden));
   pass.y = static_cast<const T*>(call.y);
@@ -90,16 +135,25 @@ void backward(const Call& call) {
   copy(pass.grad_weights, call.grad_weights);
   copy(pass.grad_biases, call.grad_biases);
 
-  const Narrow<T> given = network<T>(call);
+  const std::string flags = needs_of(call);
+  const Needs needs{flags};
+  pass.rows = call.rows;
+  pass.lowest = static_cast<int>(needs.lowest_layer());
+  if (pass.lowest == call.layers && !pass.squares) {
+    return;
+  }
+  pass.recompute = recomputes(call, needs);
+  const FusedPlan plan = plan_of(call, true, pass.recompute);
+  const FusedNetwork<T> given = network<T>(call);
   const int64_t bytes =
-      narrow_workspace(given, call.rows, device_properties());
+      fused_workspace_bytes(plan);
   constexpr uint32_t nans = ~0u, guard = 0xa5a5a5a5u;
   constexpr int64_t guards = 64;
   std::vector<Vector16> memory(
       bytes / 16 + 1 + guards, Vector16{{nans, nans, nans, nans}});
   auto* const end = reinterpret_cast<unsigned char*>(memory.data()) + bytes;
   std::fill(end, reinterpret_cast<unsigned char*>(&*memory.end()), 0xa5);
-  narrow_backward(given, pass, memory.data(), current_stream());
+  fused_backward(given, pass, plan, memory.data(), current_stream());
   for (int64_t n = memory.size() - guards; n < int64_t(memory.size()); ++n) {
     if (memory[n].word[0] != guard || memory[n].word[3] != guard) {
       throw std::runtime_error("a write outside the workspace");
@@ -108,7 +162,7 @@ void backward(const Call& call) {
 }
 
 template <template <typename> typename Run>
-const char* run(const Call& call) {
+const char* run(const Arguments& call) {
   static std::string error;
   emulator::settings().seed = call.seed;
   emulator::settings().device = {
@@ -132,32 +186,16 @@ const char* run(const Call& call) {
 
 template <typename T>
 struct Forward {
-  void operator()(const Call& call) const {
+  void operator()(const Arguments& call) const {
     forward<T>(call);
   }
 };
 template <typename T>
 struct Backward {
-  void operator()(const Call& call) const {
+  void operator()(const Arguments& call) const {
     backward<T>(call);
   }
 };
-
-NarrowPlanQuestion
-question(const Call& call, bool is_backward, bool recompute) {
-  NarrowPlanQuestion q{};
-  q.layers = static_cast<int>(call.layers);
-  std::copy_n(call.widths, max_layers + 1, q.widths);
-  q.element_size = call.element == 0 ? 4 : 2;
-  q.rows = call.rows;
-  q.is_backward = is_backward;
-  q.recompute = recompute;
-  q.device = {
-      static_cast<int>(call.multiprocessors),
-      static_cast<int>(call.shared_bytes),
-      static_cast<int>(call.shared_bytes + 1024)};
-  return q;
-}
 
 // Kernels with mistakes that the emulator is to see.
 struct Mistake {
@@ -217,10 +255,10 @@ int64_t mixed_up(bool with_barrier) {
 }
 
 // Null, or what went wrong.
-const char* run_forward(const Call* call) {
+const char* run_forward(const Arguments* call) {
   return run<Forward>(*call);
 }
-const char* run_backward(const Call* call) {
+const char* run_backward(const Arguments* call) {
   return run<Backward>(*call);
 }
 
@@ -231,14 +269,16 @@ int64_t launches() {
 // serves, threads, tile_rows, grid, sum_floats, bytes of shared memory, bytes
 // of workspace.
 void plan(
-    const Call* call,
+    const Arguments* call,
     bool is_backward,
     bool recompute,
     int64_t* result) {
-  const NarrowPlan p = narrow_plan(question(*call, is_backward, recompute));
+  FusedPlan p{};
+  const bool serves =
+      fused_serves(question(*call, is_backward, recompute), p);
   const int64_t values[] = {
-      p.serves, p.threads, p.tile_rows, p.grid, p.sum_floats, p.layout.bytes,
-      narrow_workspace_bytes(p)};
+      serves, p.threads, p.tile_rows, p.grid, p.sum_floats, p.layout.bytes,
+      fused_workspace_bytes(p)};
   std::copy(std::begin(values), std::end(values), result);
 }
 

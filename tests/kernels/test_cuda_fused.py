@@ -1,4 +1,4 @@
-"""The narrow regime's CUDA kernels, run on the host: values, memory, numbers that are
+"""CUDA's fused kernels, run on the host: values, memory, numbers that are
 not finite, order of execution, plans and index arithmetic.
 
 tests/cuda_on_host/emulator.h stands in for the GPU; what it does not emulate is said
@@ -28,8 +28,8 @@ from relu_mlp import reference
 ROOT = Path(__file__).parents[2]
 COMPILER = os.environ.get("CXX", "c++").split()[0]
 SOURCES = [
-    "csrc/cuda/narrow.cu",
-    "tests/cuda_on_host/narrow.cpp",
+    "csrc/cuda/fused/fused.cu",
+    "tests/cuda_on_host/fused.cpp",
     "tests/cuda_on_host/emulator.cpp",
 ]
 
@@ -45,7 +45,7 @@ A100 = (108, 166912)
 
 
 class Call(ctypes.Structure):
-    """As in tests/cuda_on_host/narrow.cpp, field by field."""
+    """As in tests/cuda_on_host/fused.cpp, field by field."""
 
     _pointers = ctypes.c_void_p * 16
     _strides = ctypes.c_int64 * 2
@@ -80,12 +80,12 @@ def compile_kernels(folder):
     flags += ["-U_FORTIFY_SOURCE"]  # it takes a fiber's longjmp for a mistake
     include = [ROOT, ROOT / "tests" / "cuda_on_host", *cpp_extension.include_paths()]
     command = [COMPILER, *flags, *(f"-I{path}" for path in include), "-x", "c++", *SOURCES]
-    subprocess.run([*command, "-o", folder / "narrow.so"], cwd=ROOT, check=True)
+    subprocess.run([*command, "-o", folder / "fused.so"], cwd=ROOT, check=True)
 
 
 @pytest.fixture(scope="module")
 def library(made_once):
-    library = ctypes.CDLL(str(made_once("cuda_narrow", compile_kernels) / "narrow.so"))
+    library = ctypes.CDLL(str(made_once("cuda_fused", compile_kernels) / "fused.so"))
     for function in library.run_forward, library.run_backward, library.run_mistake:
         function.restype = ctypes.c_char_p
     for name, arguments in ("index_of_column", 2), ("index_of_chunk", 3), ("stride_of_floats", 1):
@@ -345,7 +345,7 @@ def backward(
 
 # On both sides of the edges of a chunk, a tile, a group and the padded widths.
 WIDTHS = [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 95, 96, 97, 100, 127, 128]
-ROWS = [0, 1, 7, 8, 15, 16, 17, 31, 32, 33, 63, 65, 100, 127, 128, 129, 257, 300]
+ROWS = [1, 7, 8, 15, 16, 17, 31, 32, 33, 63, 65, 100, 127, 128, 129, 257, 300]
 X_LAYOUTS = ["contiguous", "not aligned", "wide rows", "odd rows", "transposed", "every other"]
 
 
@@ -596,9 +596,9 @@ def test_number_of_launches(library):
     ids=str,
 )
 def test_tile_rows(library, widths, dtype, device, forward, saved, recomputed):
-    """The tile that is chosen; 0 where the regime does not serve."""
+    """The tile that is chosen; 0 where the fused kernels do not serve."""
     network = integer_network(widths, "none", dtype)
-    for rows in (0, 1, 1000, 2**20, 2**40):
+    for rows in (1, 1000, 2**20, 2**40):
         for expected, arguments in zip(
             (forward, saved, recomputed), ((False,), (True,), (True, True))
         ):
@@ -608,7 +608,7 @@ def test_tile_rows(library, widths, dtype, device, forward, saved, recomputed):
                 assert p.tile_rows == expected
                 assert p.shared <= device[1]
                 assert p.grid == min(-(-rows // p.tile_rows), p.grid)
-                assert p.grid <= 2 * device[0] and (p.grid > 0) == (rows > 0)
+                assert 0 < p.grid <= 2 * device[0]
                 assert p.workspace == -(-4 * p.grid * p.sum_floats // 16) * 16 + 8 * p.grid
 
 

@@ -1,13 +1,13 @@
-// The three products of a layer, each with what cuBLASLt can fuse to it, or by
-// PyTorch's own products.
+// The three products of a layer: by cuBLASLt, with what it can fuse into its
+// epilogue, or by PyTorch.
 #pragma once
 
 #include <type_traits>
 
-#include "../tensor.h"
+#include "../../tensor.h"
 #include "cublaslt.h"
-#include "plan.h"
-#include "wide.h"
+#include "../plan.h"
+#include "kernels.h"
 
 // PyTorch's products as C functions, which know neither autograd nor autocast.
 // PyTorch without CUDA lacks these symbols, and the library loads there too.
@@ -32,12 +32,12 @@ __attribute__((weak)) AOTITorchError aoti_torch_cuda_addmm_out(
 namespace relu_mlp::cuda {
 
 template <typename T>
-class Products {
+class LayerProducts {
  public:
-  // On a stream of the current device, where `like` is.
-  Products(const Tensor& like, Stream stream) : like_(like), stream_(stream) {}
+  // On a stream of the current device; `like` is a tensor there.
+  LayerProducts(const Tensor& like, Stream stream) : like_(like), stream_(stream) {}
 
-  // out = a w^T + bias, then ReLU if asked for. out: (rows, out),
+  // out = a w^T + bias, then ReLU if `relu`. out: (rows, out),
   // a: (rows, in), w: (out, in); bias may be null.
   void linear(
       Matrix<T> out,
@@ -45,7 +45,7 @@ class Products {
       Matrix<const T> w,
       const T* bias,
       bool relu) const {
-    if (is_for_cublaslt(product(out, a, w, bias))) {
+    if (is_for_cublaslt(shape_of(out, a, w, bias))) {
       using cublaslt::Epilogue;
       const bool fuses =
           relu && cublaslt::relu_passes_nan(type(), like_, stream_);
@@ -57,25 +57,25 @@ class Products {
                ld(out), epilogue},
               {w.data, a.data, out.data, bias}, like_, stream_)) {
         if (relu && !fuses) {
-          apply_relu(out.data, out.rows * out.cols, stream_);
+          apply_activation(Activation::relu, out.data, out.rows * out.cols, stream_);
         }
         return;
       }
     }
     multiply(out, a, w.transposed(), bias);
     if (relu) {
-      apply_relu(out.data, out.rows * out.cols, stream_);
+      apply_activation(Activation::relu, out.data, out.rows * out.cols, stream_);
     }
   }
 
-  // to = delta^T a, (out, in). Where `grad_bias` is not null, returns whether
-  // it now has the sums of delta's columns, too.
+  // to = delta^T a, (out, in). Returns whether it also wrote the sums of delta's
+  // columns to `grad_bias`, which may be null.
   bool grad_weight(
       Matrix<T> to,
       Matrix<const T> delta,
       Matrix<const T> a,
       T* grad_bias) const {
-    if (is_for_cublaslt(product(delta, a, to, grad_bias))) {
+    if (is_for_cublaslt(shape_of(delta, a, to, grad_bias))) {
       using cublaslt::Epilogue;
       const auto by_cublaslt = [&](Epilogue epilogue, T* bias) {
         return cublaslt::multiply(
@@ -97,7 +97,7 @@ class Products {
   // out = delta w: (rows, in) from (rows, out) and (out, in).
   void grad_input(Matrix<T> out, Matrix<const T> delta, Matrix<const T> w)
       const {
-    if (is_for_cublaslt(product(delta, out, w, nullptr)) &&
+    if (is_for_cublaslt(shape_of(delta, out, w, nullptr)) &&
         cublaslt::multiply(
             {type(), false, false, w.cols, delta.rows, w.rows, ld(w), ld(delta),
              ld(out), cublaslt::Epilogue::none},
@@ -112,16 +112,16 @@ class Products {
     return std::is_same_v<T, BFloat16> ? cublaslt::bfloat16 : cublaslt::float16;
   }
 
-  // The distance of two rows; that of a single row may be any number.
+  // The distance of two rows. The stride of a single row is arbitrary.
   template <typename U>
   static int64_t ld(const Matrix<U>& m) {
     return m.rows == 1 ? m.cols : m.row_stride;
   }
 
-  // The product of y (rows, out), a (rows, in) and w (out, in), one of which is
-  // its result.
+  // The shape of a product of y (rows, out), a (rows, in) and w (out, in). One of
+  // them is its result.
   template <typename Y, typename A, typename W>
-  static Product product(
+  static ProductShape shape_of(
       const Matrix<Y>& y,
       const Matrix<A>& a,
       const Matrix<W>& w,
@@ -155,12 +155,11 @@ class Products {
       fail("relu_mlp: this PyTorch has no products on CUDA");
     }
 #endif
-    const Tensor to = view(out), left = view(a), right = view(b);
+    const Tensor to = view(as_const(out)), left = view(a), right = view(b);
     if (bias) {
-      const std::array<int64_t, 1> size{out.cols}, stride{1};
       check_call(addmm(
-          to.get(), view(bias, size, stride).get(), left.get(), right.get(),
-          1.0, 1.0));
+          to.get(), view<1>(bias, {out.cols}, {1}).get(), left.get(),
+          right.get(), 1.0, 1.0));
     } else {
       check_call(mm(to.get(), left.get(), right.get()));
     }
@@ -172,17 +171,11 @@ class Products {
       const T* data,
       const std::array<int64_t, N>& sizes,
       const std::array<int64_t, N>& strides) const {
-    AtenTensorHandle handle;
-    check_call(aoti_torch_create_tensor_from_blob(
-        const_cast<T*>(data), N, sizes.data(), strides.data(), 0,
-        dtype_number<T>(), like_.device_type(), like_.device_index(), &handle));
-    return Tensor(handle);
+    return from_blob(
+        data, sizes, strides, like_.device_type(), like_.device_index());
   }
-  template <typename U>
-  Tensor view(const Matrix<U>& m) const {
-    return view(
-        m.data, std::array<int64_t, 2>{m.rows, m.cols},
-        std::array<int64_t, 2>{m.row_stride, m.col_stride});
+  Tensor view(const Matrix<const T>& m) const {
+    return view<2>(m.data, {m.rows, m.cols}, {m.row_stride, m.col_stride});
   }
 
   const Tensor& like_;

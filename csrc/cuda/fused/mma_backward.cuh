@@ -1,25 +1,25 @@
-// The backward pass of the narrow regime for bfloat16 and float16.
+// The fused backward pass for bfloat16 and float16.
 //
-// A block takes a tile of rows, 16 for each warp, at a time. A warp puts what
-// the layers were applied to into shared memory, read from memory or computed
-// again from x, and carries delta down through its rows. For each layer all
-// warps meet, and share among them the product delta^T a over the whole
-// tile, which is added to float32 sums in shared memory. At its end a block
-// writes its sums to the workspace, and narrow_sum.cuh adds up the blocks'.
+// A block takes a tile of rows at a time, 16 rows for each warp. A warp puts the
+// inputs of the layers into shared memory, read from memory or recomputed from x,
+// and propagates delta through its rows. At each layer the warps synchronize and
+// divide the product delta^T a over the whole tile among them; it is added to
+// float32 sums in shared memory. In the end a block writes its sums to the
+// workspace, and gradient_sums.cuh adds up the sums of the blocks.
 //
 // From x, grad_output and the weights alone the pass reads
 // 2 (widths[0] + widths[L]) bytes a row, and writes 2 widths[0] if the gradient
-// of x is wanted: 256 and 128 for 64 -> 64 -> 64 -> 64, 84 us for 2^20 rows at
-// 4.8 TB/s. But what limits it is shared memory, at 128 bytes a cycle. For a
+// of x is needed: 256 and 128 for 64 -> 64 -> 64 -> 64, 84 us for 2^20 rows at
+// 4.8 TB/s. The limit is shared memory, at 128 bytes a cycle. For a
 // layer of 64 x 64 and 16 rows a warp reads 8 KB of weights going forwards and
 // 8 KB going back, writes and reads 4 KB of activations and deltas, and the
 // products for the sums read 12 KB and add up 4 KB: about 36 KB, 18 cycles a
 // row. Three layers on 132 multiprocessors at 1.755 GHz come to 245 us for
-// 2^20 rows. These are predictions; nothing of it has been measured.
+// 2^20 rows. These are predictions, not measurements.
 #pragma once
 
-#include "narrow_mma.cuh"
-#include "narrow_sum.cuh"
+#include "gradient_sums.cuh"
+#include "mma_layer.cuh"
 
 namespace relu_mlp::cuda {
 
@@ -67,7 +67,7 @@ struct MmaBackward {
       const Vector16& chunk) const {
     store16(
         place(tile, groups, m, half, q),
-        row_of(m, half) < p.rows ? chunk : Vector16{});
+        row_of(m, half) < p.pass.rows ? chunk : Vector16{});
   }
   RELU_MLP_DEVICE void put(int tile, int columns, const WarpRows& rows) const {
     const int groups = groups_of(columns);
@@ -75,7 +75,7 @@ struct MmaBackward {
       put(tile, groups, m, half, q, rows.get(m, half, q));
     });
   }
-  // What the lane itself has put there.
+  // What the lane itself has put into the tile.
   RELU_MLP_DEVICE WarpRows get(int tile, int columns) const {
     const int groups = groups_of(columns);
     WarpRows rows;
@@ -90,13 +90,13 @@ struct MmaBackward {
     for (int l = 0; l < p.network.layers; ++l) {
       const T* const weight = p.network.weights[l];
       const int in = width(l), out = width(l + 1);
-      if (p.recompute) {
+      if (p.pass.recompute) {
         stage(contiguous_view(weight, out, in), shared + p.layout.weights[l]);
         stage_bias(
             p.network.biases[l], out,
             reinterpret_cast<float*>(shared + p.layout.biases[l]));
       }
-      if (is_carried_through(p, l) && l >= p.lowest) {
+      if (propagates_through(p, l) && l >= p.pass.lowest) {
         stage(
             view(Matrix<const T>{weight, in, out, 1, in}, out),
             shared + p.layout.transposed[l]);
@@ -104,24 +104,24 @@ struct MmaBackward {
     }
   }
 
-  // The operands a_0 ... a_{L-1} into their tiles, as far as they are needed.
-  // Returns a_{L-1} if all were computed from x.
+  // Puts the needed ones of a_0 ... a_{L-1} into their tiles. Returns a_{L-1} if
+  // all were computed from x.
   RELU_MLP_DEVICE WarpRows put_inputs() const {
     const int layers = p.network.layers;
     WarpRows a{};
-    if (p.recompute || (p.pass.grad_weights[0] && p.lowest == 0)) {
+    if (p.pass.recompute || (p.pass.grad_weights[0] && p.pass.lowest == 0)) {
       a = load_rows<Groups, Tiles>(view(p.pass.x, width(0)), row);
       put(p.layout.inputs[0], width(0), a);
     }
     RELU_MLP_NO_UNROLL
     for (int l = 1; l < layers; ++l) {
-      if (p.recompute) {
+      if (p.pass.recompute) {
         a = hidden_layer<is_bf16>(
             a, width(l - 1), width(l), shared + p.layout.weights[l - 1],
             bias(l - 1));
-      } else if (l >= p.lowest && p.pass.hidden[l - 1]) {
+      } else if (l >= p.pass.lowest && p.pass.hidden[l - 1]) {
         a = load_rows<Groups, Tiles>(
-            contiguous_view(p.pass.hidden[l - 1], p.rows, width(l)),
+            contiguous_view(p.pass.hidden[l - 1], p.pass.rows, width(l)),
             row);
       } else {
         continue;
@@ -143,7 +143,7 @@ struct MmaBackward {
           a, width(l), columns, shared + p.layout.weights[l], bias(l), q, y);
     }
     const View16 given = contiguous_view(
-        p.pass.y, p.recompute_y || !p.pass.y ? 0 : p.rows, columns);
+        p.pass.y, p.recompute_y || !p.pass.y ? 0 : p.pass.rows, columns);
     RELU_MLP_UNROLL
     for (int m = 0; m < Tiles; ++m) {
       RELU_MLP_UNROLL
@@ -189,7 +189,7 @@ struct MmaBackward {
     const int l = p.network.layers - 1, columns = width(l + 1);
     const int groups = groups_of(columns), tile = p.layout.deltas[l % 2];
     const View16 source = p.pass.squares
-        ? contiguous_view(p.pass.target, p.rows, columns)
+        ? contiguous_view(p.pass.target, p.pass.rows, columns)
         : view(p.pass.grad_output, columns);
     RELU_MLP_NO_UNROLL
     for (int q = 0; q < groups; ++q) {
@@ -270,9 +270,9 @@ struct MmaBackward {
     }
   }
 
-  // delta_{l-1} from delta_l, into its tile; below the first layer the
-  // gradient of x, into memory.
-  RELU_MLP_DEVICE WarpRows carry(int l, const WarpRows& delta) const {
+  // Computes delta_{l-1} from delta_l and puts it into its tile. Below the first
+  // layer it is the gradient of x, which goes to memory.
+  RELU_MLP_DEVICE WarpRows propagate(int l, const WarpRows& delta) const {
     const int columns = width(l), groups = groups_of(columns);
     const int tile = p.layout.deltas[(l + 1) % 2];
     RELU_MLP_NO_UNROLL
@@ -287,7 +287,7 @@ struct MmaBackward {
         for (int half = 0; half < 2; ++half) {
           if (l == 0) {
             store_chunk(
-                p.pass.grad_x, p.rows, columns, row_of(m, half),
+                p.pass.grad_x, p.pass.rows, columns, row_of(m, half),
                 group_width * q + chunk_width * t,
                 pack_chunk<is_bf16>(values[m][half]));
             continue;
@@ -306,19 +306,19 @@ struct MmaBackward {
     return l == 0 ? delta : get(tile, columns);
   }
 
-  // All layers for the block's present tile. Deltas lie in two tiles by turns,
-  // so that one barrier for each layer is enough.
+  // All layers for the block's current tile. Two tiles hold the deltas in turn, so
+  // one barrier for each layer is enough.
   RELU_MLP_DEVICE void run_tile(double& squares) const {
     const WarpRows a = put_inputs();
     WarpRows delta = put_last_delta(a, squares);
     RELU_MLP_NO_UNROLL
-    for (int l = p.network.layers - 1; l >= p.lowest; --l) {
+    for (int l = p.network.layers - 1; l >= p.pass.lowest; --l) {
       sync(); // the tiles of delta_l, and of a_{l-1}, are there
       if (p.pass.grad_weights[l] || p.pass.grad_biases[l]) {
         add_gradients(l);
       }
-      if (is_carried_through(p, l)) {
-        delta = carry(l, delta);
+      if (propagates_through(p, l)) {
+        delta = propagate(l, delta);
       }
     }
     sync(); // the tiles may be written again
@@ -327,8 +327,8 @@ struct MmaBackward {
 
 template <typename T, int Groups, int Tiles>
 RELU_MLP_KERNEL void RELU_MLP_BOUNDS(
-    narrow_threads,
-    residents_16_bit(true, group_width * Groups))
+    tuning::fused_threads,
+    tuning::fused_residents_16_bit(true, group_width * Groups))
     mma_backward(RELU_MLP_PARAMETER BackwardParameters<T> p) {
   const int warps = block_size() / warp_size, lane = lane_index();
   MmaBackward<T, Groups, Tiles> work{
@@ -339,7 +339,7 @@ RELU_MLP_KERNEL void RELU_MLP_BOUNDS(
   const int tile_rows = 16 * Tiles * warps;
   double squares = 0;
   RELU_MLP_NO_UNROLL
-  for (int64_t tile = block_index(); tile * tile_rows < p.rows;
+  for (int64_t tile = block_index(); tile * tile_rows < p.pass.rows;
        tile += grid_size()) {
     work.row = tile * tile_rows + work.first;
     work.run_tile(squares);

@@ -1,7 +1,7 @@
 // The part of cuBLASLt's C interface that is used here. The library is opened
 // when it is first needed, so neither its header nor its import library has to
 // be there to build against. Where cublasLt.h is found, tools/cuda_check.py
-// compiles tools/cublaslt_api.cpp, which holds these declarations against
+// compiles tools/cublaslt_api.cpp, which compares these declarations with
 // NVIDIA's.
 #pragma once
 

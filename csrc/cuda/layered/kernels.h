@@ -1,21 +1,22 @@
-// What surrounds the products of wide layers, as plain data. Each function
-// enqueues its kernels on a stream of the current device and returns.
+// The kernels between the products of a layered pass. Each function enqueues its
+// kernels on a stream of the current device and returns.
 //
-// T is float, double, BFloat16 or Half. Matrices that are not Matrix are
-// contiguous and start at an address divisible by 16.
+// T is float, double, BFloat16 or Half. Matrices given by a pointer are contiguous
+// and start at an address divisible by 16.
 #pragma once
 
-#include "../mlp.h"
-#include "plan.h"
+#include "../../mlp.h"
+#include "../plan.h"
 
 namespace relu_mlp::cuda {
 
-// z = max(z, 0) for `count` elements.
+// z = phi(z) for `count` elements, where phi is not PyTorch's to apply.
 template <typename T>
-void apply_relu(T* z, int64_t count, Stream stream);
+void apply_activation(Activation phi, T* z, int64_t count, Stream stream);
 
-// Where the sum over the rows of delta goes: `total` has `cols` elements, or is
-// null where nobody asks for it. `workspace` has columns_workspace(...) bytes.
+// Where the sum over the rows of delta goes. `total` has `cols` elements, or is
+// null where the sum is not needed. `workspace` has reduction_workspace(...)
+// bytes.
 template <typename T>
 struct ColumnSums {
   T* total;
@@ -23,7 +24,7 @@ struct ColumnSums {
 };
 
 // The most bytes that a function below takes from its workspace.
-int64_t columns_workspace(int64_t rows, int64_t cols, const Device& device);
+int64_t reduction_workspace(int64_t rows, int64_t cols, const Device& device);
 
 // delta = delta where a > 0 or is NaN, else 0, in place; and its sums.
 // delta and a: (rows, cols); a has dense rows, apart from each other.
@@ -35,7 +36,7 @@ void mask_delta(
     Stream stream);
 
 // delta_L = grad_output * phi'(z_L), (rows, cols), and its sums. `delta` may be
-// null: the sums alone are wanted. `y` is null where phi is the identity.
+// null if only the sums are needed. `y` is null where phi is the identity.
 template <typename T>
 void output_delta(
     Activation phi,
@@ -60,7 +61,7 @@ void loss_delta(
     const ColumnSums<T>& sums,
     Stream stream);
 
-// *loss = scale * *squares, for a regime that has summed the squares itself.
+// *loss = scale * *squares, where another kernel has summed the squares.
 template <typename T>
 void write_loss(T* loss, const double* squares, double scale, Stream stream);
 

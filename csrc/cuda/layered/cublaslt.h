@@ -3,13 +3,13 @@
 
 #include <compare>
 
-#include "../tensor.h"
+#include "../../tensor.h"
 #include "cublaslt_api.h"
-#include "device.h"
+#include "../device.h"
 
 namespace relu_mlp::cuda::cublaslt {
 
-// Whether the library was found. It is opened at the first question.
+// Whether the library was found. The first call opens it.
 bool is_available();
 
 // D = op(A) op(B), column by column as BLAS has it, all of one 16-bit type,
@@ -25,25 +25,25 @@ struct Problem {
   auto operator<=>(const Problem&) const = default;
 };
 
-struct Operands {
+struct Buffers {
   const void *a, *b;
   void* d;
   const void* bias; // what the epilogue reads or, for a gradient, writes
 };
 
-// Computes it on a stream of the current device. Returns false, having done
-// nothing, where cuBLASLt has no algorithm for the problem; throws what the
-// library reports of other failures. `like` is a tensor on that device:
-// PyTorch's allocator gives the workspace, for the time of the call.
+// Computes it on a stream of the current device. Returns false and does nothing
+// where cuBLASLt has no algorithm for the problem. Throws what the library reports
+// of other failures. `like` is a tensor on that device: PyTorch's allocator
+// provides the workspace for the duration of the call.
 bool multiply(
     Problem problem,
-    const Operands& operands,
+    const Buffers& operands,
     const Tensor& like,
     Stream stream);
 
 // Whether this device's ReLU epilogue passes NaN on, as PyTorch's ReLU does.
-// Nothing documents it, so it is tried once on each device and type. False
-// while the stream records a graph and it has not been tried.
+// This is not documented, so it is tried once on each device and type. Returns
+// false while it has not been tried and the stream records a graph.
 bool relu_passes_nan(int type, const Tensor& like, Stream stream);
 
 } // namespace relu_mlp::cuda::cublaslt

@@ -1,85 +1,31 @@
-// The passes of the wide regime: layer by layer, each product followed by one
-// walk over its result where cuBLASLt cannot fuse what belongs there.
+// The layered passes: a product for each layer, followed by one kernel over its
+// result where cuBLASLt cannot fuse its work into the product.
 #pragma once
 
 #include <algorithm>
 #include <vector>
 
-#include "../tensor.h"
-#include "memory.h"
-#include "products.h"
-#include "wide.h"
+#include "../../operands.h"
+#include "../memory.h"
+#include "layer_products.h"
+#include "kernels.h"
 
 namespace relu_mlp::cuda {
 
-// A network as plain data. What a pass does not need has no data; biases may
-// be null. widths are those of x, the hidden layers and y.
+// `like` is a tensor on the device. New tensors are made like it.
 template <typename T>
-struct Network {
-  std::vector<int64_t> widths;
-  Matrix<const T> x;
-  std::vector<Matrix<const T>> weights; // contiguous
-  std::vector<const T*> biases;
-  Activation output_activation;
-
-  std::size_t layers() const {
-    return weights.size();
-  }
-};
-
-// What the backward pass is asked for, beside `needs`.
-template <typename T>
-struct BackwardPass {
-  Needs needs;
-  bool recompute; // the hidden activations, and y
-  std::vector<const T*> hidden; // a_1 ... a_{L-1}, contiguous
-  const T* y; // contiguous
-
-  // Either the gradient of y, of any strides, or, where `loss` is not null, the
-  // target, contiguous, of *loss = loss_scale * sum (y - target)^2.
-  Matrix<const T> grad_output;
-  const T* target;
-  double loss_scale;
-  T* loss;
-
-  // The results, contiguous; null where not needed.
-  T* grad_x;
-  std::vector<T*> grad_weights, grad_biases;
-};
-
-template <typename T>
-Matrix<T> contiguous(T* data, int64_t rows, int64_t cols) {
-  return {data, rows, cols, cols, 1};
-}
-template <typename T>
-Matrix<const T> as_const(const Matrix<T>& m) {
-  return {m.data, m.rows, m.cols, m.row_stride, m.col_stride};
-}
-// `count` rows, or columns, from the first on that is named.
-template <typename T>
-Matrix<T> rows_of(const Matrix<T>& m, int64_t first, int64_t count) {
-  return {m.row(first), count, m.cols, m.row_stride, m.col_stride};
-}
-template <typename T>
-Matrix<T> columns_of(const Matrix<T>& m, int64_t first, int64_t count) {
-  return {
-      m.data + first * m.col_stride, m.rows, count, m.row_stride, m.col_stride};
-}
-
-// `like` is a tensor on the device, for new ones.
-template <typename T>
-class WideLayers {
+class LayeredPasses {
  public:
-  WideLayers(const Network<T>& network, const Tensor& like, Stream stream)
+  LayeredPasses(const Network<T>& network, const Tensor& like, Stream stream)
       : network_(network),
         like_(like),
         stream_(stream),
         products_(like, stream) {}
 
-  // y, unless it is null, and the hidden activations; those that `hidden` has
-  // no place for live until the next layer has read them.
+  // Computes the hidden activations, and y unless it is null. Hidden activations
+  // that `hidden` has no place for live until the next layer has read them.
   void forward(const std::vector<T*>& hidden, T* y) {
-    const std::size_t layers = network_.layers();
+    const std::size_t layers = network_.layers.size();
     Matrix<const T> a = network_.x;
     Tensor memory;
     for (std::size_t l = 0; l < layers; ++l) {
@@ -92,24 +38,25 @@ class WideLayers {
       if (!is_last && l < hidden.size()) {
         to = hidden[l];
       } else if (!is_last) {
-        next = empty<2>({a.rows, network_.widths[l + 1]}, like_);
+        next = empty<2>({a.rows, network_.width(l + 1)}, like_);
         to = next.template data<T>();
       }
-      const auto out = contiguous(to, a.rows, network_.widths[l + 1]);
+      const auto out = contiguous(to, a.rows, network_.width(l + 1));
       const bool relu =
           !is_last || network_.output_activation == Activation::relu;
-      products_.linear(out, a, network_.weights[l], network_.biases[l], relu);
+      const Layer<T>& layer = network_.layers[l];
+      products_.linear(out, a, layer.weight, layer.bias, relu);
       a = as_const(out);
       memory = std::move(next);
     }
-    if (network_.output_activation > Activation::relu) {
-      activate(a);
+    if (applied_by(network_.output_activation) != AppliedBy::epilogue) {
+      activate(contiguous(y, a.rows, a.cols));
     }
   }
 
   void backward(BackwardPass<T> pass) {
     const Needs& needs = pass.needs;
-    const std::size_t layers = network_.layers();
+    const std::size_t layers = network_.layers.size();
     const std::size_t lowest = needs.lowest_layer();
     workspace_ = new_workspace(pass);
     std::vector<Tensor> recomputed;
@@ -117,7 +64,7 @@ class WideLayers {
       recomputed = recompute(pass);
     }
     Tensor memory; // of delta
-    bool has_sums = true; // whether the bias gradient is there
+    bool has_sums = true; // whether the bias gradient is computed
     Matrix<const T> delta = output_delta(pass, memory, has_sums);
     for (std::size_t l = layers; l-- > lowest;) {
       if (l == lowest + 1 && !needs.propagation_through(lowest)) {
@@ -139,16 +86,16 @@ class WideLayers {
       Tensor next;
       T* to = pass.grad_x;
       if (l > 0) {
-        next = empty<2>({delta.rows, network_.widths[l]}, like_);
+        next = empty<2>({delta.rows, network_.width(l)}, like_);
         to = next.template data<T>();
       }
-      const auto out = contiguous(to, delta.rows, network_.widths[l]);
-      products_.grad_input(out, delta, network_.weights[l]);
+      const auto out = contiguous(to, delta.rows, network_.width(l));
+      products_.grad_input(out, delta, network_.layers[l].weight);
       if (l > 0) {
         mask_delta(
             to, input(l, pass), sums(pass.grad_biases[l - 1]), stream_);
         if (pass.recompute) {
-          recomputed[l - 1] = Tensor(); // nobody reads it any more
+          recomputed[l - 1] = Tensor(); // no longer read
         }
       }
       delta = as_const(out);
@@ -157,17 +104,17 @@ class WideLayers {
   }
 
  private:
-  // The gradients of the layers `low` and low + 1, where nothing below is asked
-  // for: delta_{low+1} and, if it is computed again, a_{low+1} a few columns at
-  // a time. Every sum runs over all rows, as it does without that. `delta` is
-  // that of the layer above, whose bias gradient may still have to be made.
+  // The gradients of the layers `low` and low + 1, where nothing below is needed.
+  // delta_{low+1}, and a_{low+1} if it is recomputed, exist only a few columns at
+  // a time. Every sum still runs over all rows at once. `delta` is that of the
+  // layer above; `has_sums` is whether its bias gradient is computed already.
   void lowest_layers(
       std::size_t low,
       const Matrix<const T>& delta,
       bool has_sums,
       const BackwardPass<T>& pass) {
     const Needs& needs = pass.needs;
-    const int64_t width = network_.widths[low + 1];
+    const int64_t width = network_.width(low + 1);
     const int64_t most = columns_at_once(
         delta.rows, width, pass.recompute, device_properties());
     const bool is_saved = low + 1 <= pass.hidden.size();
@@ -182,9 +129,9 @@ class WideLayers {
       } else {
         const auto to = contiguous(
             a_memory.template data<T>(), delta.rows, count);
-        const T* const bias = network_.biases[low];
+        const T* const bias = network_.layers[low].bias;
         products_.linear(
-            to, input(low, pass), rows_of(network_.weights[low], first, count),
+            to, input(low, pass), rows_of(network_.layers[low].weight, first, count),
             bias ? bias + first : nullptr, true);
         a = as_const(to);
       }
@@ -196,7 +143,7 @@ class WideLayers {
       const auto out = contiguous(
           out_memory.template data<T>(), delta.rows, count);
       products_.grad_input(
-          out, delta, columns_of(network_.weights[low + 1], first, count));
+          out, delta, columns_of(network_.layers[low + 1].weight, first, count));
       T* const total = pass.grad_biases[low];
       mask_delta(
           out.data, a, sums(total ? total + first : nullptr), stream_);
@@ -223,38 +170,33 @@ class WideLayers {
 
   Matrix<T> grad_weight(std::size_t l, const BackwardPass<T>& pass) const {
     return contiguous(
-        pass.grad_weights[l], network_.widths[l + 1], network_.widths[l]);
+        pass.grad_weights[l], network_.width(l + 1), network_.width(l));
   }
 
-  // Enough for the sums of every delta, whole or a few columns of it, which take
-  // turns.
+  // Enough for the sums of any delta, whole or a few columns of it. They share it,
+  // one after the other.
   Tensor new_workspace(const BackwardPass<T>& pass) const {
     const Device device = device_properties();
     int64_t bytes = 0;
-    for (std::size_t l = 0; l < network_.layers(); ++l) {
-      const bool is_last = l + 1 == network_.layers();
+    for (std::size_t l = 0; l < network_.layers.size(); ++l) {
+      const bool is_last = l + 1 == network_.layers.size();
       if (pass.needs.bias(l) || (is_last && pass.loss)) {
-        const int64_t cols = network_.widths[l + 1];
+        const int64_t cols = network_.width(l + 1);
         const int64_t some =
-            columns_at_once(rows(pass), cols, pass.recompute, device);
+            columns_at_once(network_.x.rows, cols, pass.recompute, device);
         for (const int64_t count : {cols, some, some ? cols % some : 0}) {
-          bytes = std::max(bytes, columns_workspace(rows(pass), count, device));
+          bytes = std::max(bytes, reduction_workspace(network_.x.rows, count, device));
         }
       }
     }
     return empty<1>({bytes / int64_t(sizeof(T)) + 1}, like_);
   }
 
-  int64_t rows(const BackwardPass<T>& pass) const {
-    return pass.loss ? network_.x.rows : pass.grad_output.rows;
-  }
-
-  // The hidden activations and, if it is needed, y, entered into `pass`; but
-  // not what lowest_layers can compute itself.
+  // Computes the hidden activations and, if it is needed, y, and enters them into
+  // `pass`. Leaves out what lowest_layers can compute itself.
   std::vector<Tensor> recompute(BackwardPass<T>& pass) {
-    const std::size_t layers = network_.layers();
-    const bool needs_y =
-        pass.loss || network_.output_activation != Activation::none;
+    const std::size_t layers = network_.layers.size();
+    const bool needs_y = pass.reads_y(network_.output_activation);
     if (layers == 2 && !needs_y && !pass.needs.propagation_through(0) &&
         pass.needs.lowest_layer() == 0) {
       return {};
@@ -263,34 +205,36 @@ class WideLayers {
     std::vector<T*> places;
     for (std::size_t l = 0; l + !needs_y < layers; ++l) {
       memory.push_back(
-          empty<2>({network_.x.rows, network_.widths[l + 1]}, like_));
+          empty<2>({network_.x.rows, network_.width(l + 1)}, like_));
       places.push_back(memory.back().template data<T>());
     }
     T* const y = needs_y ? places.back() : nullptr;
     places.resize(layers - 1);
     forward(places, y);
-    pass.hidden.assign(places.begin(), places.end());
-    pass.y = y;
+    for (std::size_t l = 1; l < layers; ++l) {
+      pass.hidden.push_back(as_const(contiguous(places[l - 1], network_.x.rows, network_.width(l))));
+    }
+    if (y) {
+      pass.y = as_const(contiguous(y, network_.x.rows, network_.width(layers)));
+    }
     return memory;
   }
 
   Matrix<const T> input(std::size_t l, const BackwardPass<T>& pass) const {
-    return l == 0
-        ? network_.x
-        : contiguous(pass.hidden[l - 1], rows(pass), network_.widths[l]);
+    return l == 0 ? network_.x : pass.hidden[l - 1];
   }
 
-  // delta_L: grad_output itself where phi is the identity and its rows lie
-  // apart from each other; then its sums are still to be made. Else in `memory`.
+  // delta_L. It is grad_output itself where phi is the identity and no two rows
+  // overlap; then its sums are not computed yet. Otherwise it is in `memory`.
   Matrix<const T> output_delta(
       const BackwardPass<T>& pass,
       Tensor& memory,
       bool& has_sums) {
     const Activation phi = network_.output_activation;
     const Matrix<const T>& grad = pass.grad_output;
-    const std::size_t last = network_.layers() - 1;
+    const std::size_t last = network_.layers.size() - 1;
     T* const total = pass.grad_biases[last];
-    const int64_t count = rows(pass), cols = network_.widths[last + 1];
+    const int64_t count = network_.x.rows, cols = network_.width(last + 1);
     if (!pass.loss && phi == Activation::none && grad.col_stride == 1 &&
         (grad.rows == 1 || grad.row_stride >= cols)) {
       has_sums = !total;
@@ -300,35 +244,35 @@ class WideLayers {
     T* const delta = memory.template data<T>();
     if (pass.loss) {
       loss_delta(
-          phi, delta, pass.y, pass.target, count, cols, pass.loss_scale,
+          phi, delta, pass.y.data, pass.target.data, count, cols, pass.loss_scale,
           pass.loss, sums(total), stream_);
     } else {
       relu_mlp::cuda::output_delta(
-          phi, delta, grad, phi == Activation::none ? nullptr : pass.y,
+          phi, delta, grad, phi == Activation::none ? nullptr : pass.y.data,
           sums(total), stream_);
     }
     return contiguous<const T>(delta, count, cols);
   }
 
-  // phi in place, by PyTorch: its accuracy, its speed.
-  void activate(const Matrix<const T>& y) const {
-    const int64_t count = y.rows * y.cols, stride = 1;
-    AtenTensorHandle handle;
-    check_call(aoti_torch_create_tensor_from_blob(
-        const_cast<T*>(y.data), 1, &count, &stride, 0, dtype_number<T>(),
-        like_.device_type(), like_.device_index(), &handle));
-    StableIValue stack = torch::stable::detail::from(handle);
-    check_call(torch_call_dispatcher(
-        network_.output_activation == Activation::sigmoid ? "aten::sigmoid_"
-                                                          : "aten::tanh_",
-        "", &stack, TORCH_ABI_VERSION));
-    Tensor(torch::stable::detail::to<AtenTensorHandle>(stack));
+  // y = phi(y).
+  void activate(const Matrix<T>& y) const {
+    const int64_t count = y.rows * y.cols;
+    with_row(network_.output_activation, [&]<typename Row>() {
+      if constexpr (Row::applied_by == AppliedBy::pytorch) {
+        apply_in_place(
+            Row::in_place, y.data, count, like_.device_type(),
+            like_.device_index());
+      } else {
+        apply_activation(
+            network_.output_activation, y.data, count, stream_);
+      }
+    });
   }
 
   const Network<T>& network_;
   const Tensor& like_;
   const Stream stream_;
-  const Products<T> products_;
+  const LayerProducts<T> products_;
   Tensor workspace_;
 };
 

@@ -2,7 +2,7 @@
 // over the blocks.
 #pragma once
 
-#include "narrow_rows.cuh"
+#include "parameters.cuh"
 
 namespace relu_mlp::cuda {
 
@@ -17,7 +17,7 @@ RELU_MLP_DEVICE void add(float* sums, const float (&c)[4]) {
 }
 
 template <typename T>
-RELU_MLP_DEVICE int sum_floats_of_layer(const Narrow<T>& network, int l) {
+RELU_MLP_DEVICE int sum_floats_of_layer(const FusedNetwork<T>& network, int l) {
   return sum_floats_of(
       network.widths[l + 1], network.widths[l], static_cast<int>(sizeof(T)));
 }
@@ -36,7 +36,7 @@ RELU_MLP_DEVICE void clear_sums(
   }
 }
 
-// A block's sums into its part of the workspace, after a barrier.
+// Writes a block's sums to its part of the workspace. A barrier comes before.
 template <typename T>
 RELU_MLP_DEVICE void write_sums(
     const BackwardParameters<T>& p,
@@ -66,13 +66,12 @@ struct SumParameters {
   int blocks;
 };
 
-// One element of the workspace's sums, added up over the blocks in a fixed
-// order, for each thread, and rounded to T once. The first warp adds up the
-// squares. Limited by the second-level cache, which the workspace was
-// written to: 4 blocks bytes for each element; for 64 -> 64 -> 64 -> 64
-// on an H200 7 MB in all.
+// Each thread adds up one element of the workspace's sums over the blocks, in a
+// fixed order, and rounds it to T once. The first warp adds up the squares. The
+// limit is the second-level cache, which holds the workspace: 4 * blocks bytes for
+// each element, 7 MB in all for 64 -> 64 -> 64 -> 64 on an H200.
 template <typename T>
-RELU_MLP_KERNEL void RELU_MLP_BOUNDS(narrow_threads)
+RELU_MLP_KERNEL void RELU_MLP_BOUNDS(tuning::fused_threads)
     sum_blocks(RELU_MLP_PARAMETER SumParameters<T> parameters) {
   const BackwardParameters<T>& p = parameters.backward;
   const int blocks = parameters.blocks;
@@ -106,7 +105,7 @@ RELU_MLP_KERNEL void RELU_MLP_BOUNDS(narrow_threads)
   if (place.row < 0 || !to) {
     return;
   }
-  // Four sums that do not wait for each other.
+  // Four independent sums.
   float sums[4] = {};
   int b = 0;
   for (; b + 4 <= blocks; b += 4) {

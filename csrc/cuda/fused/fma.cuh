@@ -1,4 +1,4 @@
-// The narrow regime for float32, on plain FMAs.
+// The fused passes for float32, on plain FMAs.
 //
 // A block of 256 threads takes a tile of 64 or 32 rows through all layers in
 // shared memory. In each product a thread computes 4 x 4 elements; its place is
@@ -9,113 +9,20 @@
 // and 8192 or, recomputing, 12288 backwards, of which a multiprocessor does 128
 // a cycle. 2^20 rows of 64 -> 64 -> 64 -> 64 take 435 us forwards on an H200 at
 // 1.755 GHz; memory traffic would take 112 us. Each group of 64 FMAs of a
-// thread comes with 8 reads of 16 bytes, so shared memory is at three
-// quarters of its rate. These are predictions; nothing of it has been measured.
+// thread comes with 8 reads of 16 bytes, so shared memory runs at three
+// quarters of its bandwidth. These are predictions, not measurements.
 #pragma once
 
-#include "narrow_sum.cuh"
+#include "fma_layer.cuh"
+#include "gradient_sums.cuh"
 
 namespace relu_mlp::cuda {
 
-// A matrix in shared memory.
-struct Tile {
-  float* data;
-  int columns, stride;
-
-  RELU_MLP_DEVICE float& at(int row, int column) const {
-    return data[row * stride + column];
-  }
-  RELU_MLP_DEVICE Float4 four(int row, int column) const {
-    return *reinterpret_cast<const Float4*>(&at(row, column));
-  }
-};
-
-RELU_MLP_DEVICE Tile tile(unsigned char* shared, int offset, int columns) {
-  return {
-      reinterpret_cast<float*>(shared + offset), columns, fma_stride(columns)};
-}
-
-// `count` rows from `row` on, by all threads of the block. Rows beyond the last
-// are zeros, and so are columns up to a multiple of 4.
-RELU_MLP_DEVICE void load_tile(
-    const Matrix<const float>& m,
-    int64_t row,
-    int count,
-    const Tile& to) {
-  const int columns = round_up(to.columns, 4);
-  for (int n = thread_index(); n < count * columns; n += block_size()) {
-    const int i = n / columns, j = n % columns;
-    to.at(i, j) =
-        row + i < m.rows && j < to.columns ? element(m, row + i, j) : 0.0f;
-  }
-}
-
-// Weights, with rows up to a multiple of 4, and the bias.
-RELU_MLP_DEVICE void stage_layer(
-    const Narrow<float>& network,
-    int l,
-    unsigned char* shared,
-    const NarrowLayout& layout,
-    bool with_bias) {
-  const int in = network.widths[l], out = network.widths[l + 1];
-  load_tile(
-      {network.weights[l], out, in, in, 1}, 0, round_up(out, 4),
-      tile(shared, layout.weights[l], in));
-  float* const bias = reinterpret_cast<float*>(shared + layout.biases[l]);
-  for (int n = thread_index(); with_bias && n < round_up(out, 4);
-       n += block_size()) {
-    bias[n] = network.biases[l] && n < out ? network.biases[l][n] : 0.0f;
-  }
-}
-
-// Calls f(row, column, z) for the elements of z = a W^T + b that are the
-// thread's, with z = 0 in the columns up to a multiple of 4.
-template <typename F>
-RELU_MLP_DEVICE void for_each_pre_activation(
-    const Tile& a,
-    int rows,
-    const Tile& weight,
-    int out,
-    const float* bias,
-    const F& f) {
-  const int ty = thread_index() / 16, tx = thread_index() % 16;
-  RELU_MLP_NO_UNROLL
-  for (int n = tx; n < round_up(out, 4); n += 64) {
-    float c[4][4] = {};
-    RELU_MLP_NO_UNROLL
-    for (int k = 0; k < a.columns; k += 4) {
-      Float4 left[4], right[4];
-      RELU_MLP_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        // Beyond the end the last row again, for a result that nobody takes.
-        const int row = ty + 16 * i, column = n + 16 * i;
-        left[i] = a.four(row < rows ? row : rows - 1, k);
-        right[i] = weight.four(column < out ? column : out - 1, k);
-      }
-      RELU_MLP_UNROLL
-      for (int e = 0; e < 16; ++e) {
-        RELU_MLP_UNROLL
-        for (int u = 0; u < 4; ++u) {
-          c[e / 4][e % 4] =
-              fmaf(left[e / 4].v[u], right[e % 4].v[u], c[e / 4][e % 4]);
-        }
-      }
-    }
-    RELU_MLP_UNROLL
-    for (int e = 0; e < 16; ++e) {
-      const int row = ty + 16 * (e / 4), column = n + 16 * (e % 4);
-      if (row < rows && column < round_up(out, 4)) {
-        f(row, column, column < out ? c[e / 4][e % 4] + bias[column] : 0.0f);
-      }
-    }
-  }
-}
-
 // The forward pass of a network of any widths.
-RELU_MLP_KERNEL void RELU_MLP_BOUNDS(narrow_threads, residents_32_bit)
+RELU_MLP_KERNEL void RELU_MLP_BOUNDS(tuning::fused_threads, tuning::fused_residents_32_bit)
     fma_forward(RELU_MLP_PARAMETER ForwardParameters<float> p) {
   unsigned char* const shared = shared_memory();
-  const Narrow<float>& network = p.network;
+  const FusedNetwork<float>& network = p.network;
   const int layers = network.layers, tile_rows = p.tile_rows;
   const int64_t rows = p.pass.x.rows;
   for (int l = 0; l < layers; ++l) {
@@ -175,24 +82,26 @@ struct FmaBackward {
     return reinterpret_cast<const float*>(shared + p.layout.biases[l]);
   }
 
-  // The operands a_0 ... a_{L-1} into their tiles, as far as they are needed.
+  // Puts the needed ones of a_0 ... a_{L-1} into their tiles.
   RELU_MLP_DEVICE void put_inputs() const {
-    if (p.recompute || (p.pass.grad_weights[0] && p.lowest == 0)) {
+    if (p.pass.recompute || (p.pass.grad_weights[0] && p.pass.lowest == 0)) {
       load_tile(p.pass.x, first, p.tile_rows, input(0));
     }
     RELU_MLP_NO_UNROLL
     for (int l = 1; l < p.network.layers; ++l) {
       const Tile to = input(l);
-      if (p.recompute) {
+      if (p.pass.recompute) {
         sync();
         for_each_pre_activation(
             input(l - 1), p.tile_rows, weight(l - 1), width(l), bias(l - 1),
             [&](int row, int column, float z) {
-              to.at(row, column) = first + row < p.rows ? relu(z) : 0.0f;
+              to.at(row, column) = first + row < p.pass.rows
+                  ? ActivationRow<Activation::relu>::forward(z)
+                  : 0.0f;
             });
-      } else if (l >= p.lowest && p.pass.hidden[l - 1]) {
+      } else if (l >= p.pass.lowest && p.pass.hidden[l - 1]) {
         load_tile(
-            {p.pass.hidden[l - 1], p.rows, width(l), width(l), 1}, first,
+            {p.pass.hidden[l - 1], p.pass.rows, width(l), width(l), 1}, first,
             p.tile_rows, to);
       }
     }
@@ -208,7 +117,7 @@ struct FmaBackward {
     const int l = p.network.layers - 1, columns = width(l + 1);
     const int64_t i = first + row;
     float grad[1] = {};
-    if (i < p.rows && column < columns) {
+    if (i < p.pass.rows && column < columns) {
       if (p.pass.squares) {
         const float error = y[0] - p.pass.target[i * columns + column];
         squares += static_cast<double>(error) * static_cast<double>(error);
@@ -236,7 +145,7 @@ struct FmaBackward {
     const int padded = round_up(columns, 4);
     for (int n = thread_index(); n < p.tile_rows * padded; n += block_size()) {
       const int row = n / padded, column = n % padded;
-      const bool is_inside = first + row < p.rows && column < columns;
+      const bool is_inside = first + row < p.pass.rows && column < columns;
       const float y[1] = {
           p.pass.y && is_inside ? p.pass.y[(first + row) * columns + column]
                                 : 0.0f};
@@ -280,9 +189,9 @@ struct FmaBackward {
     }
   }
 
-  // delta_{l-1} from delta_l, into its tile; below the first layer the
-  // gradient of x, into memory.
-  RELU_MLP_DEVICE void carry(int l) const {
+  // Computes delta_{l-1} from delta_l and puts it into its tile. Below the first
+  // layer it is the gradient of x, which goes to memory.
+  RELU_MLP_DEVICE void propagate(int l) const {
     const Tile from = delta(l), w = weight(l), a = input(l);
     const Tile to = tile(shared, p.layout.deltas[(l + 1) % 2], a.columns);
     const int ty = thread_index() / 16, tx = thread_index() % 16;
@@ -317,10 +226,10 @@ struct FmaBackward {
         if (l > 0) {
           // Zero in the padding too: it is zero in a.
           to.at(row, column) =
-              a.at(row, column) <= 0.0f || first + row >= p.rows
+              a.at(row, column) <= 0.0f || first + row >= p.pass.rows
               ? 0.0f
               : c[e / 4][e % 4];
-        } else if (first + row < p.rows && column < in) {
+        } else if (first + row < p.pass.rows && column < in) {
           p.pass.grad_x[(first + row) * in + column] = c[e / 4][e % 4];
         }
       }
@@ -331,30 +240,30 @@ struct FmaBackward {
     put_inputs();
     put_last_delta(squares);
     RELU_MLP_NO_UNROLL
-    for (int l = p.network.layers - 1; l >= p.lowest; --l) {
+    for (int l = p.network.layers - 1; l >= p.pass.lowest; --l) {
       sync(); // the tiles of delta_l, and of a_{l-1}, are there
       add_gradients(l);
-      if (is_carried_through(p, l)) {
-        carry(l);
+      if (propagates_through(p, l)) {
+        propagate(l);
       }
     }
     sync(); // the tiles may be written again
   }
 };
 
-RELU_MLP_KERNEL void RELU_MLP_BOUNDS(narrow_threads, residents_32_bit)
+RELU_MLP_KERNEL void RELU_MLP_BOUNDS(tuning::fused_threads, tuning::fused_residents_32_bit)
     fma_backward(RELU_MLP_PARAMETER BackwardParameters<float> p) {
   FmaBackward work{p, shared_memory(), 0};
-  for (int l = p.recompute ? 0 : p.lowest; l < p.network.layers; ++l) {
-    if (p.recompute || is_carried_through(p, l)) {
-      stage_layer(p.network, l, work.shared, p.layout, p.recompute);
+  for (int l = p.pass.recompute ? 0 : p.pass.lowest; l < p.network.layers; ++l) {
+    if (p.pass.recompute || propagates_through(p, l)) {
+      stage_layer(p.network, l, work.shared, p.layout, p.pass.recompute);
     }
   }
   clear_sums(p, work.shared);
   sync();
   double squares = 0;
   RELU_MLP_NO_UNROLL
-  for (work.first = int64_t(block_index()) * p.tile_rows; work.first < p.rows;
+  for (work.first = int64_t(block_index()) * p.tile_rows; work.first < p.pass.rows;
        work.first += int64_t(grid_size()) * p.tile_rows) {
     work.run_tile(squares);
   }

@@ -1,0 +1,167 @@
+// The operators as the dispatcher calls them: arguments are taken from the stack
+// and checked, the passes of a device compute, and the results go to the stack.
+#pragma once
+
+#include "checks.h"
+#include "saved.h"
+#include "stack.h"
+
+namespace relu_mlp {
+
+template <const Passes& on>
+ForwardResult checked_forward(
+    const Tensor& x,
+    const std::vector<Tensor>& weights,
+    const std::vector<Tensor>& biases,
+    const std::string& output_activation,
+    bool save_hidden) {
+  check_layers(x, weights, biases);
+  if (on.checks_devices) {
+    check_devices(x, weights, biases);
+  }
+  Tensor holder;
+  ForwardResult result = on.forward(
+      as_matrix(x, holder), weights, biases,
+      parse_activation(output_activation), save_hidden);
+  result.y = with_leading_sizes(std::move(result.y), x);
+  return result;
+}
+
+template <const Passes& on>
+void forward(StableIValue* stack) {
+  const auto x = take<Tensor>(stack[0]);
+  const auto weights = take<std::vector<Tensor>>(stack[1]);
+  const auto biases = take<std::vector<Tensor>>(stack[2]);
+  const auto output_activation = take<std::string>(stack[3]);
+  const bool save_hidden = take<bool>(stack[4]);
+  ForwardResult result =
+      checked_forward<on>(x, weights, biases, output_activation, save_hidden);
+  stack[0] = give(std::move(result.y));
+  stack[1] = give(std::move(result.hidden));
+}
+
+// The operator `relu_mlp`; its derivative is registered in Python.
+template <const Passes& on>
+void differentiable(StableIValue* stack) {
+  const auto x = take<Tensor>(stack[0]);
+  const auto weights = take<std::vector<Tensor>>(stack[1]);
+  const auto biases = take<std::vector<Tensor>>(stack[2]);
+  const auto output_activation = take<std::string>(stack[3]);
+  stack[0] = give(
+      checked_forward<on>(x, weights, biases, output_activation, false).y);
+}
+
+// The needed gradients, that of x in the shape of x.
+inline StableIValue give_needed(
+    Gradients gradients,
+    const Needs& needs,
+    const Tensor& grad_output) {
+  if (needs.x()) {
+    gradients[0] = with_leading_sizes(std::move(gradients[0]), grad_output);
+  }
+  std::erase_if(gradients, [](const Tensor& grad) { return !grad.get(); });
+  return give(std::move(gradients));
+}
+
+template <const Passes& on>
+void backward(StableIValue* stack) {
+  const auto grad_output = take<Tensor>(stack[0]);
+  const auto saved = take<std::vector<Tensor>>(stack[1]);
+  const auto output_activation = take<std::string>(stack[2]);
+  const auto flags = take<std::string>(stack[3]);
+  check_backward("backward", flags, grad_output);
+  const Needs needs{flags};
+  if (needs.lowest_layer() == needs.layers()) {
+    stack[0] = give(std::vector<Tensor>{});
+    return;
+  }
+  check_storage(grad_output, "relu_mlp::backward: grad_output");
+  for (std::size_t n = 0; n < saved.size(); ++n) {
+    if (on.checks_devices && !are_together(saved[n], grad_output)) {
+      fail("relu_mlp::backward: saved[", n, "] must be on ",
+           device_name(grad_output), " like grad_output, got ",
+           device_name(saved[n]));
+    }
+    check_storage(saved[n], "relu_mlp::backward: saved[", n, "]");
+  }
+  const Activation activation = parse_activation(output_activation);
+  Tensor grad_holder, x_holder, y_holder;
+  const Tensor& grad_matrix = as_matrix(grad_output, grad_holder);
+  const Saved operands =
+      unpack(saved, grad_matrix, activation, needs, x_holder, y_holder);
+  stack[0] = give_needed(
+      on.backward(grad_matrix, operands, activation, needs), needs,
+      grad_output);
+}
+
+template <const Passes& on>
+void recompute_backward(StableIValue* stack) {
+  const auto grad_output = take<Tensor>(stack[0]);
+  const auto x = take<Tensor>(stack[1]);
+  const auto weights = take<std::vector<Tensor>>(stack[2]);
+  const auto biases = take<std::vector<Tensor>>(stack[3]);
+  const auto output_activation = take<std::string>(stack[4]);
+  const auto flags = take<std::string>(stack[5]);
+  check_layers(x, weights, biases);
+  check_backward("recompute_backward", flags, grad_output);
+  const Needs needs{flags};
+  if (needs.layers() != weights.size()) {
+    fail("relu_mlp::recompute_backward: needs must have ",
+         1 + 2 * weights.size(), " characters, got '", flags, "'");
+  }
+  check_output_like("grad_output", grad_output, x, weights);
+  if (on.checks_devices) {
+    check_devices(x, weights, biases);
+    check_device(grad_output, x, "grad_output");
+  }
+  Tensor grad_holder, x_holder;
+  stack[0] = give_needed(
+      on.recompute_backward(
+          as_matrix(grad_output, grad_holder), as_matrix(x, x_holder), weights,
+          biases, parse_activation(output_activation), needs),
+      needs, grad_output);
+}
+
+template <const Passes& on>
+void loss_and_grads(StableIValue* stack) {
+  const auto x = take<Tensor>(stack[0]);
+  const auto target = take<Tensor>(stack[1]);
+  const auto weights = take<std::vector<Tensor>>(stack[2]);
+  const auto biases = take<std::vector<Tensor>>(stack[3]);
+  const auto loss = take<std::string>(stack[4]);
+  const auto output_activation = take<std::string>(stack[5]);
+  check_layers(x, weights, biases);
+  check_output_like("target", target, x, weights);
+  if (on.checks_devices) {
+    check_devices(x, weights, biases);
+    check_device(target, x, "target");
+  }
+
+  Tensor x_holder, target_holder;
+  LossAndGradients result = on.loss_and_grads(
+      as_matrix(x, x_holder), as_matrix(target, target_holder), weights,
+      biases, parse_loss(loss), parse_activation(output_activation));
+
+  std::vector<Tensor>& gradients = result.gradients;
+  gradients.erase(gradients.begin()); // that of x
+  gradients.resize(weights.size() + biases.size());
+  for (Tensor& gradient : gradients) {
+    if (!gradient.get()) {
+      gradient = empty<1>({0}, x);
+    }
+  }
+  stack[0] = give(std::move(result.loss));
+  stack[1] = give(std::move(gradients));
+}
+
+// The same operator, which returns its tensor at the head of its list.
+template <void (*pass)(StableIValue*)>
+void as_list(StableIValue* stack) {
+  pass(stack);
+  auto first = take<Tensor>(stack[0]);
+  auto list = take<std::vector<Tensor>>(stack[1]);
+  list.insert(list.begin(), std::move(first));
+  stack[0] = give(std::move(list));
+}
+
+} // namespace relu_mlp

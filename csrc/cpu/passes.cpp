@@ -1,0 +1,121 @@
+// The passes on the CPU: how a device's results are allocated, how activations are
+// applied, and which layers do the products.
+#include "passes.h"
+
+#include "../device_passes.h"
+#include "pair_block.h"
+#include "pair_layers.h"
+#include "dense.h"
+#include "huge_pages.h"
+#include "library_layers.h"
+#include "own_layers.h"
+
+namespace relu_mlp::cpu {
+namespace {
+
+// z = phi(z) for `count` contiguous elements.
+template <typename T>
+void activate(Activation phi, T* z, int64_t count) {
+  with_row(phi, [&]<typename Row>() {
+    if constexpr (Row::applied_by == AppliedBy::pytorch) {
+      apply_in_place(
+          Row::in_place, z, count, aoti_torch_device_type_cpu(), 0);
+    } else {
+      for (int64_t i = 0; i < count; ++i) {
+        z[i] = T(Row::forward(compute_t<T>(z[i])));
+      }
+    }
+  });
+}
+
+// Refuses matrices that no memory holds (x and a weight may have a stride of 0), so that
+// sizes can be multiplied and added without an overflow.
+template <typename T>
+void check_sizes(const Network<T>& network) {
+  constexpr double most = double(int64_t(1) << 48);
+  const double rows = double(network.x.rows);
+  for (const Layer<T>& layer : network.layers) {
+    const double out = double(layer.weight.rows), in = double(layer.weight.cols);
+    const double largest = std::max({out * in, rows * in, rows * out});
+    if (largest > most) {
+      fail_to_allocate(largest * sizeof(T));
+    }
+  }
+}
+
+// Calls f<Layers>(strategy) with what is to do the products.
+template <typename T, typename F>
+void with_layers(const Network<T>& network, const F& f) {
+  check_sizes(network);
+  const Strategy strategy =
+      choose_strategy(network.x.rows, network.widths(), means<T>());
+  if (strategy.products == WhoseProducts::library) {
+    f.template operator()<LibraryLayers<T>>(strategy);
+    return;
+  }
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (strategy.products == WhoseProducts::pairs) {
+      if (network.x.rows <= strategy.block) {
+        f.template operator()<PairBlock<BFloat16>>(strategy);
+      } else if (strategy.chunks == 1) {
+        f.template operator()<PairBlock<float>>(strategy);
+      } else {
+        f.template operator()<PairLayers>(strategy);
+      }
+      return;
+    }
+  }
+  f.template operator()<OwnLayers<T>>(strategy);
+}
+
+template <typename T>
+void run_forward(
+    const Network<T>& network,
+    const std::vector<T*>& hidden,
+    T* y) {
+  with_layers(network, [&]<typename Layers>(const Strategy& strategy) {
+    dense_forward<Layers>(network, strategy, hidden, y);
+  });
+}
+
+template <typename T>
+void run_backward(const Network<T>& network, const BackwardPass<T>& pass) {
+  with_layers(network, [&]<typename Layers>(const Strategy& strategy) {
+    dense_backward<Layers>(network, strategy, pass);
+  });
+}
+
+template <typename T>
+class CpuDevice {
+ public:
+  static constexpr bool packs_rows = false;
+  static constexpr int64_t unknown_width = 0;
+  static constexpr Activate<T> activate = cpu::activate<T>;
+
+  explicit CpuDevice(const Tensor& like) : like_(like) {}
+
+  Tensor new_matrix(int64_t rows, int64_t cols) const {
+    Tensor tensor = empty<2>({rows, cols}, like_);
+    prefer_huge_pages(
+        tensor.data<T>(), tensor.numel() * static_cast<int64_t>(sizeof(T)));
+    return tensor;
+  }
+  void forward(
+      const Network<T>& network,
+      const std::vector<T*>& hidden,
+      T* y) const {
+    run_forward(network, hidden, y);
+  }
+  void backward(const Network<T>& network, const BackwardPass<T>& pass) const {
+    run_backward(network, pass);
+  }
+
+ private:
+  const Tensor& like_;
+};
+
+} // namespace
+
+constinit const Passes passes = passes_of<CpuDevice>(/*checks_devices=*/false);
+
+} // namespace relu_mlp::cpu

@@ -1,0 +1,132 @@
+// The passes of any device: the way from tensors to plain data and back, which
+// is the same everywhere. What differs is a class Device<T>, made for one call
+// with elements of type T:
+//
+//   Device(const Tensor& like)  `like` is on the device; the device is in use
+//                               while the object lives
+//   packs_rows                  see Operands
+//   unknown_width               see saved_network
+//   activate                    see Network
+//   new_matrix(rows, cols)      a new tensor, contiguous, not filled
+//   forward(network, hidden, y)
+//   backward(network, pass)
+#pragma once
+
+#include "operands.h"
+
+namespace relu_mlp {
+
+template <template <typename> class Device>
+struct PassesOf {
+  static ForwardResult forward(
+      const Tensor& x,
+      const std::vector<Tensor>& weights,
+      const std::vector<Tensor>& biases,
+      Activation output_activation,
+      bool save_hidden) {
+    return dispatch(x.dtype(), [&]<typename T>() {
+      Device<T> device(x);
+      Operands<T> operands(1 + 2 * weights.size(), device.packs_rows);
+      const Network<T> network = whole_network<T>(
+          x, weights, biases, output_activation, device.activate, operands);
+      const int64_t rows = x.size(0);
+      ForwardResult result;
+      std::vector<T*> hidden;
+      result.hidden.reserve(weights.size());
+      hidden.reserve(weights.size());
+      for (std::size_t l = 0; save_hidden && l + 1 < weights.size(); ++l) {
+        result.hidden.push_back(device.new_matrix(rows, network.width(l + 1)));
+        hidden.push_back(result.hidden.back().template data<T>());
+      }
+      result.y = device.new_matrix(rows, network.width(weights.size()));
+      device.forward(network, hidden, result.y.template data<T>());
+      return result;
+    });
+  }
+
+  static Gradients backward(
+      const Tensor& grad_output,
+      const Saved& saved,
+      Activation output_activation,
+      const Needs& needs) {
+    return dispatch(grad_output.dtype(), [&]<typename T>() {
+      Device<T> device(grad_output);
+      Operands<T> operands(2 * needs.layers() + 1, device.packs_rows);
+      BackwardPass<T> pass{needs};
+      const Network<T> network = saved_network<T>(
+          grad_output, saved, output_activation, device.activate,
+          device.unknown_width, operands, pass);
+      return run(device, network, grad_output, pass);
+    });
+  }
+
+  static Gradients recompute_backward(
+      const Tensor& grad_output,
+      const Tensor& x,
+      const std::vector<Tensor>& weights,
+      const std::vector<Tensor>& biases,
+      Activation output_activation,
+      const Needs& needs) {
+    return dispatch(x.dtype(), [&]<typename T>() {
+      Device<T> device(x);
+      Operands<T> operands(1 + 2 * weights.size(), device.packs_rows);
+      const Network<T> network = whole_network<T>(
+          x, weights, biases, output_activation, device.activate, operands);
+      BackwardPass<T> pass{needs};
+      pass.recompute = true;
+      pass.grad_output = matrix<const T>(grad_output);
+      return run(device, network, x, pass);
+    });
+  }
+
+  static LossAndGradients loss_and_grads(
+      const Tensor& x,
+      const Tensor& target,
+      const std::vector<Tensor>& weights,
+      const std::vector<Tensor>& biases,
+      Loss loss,
+      Activation output_activation) {
+    return dispatch(x.dtype(), [&]<typename T>() {
+      Device<T> device(x);
+      Operands<T> operands(2 + 2 * weights.size(), device.packs_rows);
+      const Network<T> network = whole_network<T>(
+          x, weights, biases, output_activation, device.activate, operands);
+      const std::string flags = needs_of_loss(network);
+      BackwardPass<T> pass{Needs{flags}};
+      pass.recompute = true;
+      pass.target = operands.whole(target);
+      pass.loss_scale = loss_scale(loss, target.numel());
+      LossAndGradients result{empty<0>({}, x), {}};
+      pass.loss = result.loss.template data<T>();
+      result.gradients = run(device, network, x, pass);
+      return result;
+    });
+  }
+
+ private:
+  // `pass` lacks nothing but the places of its results.
+  template <typename T>
+  static Gradients run(
+      Device<T>& device,
+      const Network<T>& network,
+      const Tensor& like,
+      BackwardPass<T>& pass) {
+    Gradients gradients = new_gradients(
+        network, like, pass, [&](int64_t rows, int64_t cols) {
+          return device.new_matrix(rows, cols);
+        });
+    device.backward(network, pass);
+    return gradients;
+  }
+};
+
+// `checks_devices` is as in Passes.
+template <template <typename> class Device>
+constexpr Passes passes_of(bool checks_devices) {
+  using Of = PassesOf<Device>;
+  return {
+      Of::forward, Of::backward, Of::recompute_backward, Of::loss_and_grads,
+      checks_devices};
+}
+
+} // namespace relu_mlp

@@ -1,0 +1,83 @@
+// A call of an operator as plain data: the network, and what its backward pass
+// computes. The passes of every device work on this and know nothing of PyTorch.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "mlp.h"
+
+namespace relu_mlp {
+
+// An operand that a pass does not read has no data, but where its width is known
+// it has that.
+template <typename T>
+struct Layer {
+  Matrix<const T> weight; // (out_features, in_features), rows contiguous
+  const T* bias; // (out_features), contiguous; null for none
+};
+
+// Replaces `count` contiguous elements z by phi(z), for activations that no
+// epilogue applies.
+template <typename T>
+using Activate = void (*)(Activation phi, T* z, int64_t count);
+
+template <typename T>
+struct Network {
+  Matrix<const T> x; // (rows, in_features), rows contiguous
+  std::vector<Layer<T>> layers;
+  Activation output_activation;
+  Activate<T> activate; // null on devices whose passes have their own way
+
+  int64_t width(std::size_t l) const { // of the input of layer l, or of y
+    return l < layers.size() ? layers[l].weight.cols
+                             : layers.back().weight.rows;
+  }
+  // Those of the inputs of the layers from `first` on, and of y.
+  std::vector<int64_t> widths(std::size_t first = 0) const {
+    std::vector<int64_t> all;
+    all.reserve(layers.size() + 1 - first);
+    for (std::size_t l = first; l <= layers.size(); ++l) {
+      all.push_back(width(l));
+    }
+    return all;
+  }
+  // The largest width from width(first) on.
+  int64_t widest(std::size_t first) const {
+    int64_t widest = 0;
+    for (std::size_t l = first; l <= layers.size(); ++l) {
+      widest = std::max(widest, width(l));
+    }
+    return widest;
+  }
+};
+
+// What the backward pass is asked for. An operand that `needs` makes superfluous
+// has no data.
+template <typename T>
+struct BackwardPass {
+  Needs needs;
+
+  // a_1 ... a_{L-1}, contiguous, and y. With `recompute` they are not given: the
+  // pass computes them again.
+  bool recompute = false;
+  std::vector<Matrix<const T>> hidden = {};
+  Matrix<const T> y = {};
+
+  // Either the gradient of y, of any strides, or, where `loss` is not null, the
+  // target, contiguous, of *loss = loss_scale * sum (y - target)^2.
+  Matrix<const T> grad_output = {};
+  Matrix<const T> target = {};
+  double loss_scale = 0;
+  T* loss = nullptr;
+
+  // The results, contiguous; null where not needed.
+  T* grad_x = nullptr;
+  std::vector<T*> grad_weights = {}, grad_biases = {};
+
+  bool reads_y(Activation output_activation) const {
+    return loss || needs.reads_y(output_activation);
+  }
+};
+
+} // namespace relu_mlp

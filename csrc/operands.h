@@ -1,0 +1,165 @@
+// Tensors as the plain data of network.h, and new tensors for the results.
+#pragma once
+
+#include "network.h"
+#include "passes.h"
+
+namespace relu_mlp {
+
+// Makes plain data of tensors, and keeps the copies that this takes.
+template <typename T>
+class Operands {
+ public:
+  // At most `most` tensors are given. `packs_rows` is whether the device's
+  // passes want weights and y contiguous; else rows may lie apart.
+  Operands(std::size_t most, bool packs_rows) : packs_rows_(packs_rows) {
+    copies_.reserve(most);
+  }
+
+  // A contiguous matrix, or vector.
+  Matrix<const T> whole(const Tensor& tensor) {
+    const int64_t* sizes = tensor.sizes();
+    return contiguous(vector(tensor), sizes[0], sizes[1]);
+  }
+  const T* vector(const Tensor& tensor) {
+    return as_contiguous(tensor, copies_.emplace_back())
+        .template data<const T>();
+  }
+  // A matrix with contiguous rows, which may lie apart.
+  Matrix<const T> rows(const Tensor& tensor) {
+    const auto m = matrix<const T>(tensor);
+    return m.col_stride == 1 ? m : whole(tensor);
+  }
+  // A weight or y.
+  Matrix<const T> parameter(const Tensor& tensor) {
+    return packs_rows_ ? whole(tensor) : rows(tensor);
+  }
+
+ private:
+  std::vector<Tensor> copies_;
+  const bool packs_rows_;
+};
+
+// The network of a forward pass, or of a backward pass that recomputes.
+template <typename T>
+Network<T> whole_network(
+    const Tensor& x,
+    const std::vector<Tensor>& weights,
+    const std::vector<Tensor>& biases,
+    Activation output_activation,
+    Activate<T> activate,
+    Operands<T>& operands) {
+  Network<T> network{operands.rows(x), {}, output_activation, activate};
+  network.layers.reserve(weights.size());
+  for (std::size_t l = 0; l < weights.size(); ++l) {
+    const bool has_bias = !biases.empty() && biases[l].numel() > 0;
+    network.layers.push_back(
+        {operands.parameter(weights[l]),
+         has_bias ? operands.vector(biases[l]) : nullptr});
+  }
+  return network;
+}
+
+// The network of a backward pass, as far as `saved` has it; hidden activations
+// and y are entered into `pass`, which has `needs`. An operand that is not saved
+// leaves its width, if a neighbor tells it. A width that nobody tells, and that
+// no result depends on, is `unknown_width`.
+template <typename T>
+Network<T> saved_network(
+    const Tensor& grad_output,
+    const Saved& saved,
+    Activation output_activation,
+    Activate<T> activate,
+    int64_t unknown_width,
+    Operands<T>& operands,
+    BackwardPass<T>& pass) {
+  const std::size_t layers = pass.needs.layers();
+  const int64_t rows = grad_output.size(0);
+  Network<T> network{
+      {nullptr, rows, 0, 0, 1}, {}, output_activation, activate};
+  network.layers.resize(layers);
+  int64_t width = grad_output.size(1);
+  for (std::size_t l = layers; l-- > 0;) {
+    Matrix<const T>& weight = network.layers[l].weight;
+    const Tensor *w = saved.weights[l], *input = saved.inputs[l];
+    weight = {nullptr, width, unknown_width, 0, 1};
+    if (w) {
+      weight = operands.parameter(*w);
+    } else if (input) {
+      weight.cols = input->size(1);
+    }
+    width = weight.cols;
+  }
+  if (saved.inputs[0]) {
+    network.x = operands.rows(*saved.inputs[0]);
+  }
+  for (std::size_t l = 1; l < layers; ++l) {
+    pass.hidden.push_back(
+        saved.inputs[l] ? operands.whole(*saved.inputs[l]) : Matrix<const T>{});
+  }
+  if (saved.y) {
+    pass.y = operands.parameter(*saved.y);
+  }
+  pass.grad_output = matrix<const T>(grad_output);
+  return network;
+}
+
+// New tensors for the gradients that are needed, entered into `pass`.
+// new_matrix(rows, cols) makes a tensor.
+template <typename T, typename NewMatrix>
+Gradients new_gradients(
+    const Network<T>& network,
+    const Tensor& like,
+    BackwardPass<T>& pass,
+    const NewMatrix& new_matrix) {
+  const std::size_t layers = network.layers.size();
+  const Needs& needs = pass.needs;
+  Gradients gradients(1 + 2 * layers);
+  pass.grad_weights.resize(layers);
+  pass.grad_biases.resize(layers);
+  if (needs.x()) {
+    gradients[0] = new_matrix(network.x.rows, network.width(0));
+    pass.grad_x = gradients[0].template data<T>();
+  }
+  for (std::size_t l = 0; l < layers; ++l) {
+    const int64_t out = network.width(l + 1), in = network.width(l);
+    if (needs.weight(l)) {
+      Tensor& grad = gradients[1 + l] = new_matrix(out, in);
+      pass.grad_weights[l] = grad.template data<T>();
+    }
+    if (needs.bias(l)) {
+      Tensor& grad = gradients[1 + layers + l] = empty<1>({out}, like);
+      pass.grad_biases[l] = grad.template data<T>();
+    }
+  }
+  return gradients;
+}
+
+// The `Needs` of a pass from the loss: all weights and all biases that are there.
+template <typename T>
+std::string needs_of_loss(const Network<T>& network) {
+  std::string flags = "0" + std::string(network.layers.size(), '1');
+  for (const Layer<T>& layer : network.layers) {
+    flags += layer.bias ? '1' : '0';
+  }
+  return flags;
+}
+
+// z = phi(z) for `count` contiguous elements by PyTorch's in-place operator,
+// which has its accuracy and its speed.
+template <typename T>
+void apply_in_place(
+    const char* in_place,
+    T* z,
+    int64_t count,
+    int32_t device_type,
+    int32_t device_index) {
+  Tensor tensor =
+      from_blob<T, 1>(z, {count}, {1}, device_type, device_index);
+  StableIValue stack = torch::stable::detail::from(tensor.release());
+  check_call(
+      torch_call_dispatcher(in_place, "", &stack, TORCH_ABI_VERSION));
+  Tensor(torch::stable::detail::to<AtenTensorHandle>(stack));
+}
+
+} // namespace relu_mlp
