@@ -3,9 +3,9 @@
 #include <optional>
 
 #include "boxed.h"
-#include "cpu/isa.h"
+#include "cpu/isa/isa.h"
 #include "cpu/mlp.h"
-#include "cpu/strategy.h"
+#include "cpu/plan.h"
 #include "cuda/plan.h"
 #ifdef RELU_MLP_WITH_CUDA
 #include <cuda_runtime_api.h>

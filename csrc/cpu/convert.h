@@ -7,8 +7,8 @@
 #include <type_traits>
 
 #include "../mlp.h"
-#include "isa.h"
-#include "strategy.h"
+#include "isa/isa.h"
+#include "plan.h"
 
 namespace relu_mlp::cpu {
 

@@ -1,11 +1,11 @@
 #include "mlp.h"
 
 #include "pair_block.h"
-#include "pair_layers.h"
-#include "dense.h"
+#include "bf16_layers.h"
+#include "walk.h"
 #include "huge_pages.h"
 #include "library_layers.h"
-#include "own_layers.h"
+#include "packed_layers.h"
 
 namespace relu_mlp::cpu {
 namespace {

@@ -9,7 +9,7 @@
 
 #include <type_traits>
 
-#include "pair_layers.h"
+#include "bf16_layers.h"
 
 namespace relu_mlp::cpu {
 

@@ -6,8 +6,8 @@
 
 #include "../parallel.h"
 #include "buffer.h"
-#include "isa.h"
-#include "strategy.h"
+#include "isa/isa.h"
+#include "plan.h"
 
 namespace relu_mlp::cpu {
 

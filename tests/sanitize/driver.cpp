@@ -19,10 +19,10 @@
 #include <string>
 #include <thread>
 
-#include "../../csrc/cpu/dense.h"
-#include "../../csrc/cpu/own_layers.h"
+#include "../../csrc/cpu/walk.h"
+#include "../../csrc/cpu/packed_layers.h"
 #include "../../csrc/cpu/pair_block.h"
-#include "../../csrc/cpu/pair_layers.h"
+#include "../../csrc/cpu/bf16_layers.h"
 
 // -- Memory ------------------------------------------------------------------------------
 

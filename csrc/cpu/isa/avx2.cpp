@@ -19,8 +19,8 @@
 #define RELU_MLP_ISA avx2
 #define RELU_MLP_VECTOR_BYTES 32
 #define RELU_MLP_VECTOR_REGISTERS 16
-#include "x86.h"
-#include "table.h"
+#include "../kernels/x86.h"
+#include "../kernels/table.h"
 
 namespace relu_mlp::cpu {
 

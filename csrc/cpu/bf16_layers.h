@@ -9,7 +9,7 @@
 #include "buffer.h"
 #include "convert.h"
 #include "network.h"
-#include "strategy.h"
+#include "plan.h"
 
 namespace relu_mlp::cpu {
 

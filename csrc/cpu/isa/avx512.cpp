@@ -19,8 +19,8 @@
 #define RELU_MLP_ISA avx512
 #define RELU_MLP_VECTOR_BYTES 64
 #define RELU_MLP_VECTOR_REGISTERS 32
-#include "x86.h"
-#include "table.h"
+#include "../kernels/x86.h"
+#include "../kernels/table.h"
 
 namespace relu_mlp::cpu {
 

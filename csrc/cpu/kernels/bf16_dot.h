@@ -12,7 +12,7 @@
 #pragma once
 
 #include "gemm.h"
-#include "pairs.h"
+#include "bf16_vnni.h"
 
 namespace relu_mlp::cpu::RELU_MLP_ISA {
 namespace {

@@ -7,7 +7,7 @@
 #include "convert.h"
 #include "network.h"
 #include "products.h"
-#include "strategy.h"
+#include "plan.h"
 
 namespace relu_mlp::cpu {
 

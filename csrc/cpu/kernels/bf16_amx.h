@@ -11,7 +11,7 @@
 // numbers count as 0, as they do in PyTorch's products on the same processor.
 #pragma once
 
-#include "pairs.h"
+#include "bf16_vnni.h"
 
 namespace relu_mlp::cpu::RELU_MLP_ISA {
 namespace {

@@ -3,8 +3,7 @@
 
 #include "dots.h"
 #include "gemm.h"
-#include "half.h"
-#include "isa.h"
+#include "convert16.h"
 #include "pack.h"
 
 namespace relu_mlp::cpu::RELU_MLP_ISA {

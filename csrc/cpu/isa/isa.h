@@ -7,7 +7,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "kernels.h"
+#include "../kernels/kernels.h"
 
 namespace relu_mlp::cpu {
 

@@ -23,7 +23,7 @@
 #include "convert.h"
 #include "elementwise.h"
 #include "network.h"
-#include "strategy.h"
+#include "plan.h"
 
 namespace relu_mlp::cpu {
 

@@ -21,8 +21,8 @@
 #define RELU_MLP_ISA amx
 #define RELU_MLP_VECTOR_BYTES 64
 #define RELU_MLP_VECTOR_REGISTERS 32
-#include "x86.h"
-#include "amx.h"
+#include "../kernels/x86.h"
+#include "../kernels/bf16_amx.h"
 
 namespace relu_mlp::cpu {
 

@@ -20,8 +20,8 @@
 #define RELU_MLP_ISA avx512_bf16
 #define RELU_MLP_VECTOR_BYTES 64
 #define RELU_MLP_VECTOR_REGISTERS 32
-#include "x86.h"
-#include "pair_dots.h"
+#include "../kernels/x86.h"
+#include "../kernels/bf16_dot.h"
 
 namespace relu_mlp::cpu {
 

@@ -1,4 +1,4 @@
-#include "strategy.h"
+#include "plan.h"
 
 namespace relu_mlp::cpu {
 namespace {

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "../parallel.h"
-#include "kernels.h"
+#include "kernels/kernels.h"
 
 namespace relu_mlp::cpu {
 

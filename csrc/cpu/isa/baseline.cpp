@@ -7,7 +7,8 @@
 #else
 #define RELU_MLP_VECTOR_REGISTERS 16
 #endif
-#include "table.h"
+#include "isa.h"
+#include "../kernels/table.h"
 
 namespace relu_mlp::cpu {
 

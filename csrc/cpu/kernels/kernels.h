@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "../mlp.h"
+#include "../../mlp.h"
 
 namespace relu_mlp::cpu {
 

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../mlp.h"
+#include "../../mlp.h"
 
 namespace relu_mlp::cpu::RELU_MLP_ISA {
 namespace {
