@@ -5,7 +5,7 @@
 #include "boxed.h"
 #include "cpu/isa/isa.h"
 #include "cpu/mlp.h"
-#include "cpu/plan.h"
+#include "cpu/plan_probe.h"
 #include "cuda/plan.h"
 #ifdef RELU_MLP_WITH_CUDA
 #include <cuda_runtime_api.h>
@@ -68,28 +68,9 @@ void choose_instruction_set(std::string name) {
   }
 }
 
-// For tests: how a call would be served, as lines of "key: value".
-std::string strategy(
-    int64_t rows,
-    std::vector<int64_t> widths,
-    bool is_narrow,
-    std::string pairs,
-    int64_t panel,
-    bool outruns_library) {
-  const cpu::Pairs kind = pairs == "tiles" ? cpu::Pairs::tiles
-      : pairs == "dots"                    ? cpu::Pairs::dots
-                                           : cpu::Pairs::none;
-  const cpu::Strategy s = cpu::choose_strategy(
-      rows, widths, {is_narrow, kind, panel, outruns_library});
-  const char* const products[] = {"own", "pairs", "library"};
-  std::ostringstream text;
-  text << "products: " << products[int(s.products)] << "\nblock: "
-       << s.block << "\nchunk: " << s.chunk << "\nchunks: " << s.chunks << '\n';
-  return text.str();
-}
-
-// The same for a GPU that has these properties: how many multiprocessors, and
-// bytes of shared memory per block and per multiprocessor.
+// For tests: how a call would be served, as lines of "key: value", by a GPU that has
+// these properties: how many multiprocessors, and bytes of shared memory per block and
+// per multiprocessor.
 std::string cuda_plan(
     int64_t rows,
     std::vector<int64_t> widths,
@@ -168,8 +149,8 @@ void define(StableLibrary& m) {
   m.def("_supported_instruction_sets() -> str");
   m.def("_choose_instruction_set(str name) -> ()");
   m.def(
-      "_strategy(int rows, int[] widths, bool is_narrow, str pairs, int panel, "
-      "bool outruns_library) -> str");
+      "_plan(int rows, int[] widths, str dtype, str instruction_set, str family, "
+      "bool has_half_arithmetic) -> str");
   m.def(
       "_cuda_plan(int rows, int[] widths, int element_size, bool is_backward, "
       "bool recompute, int[] device) -> str");
@@ -189,7 +170,7 @@ void register_questions(StableLibrary& m) {
   m.impl("_instruction_set", boxed<instruction_set>);
   m.impl("_supported_instruction_sets", boxed<supported_instruction_sets>);
   m.impl("_choose_instruction_set", boxed<choose_instruction_set>);
-  m.impl("_strategy", boxed<strategy>);
+  m.impl("_plan", boxed<cpu::probe_plan>);
   m.impl("_cuda_plan", boxed<cuda_plan>);
   m.impl("_is_for_cublaslt", boxed<is_for_cublaslt>);
   m.impl("_cuda_columns", boxed<cuda_columns>);

@@ -51,8 +51,8 @@ SCHEMAS = (
     "_instruction_set() -> int",
     "_supported_instruction_sets() -> str",
     "_choose_instruction_set(str name) -> ()",
-    "_strategy(int rows, int[] widths, bool is_narrow, str pairs, int panel, "
-    "bool outruns_library) -> str",
+    "_plan(int rows, int[] widths, str dtype, str instruction_set, str family, "
+    "bool has_half_arithmetic) -> str",
     "_cuda_plan(int rows, int[] widths, int element_size, bool is_backward, "
     "bool recompute, int[] device) -> str",
     "_is_for_cublaslt(int rows, int in_features, int out_features, "

@@ -1,4 +1,4 @@
-// A call as plain data: what dense.h walks over, and what does the products.
+// A network as plain data: what the passes walk over, and the views of a matrix.
 #pragma once
 
 #include <algorithm>
@@ -29,14 +29,6 @@ struct Network {
     return l < layers.size() ? layers[l].weight.cols
                              : layers.back().weight.rows;
   }
-  std::vector<int64_t> widths() const {
-    std::vector<int64_t> all;
-    all.reserve(layers.size() + 1);
-    for (std::size_t l = 0; l <= layers.size(); ++l) {
-      all.push_back(width(l));
-    }
-    return all;
-  }
   // The largest width from width(first) on.
   int64_t widest(std::size_t first) const {
     int64_t widest = 0;
@@ -44,17 +36,6 @@ struct Network {
       widest = std::max(widest, width(l));
     }
     return widest;
-  }
-};
-
-// What a pass does with the layers: which are applied, and through which delta
-// is propagated.
-struct Uses {
-  bool forward;
-  const Needs* needs; // null if there is no way back
-
-  bool backward(std::size_t l) const {
-    return needs && l >= needs->lowest_layer() && needs->propagation_through(l);
   }
 };
 

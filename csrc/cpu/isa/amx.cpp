@@ -1,45 +1,29 @@
-// AVX-512 with AMX for bfloat16: Intel servers since 2023 (Sapphire Rapids).
-#if defined(__x86_64__) && defined(__GNUC__)
-
-#include <immintrin.h>
-
-#include <utility>
-
+// The kernels for AVX-512 with AMX for bfloat16: Intel servers since 2023 (Sapphire
+// Rapids).
 #include "isa.h"
-
-#if defined(__clang__)
-#pragma clang attribute push( \
-    __attribute__((target( \
-        "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,avx512bf16," \
-        "amx-tile,amx-bf16"))), \
-    apply_to = function)
-#else
-#pragma GCC target( \
-    "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,avx512bf16,amx-tile,amx-bf16")
-#endif
+#ifdef RELU_MLP_X86
 
 #define RELU_MLP_ISA amx
+#define RELU_MLP_TARGET \
+  "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,avx512bf16,amx-tile,amx-bf16"
 #define RELU_MLP_VECTOR_BYTES 64
 #define RELU_MLP_VECTOR_REGISTERS 32
-#include "../kernels/x86.h"
+#include "begin_target.h"
 #include "../kernels/bf16_amx.h"
 
 namespace relu_mlp::cpu {
 
-// What it does better than avx512_set; isa.cpp puts them together.
-extern const PairKernels amx_kernels = {
-    Pairs::tiles,
-    amx::pack_tiles,
-    amx::product_of_tiles,
-    amx::grad_weight_of_tiles<float>,
-    amx::grad_weight_of_tiles<uint16_t>,
-    amx::narrow_bfloat16,
+// What is added to avx512_set (isa.cpp).
+extern const Bf16Kernels amx_kernels = {
+    Bf16Kind::amx,
+    amx::pack_vnni,
+    amx::product_amx,
+    amx::grad_weight_amx,
+    amx::grad_weight_rounded_amx,
+    amx::round_to_bfloat16,
     amx::column_sums_bfloat16};
 
 } // namespace relu_mlp::cpu
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
-
+#include "end_target.h"
 #endif

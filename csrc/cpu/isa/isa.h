@@ -1,7 +1,6 @@
-// The choice of an instruction set, made once, when it is first asked for.
+// The instruction sets that this library has kernels for, and which of them it uses. The
+// choice is made once, when it is first asked for.
 #pragma once
-
-#include <torch/headeronly/util/BFloat16.h>
 
 #include <string>
 #include <type_traits>
@@ -9,43 +8,54 @@
 
 #include "../kernels/kernels.h"
 
+// Kernels for x86 need the target attributes of GCC and Clang.
+#if defined(__x86_64__) && defined(__GNUC__)
+#define RELU_MLP_X86
+#endif
+
 namespace relu_mlp::cpu {
 
-using torch::headeronly::BFloat16;
-
-// All that one instruction set offers.
+// All kernels of one instruction set.
 struct InstructionSet {
   const char* name;
   Kernels<float> float_kernels;
   Kernels<double> double_kernels;
-  Format bfloat16, half;
-  const PairKernels* pairs = nullptr; // where bfloat16 is multiplied in pairs
-  // Whether products of any size are faster than PyTorch's on this processor: of float
-  // and double, and of float16.
-  bool outruns_library = false, outruns_library_in_half = false;
+  Kernels16 bfloat16, half;
+  const Bf16Kernels* bf16 = nullptr; // null where nothing multiplies bfloat16
 };
 
-// The names of those that were compiled, the slowest on this processor first.
+// Those that were compiled, the slowest on this processor first.
 std::vector<std::string> compiled_instruction_sets();
 // Of these, the ones that the processor has.
 std::vector<std::string> supported_instruction_sets();
 
-// The best that the processor has, or the one that RELU_MLP_ISA names.
+// One that was compiled, whether the processor has it or not; null if there is none of
+// that name.
+const InstructionSet* find_compiled(const std::string& name);
+
+// The fastest that the processor has, or the one that RELU_MLP_ISA names.
 const InstructionSet& chosen_instruction_set();
 
-// Chooses another one: for tests. False if there is none of that name or the
+// Chooses another one, for tests. Returns false if there is none of that name or the
 // processor lacks it.
 bool choose_instruction_set(const std::string& name);
 
-// The kernels for numbers stored as T.
+// Whether the processor computes in float16 (AVX512-FP16) rather than only converting it.
+bool has_half_arithmetic();
+
+// The kernels of an instruction set that compute what is stored as T: in double for
+// double, in float for everything else.
 template <typename T>
-auto& chosen_kernels() {
-  const InstructionSet& isa = chosen_instruction_set();
+const auto& kernels_of(const InstructionSet& isa) {
   if constexpr (std::is_same_v<T, double>) {
     return isa.double_kernels;
   } else {
     return isa.float_kernels;
   }
+}
+template <typename T>
+const auto& chosen_kernels() {
+  return kernels_of<T>(chosen_instruction_set());
 }
 
 } // namespace relu_mlp::cpu

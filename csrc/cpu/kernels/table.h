@@ -1,9 +1,9 @@
-// The table of one instruction set, made of the texts above it.
+// The tables of one instruction set, filled with the kernels of the headers below.
 #pragma once
 
+#include "convert16.h"
 #include "dots.h"
 #include "gemm.h"
-#include "convert16.h"
 #include "pack.h"
 
 namespace relu_mlp::cpu::RELU_MLP_ISA {
@@ -11,15 +11,15 @@ namespace {
 
 template <typename C>
 constexpr Kernels<C> kernels = {
-    lanes<C>, max_vectors * lanes<C>, product<C>, pack<C>, linear<C>,
-    column_sums<C>, bias_relu<C>, mask<C>};
+    lanes<C>, max_vectors * lanes<C>, max_rows(max_vectors), product<C>, pack<C>,
+    linear_by_dots<C>, column_sums<C>, bias_relu<C>, mask<C>};
 
-constexpr Format bfloat16 = {
-    widen_bfloat16, narrow_bfloat16, relu<0x7f80>, mask<0x7f80>,
-    narrow_column_sums<widen_bfloat16>};
-constexpr Format half = {
-    widen_half, narrow_half, relu<0x7c00>, mask<0x7c00>,
-    narrow_column_sums<widen_half>};
+constexpr Kernels16 bfloat16 = {
+    widen_bfloat16, round_to_bfloat16, relu<0x7f80>, mask<0x7f80>,
+    column_sums_16bit<widen_bfloat16>};
+constexpr Kernels16 half = {
+    widen_half, round_to_half, relu<0x7c00>, mask<0x7c00>,
+    column_sums_16bit<widen_half>};
 
 } // namespace
 } // namespace relu_mlp::cpu::RELU_MLP_ISA
