@@ -247,7 +247,7 @@ def extension_arguments() -> dict:
 
     # Paths relative to this file, as setuptools wants them in an sdist. Plans for
     # CUDA are in every build.
-    sources = [*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").glob("*.cpp"), "csrc/cuda/plan.cpp"]
+    sources = [*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").rglob("*.cpp"), "csrc/cuda/plan.cpp"]
     arguments = {
         "sources": sorted(map(str, sources)),
         "depends": sorted(str(path) for path in Path("csrc").rglob("*.*h")),

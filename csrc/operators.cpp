@@ -5,7 +5,7 @@
 
 #include <algorithm>
 
-#include "cpu/isa.h"
+#include "cpu/isa/isa.h"
 #include "cpu/passes.h"
 #include "registration.h"
 #ifdef RELU_MLP_WITH_CUDA

@@ -4,8 +4,8 @@
 #include <algorithm>
 
 #include "checks.h"
-#include "cpu/isa.h"
-#include "cpu/strategy.h"
+#include "cpu/isa/isa.h"
+#include "cpu/plan_probe.h"
 #include "cuda/plan.h"
 #include "registration.h"
 #include "stack.h"
@@ -26,26 +26,6 @@ void choose_instruction_set(std::string name) {
     fail("name must be one of '", supported_instruction_sets(), "', got '",
          name, "'");
   }
-}
-
-// How the CPU serves a call, as lines of "key: value".
-std::string strategy(
-    int64_t rows,
-    std::vector<int64_t> widths,
-    bool is_narrow,
-    std::string pairs,
-    int64_t panel,
-    bool outruns_library) {
-  const cpu::Pairs kind = pairs == "tiles" ? cpu::Pairs::tiles
-      : pairs == "dots"                    ? cpu::Pairs::dots
-                                           : cpu::Pairs::none;
-  const cpu::Strategy s = cpu::choose_strategy(
-      rows, widths, {is_narrow, kind, panel, outruns_library});
-  const char* const products[] = {"own", "pairs", "library"};
-  std::ostringstream text;
-  text << "products: " << products[int(s.products)] << "\nblock: "
-       << s.block << "\nchunk: " << s.chunk << "\nchunks: " << s.chunks << '\n';
-  return text.str();
 }
 
 // How CUDA serves a pass on a device with these properties: the number of
@@ -123,8 +103,8 @@ const Registration registration(
       m.def("supported_instruction_sets() -> str");
       m.def("choose_instruction_set(str name) -> ()");
       m.def(
-          "strategy(int rows, int[] widths, bool is_narrow, str pairs, "
-          "int panel, bool outruns_library) -> str");
+          "plan(int rows, int[] widths, str dtype, str instruction_set, "
+          "str family, bool has_half_arithmetic) -> str");
       m.def(
           "cuda_plan(int rows, int[] widths, int element_size, "
           "bool is_backward, bool recomputes, int[] device) -> str");
@@ -142,7 +122,7 @@ const Registration registration(
     {{"CompositeExplicitAutograd", [](Registration::Library& m) {
         m.impl("supported_instruction_sets", boxed<supported_instruction_sets>);
         m.impl("choose_instruction_set", boxed<choose_instruction_set>);
-        m.impl("strategy", boxed<strategy>);
+        m.impl("plan", boxed<cpu::probe_plan>);
         m.impl("cuda_plan", boxed<cuda_plan>);
         m.impl("is_for_cublaslt", boxed<is_for_cublaslt>);
         m.impl("cuda_reduction", boxed<cuda_reduction>);

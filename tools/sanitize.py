@@ -51,8 +51,9 @@ THREADS = ["-fsanitize=thread", "-w"]
 
 #: What needs no PyTorch but two of its headers.
 KERNELS = [
-    f"csrc/cpu/{name}.cpp"
-    for name in ("baseline", "avx2", "avx512", "avx512_bf16", "amx", "isa", "strategy")
+    "csrc/cpu/plan.cpp",
+    "csrc/cpu/tuning.cpp",
+    *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/isa/*.cpp")),
 ]
 OPTIONS = {
     # Python and PyTorch keep what they have; nobody frees it at the end.
@@ -96,8 +97,8 @@ def build_package() -> None:
     """A copy of the package in build/sanitize with a library under the sanitizers."""
     shutil.rmtree(PACKAGE, ignore_errors=True)
     shutil.copytree(ROOT / "relu_mlp", PACKAGE, ignore=shutil.ignore_patterns("_C*", "__pycache__"))
-    sources = [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp"), ROOT / "csrc/cuda/plan.cpp"]
-    names = sorted(str(path.relative_to(ROOT)) for path in sources)
+    sources = [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/**/*.cpp")]
+    names = sorted(str(path.relative_to(ROOT)) for path in [*sources, ROOT / "csrc/cuda/plan.cpp"])
     lib = Path(torch.__file__).parent / "lib"
     link = ["-shared", f"-L{lib}", "-ltorch", "-ltorch_cpu", "-lc10"]
     # The kernels are those of the driver.

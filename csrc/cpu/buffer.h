@@ -1,4 +1,4 @@
-// Uninitialised memory for the time of a call, aligned for vectors.
+// Uninitialized memory for the time of a call, aligned for vectors.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +10,7 @@
 #include "../arithmetic.h"
 #include "../error.h"
 #include "huge_pages.h"
+#include "tuning.h"
 
 namespace relu_mlp::cpu {
 
@@ -32,16 +33,16 @@ inline AlignedMemory aligned_memory(int64_t bytes) {
   return memory;
 }
 
-// What a thread keeps from call to call. Small networks ask for the same few
-// buffers again and again, and the system takes longer to find aligned memory
-// than they take to compute.
+// Memory that a thread keeps from call to call. Small networks ask for the same few
+// buffers again and again, and the system takes longer to find aligned memory than they
+// take to compute.
 class Scratch {
  public:
   static Scratch& of_this_thread() {
     static thread_local Scratch scratch;
     return scratch;
   }
-  // Memory to give back, or null if there is not enough left.
+  // Memory that has to be given back, or null if there is not enough left.
   void* take(int64_t bytes) {
     const int64_t begin = pieces_.empty() ? 0 : pieces_.back().end;
     const int64_t end = begin + round_up(bytes, alignment);
@@ -54,7 +55,7 @@ class Scratch {
     pieces_.push_back({start() + begin, end, false});
     return pieces_.back().data;
   }
-  // In any order, of which the usual is last come, first go.
+  // In any order; usually the piece that was taken last comes first.
   void give_back(const void* data) {
     auto piece = pieces_.rbegin();
     while (piece->data != data) {
@@ -67,7 +68,7 @@ class Scratch {
   }
 
  private:
-  static constexpr int64_t capacity = 1 << 20; // what is not used costs nothing
+  static constexpr int64_t capacity = Tuning::scratch_bytes;
 
   struct Piece {
     char* data;
@@ -80,11 +81,11 @@ class Scratch {
   }
 
   AlignedMemory memory_;
-  std::vector<Piece> pieces_; // one after the other, the last one in use
+  std::vector<Piece> pieces_; // one after another; the last one is in use
 };
 
-// The address sanitizer knows nothing of pieces of one memory: for it, every buffer
-// has memory of its own.
+// The address sanitizer cannot tell pieces of one memory apart. Under it every buffer has
+// memory of its own.
 #if defined(__has_feature)
 #if __has_feature(address_sanitizer)
 #define RELU_MLP_ADDRESS_SANITIZER
@@ -96,7 +97,7 @@ constexpr bool shares_scratch = false;
 constexpr bool shares_scratch = true;
 #endif
 
-// Belongs to the thread that made it.
+// `count` elements. A buffer belongs to the thread that made it.
 template <typename C>
 class Buffer {
  public:

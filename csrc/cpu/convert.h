@@ -1,41 +1,33 @@
-// Between the type that numbers are stored in, T, and the type that is computed
-// with: itself for float and double, float for bfloat16 and float16.
+// Between T, the type that numbers are stored in, and compute_t<T>, the type that this
+// package's products compute in: T itself for float and double, float for bfloat16 and
+// float16.
 #pragma once
 
+#include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <type_traits>
 
+#include "../arithmetic.h"
 #include "../mlp.h"
-#include "isa.h"
-#include "strategy.h"
+#include "isa/isa.h"
 
 namespace relu_mlp::cpu {
 
+using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
 template <typename T>
-Means means() {
-  const InstructionSet& isa = chosen_instruction_set();
-  Means means{
-      !std::is_same_v<T, compute_t<T>>, Pairs::none, chosen_kernels<T>().panel,
-      isa.outruns_library};
-  if constexpr (std::is_same_v<T, Half>) {
-    means.outruns_library = isa.outruns_library_in_half;
-  } else if constexpr (std::is_same_v<T, BFloat16>) {
-    means.pairs = isa.pairs ? isa.pairs->pairs : Pairs::none;
-    means.outruns_library = false;
-  }
-  return means;
-}
+constexpr bool is_16bit = !std::is_same_v<T, compute_t<T>>;
 
 // The kernels for T, BFloat16 or Half.
 template <typename T>
-const Format& format() {
+const Kernels16& kernels16() {
   const InstructionSet& isa = chosen_instruction_set();
   return std::is_same_v<T, BFloat16> ? isa.bfloat16 : isa.half;
 }
 
+// 16-bit numbers as their bits.
 template <typename T>
 uint16_t* bits(T* numbers) {
   return reinterpret_cast<uint16_t*>(numbers);
@@ -44,32 +36,32 @@ template <typename T>
 const uint16_t* bits(const T* numbers) {
   return reinterpret_cast<const uint16_t*>(numbers);
 }
-
 template <typename T>
 Matrix<const uint16_t> bits(Matrix<const T> m) {
   return {bits(m.data), m.rows, m.cols, m.row_stride, m.col_stride};
 }
 
+// Convert `count` numbers. Rounding is to the nearest, ties to even.
 template <typename T>
 void widen(float* to, const T* from, int64_t count) {
-  format<T>().widen(to, bits(from), count);
+  kernels16<T>().widen(to, bits(from), count);
 }
 template <typename T>
-void narrow(T* to, const float* from, int64_t count) {
-  format<T>().narrow(bits(to), from, count);
+void round_to(T* to, const float* from, int64_t count) {
+  kernels16<T>().round(bits(to), from, count);
 }
 
 // How much memory `widened` needs for `count` elements.
 template <typename T>
 int64_t widened_size(int64_t count) {
-  return std::is_same_v<T, compute_t<T>> ? 0 : count;
+  return is_16bit<T> ? count : 0;
 }
 
-// m, whose rows are contiguous, in the type that is computed with: m itself, or
-// a contiguous copy at `to`.
+// m, whose rows are contiguous, in the type that is computed in: m itself, or a
+// contiguous copy at `to`.
 template <typename T>
 Matrix<const compute_t<T>> widened(Matrix<const T> m, compute_t<T>* to) {
-  if constexpr (std::is_same_v<T, compute_t<T>>) {
+  if constexpr (!is_16bit<T>) {
     return m;
   } else {
     if (m.row_stride == m.cols) {

@@ -85,7 +85,7 @@ double squared_error_through(
     widen(y_of, y + i, piece);
     widen(target_of, target + i, piece);
     sum += squared_error_through<Row>(delta_of, y_of, target_of, piece, scale);
-    narrow(delta + i, delta_of, piece);
+    round_to(delta + i, delta_of, piece);
   }
   return sum;
 }

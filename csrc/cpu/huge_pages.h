@@ -1,9 +1,10 @@
-// Large pages for large memory. What the system hands out fresh, it maps when it
-// is first written: page by page, which for pages of 4 kB takes several times as
-// long as writing them does.
+// Large pages for large memory. The system maps fresh memory when it is first written,
+// page by page. With pages of 4 kB that takes several times as long as the writing.
 #pragma once
 
 #include <cstdint>
+
+#include "tuning.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -11,12 +12,11 @@
 
 namespace relu_mlp::cpu {
 
-// Asks for pages of 2 MB under the memory, whose content stays what it is. Linux
-// does so only on request where transparent_hugepage/enabled is "madvise", the
-// usual setting. A refusal changes nothing. From 4 MB on, like NumPy.
+// Asks for pages of 2 MB under memory that is large enough; its content does not change.
+// Linux uses such pages only on request where transparent_hugepage/enabled is "madvise",
+// the usual setting. A refusal changes nothing.
 inline void prefer_huge_pages([[maybe_unused]] void* data, int64_t bytes) {
-  constexpr int64_t least_bytes = 4 << 20;
-  if (bytes < least_bytes) {
+  if (bytes < Tuning::min_huge_bytes) {
     return;
   }
 #if defined(__linux__) && defined(MADV_HUGEPAGE)

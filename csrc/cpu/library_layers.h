@@ -1,6 +1,8 @@
-// A network's layers by PyTorch's own products, which for wide layers run at
-// the machine's limit, in 16-bit formats on its matrix units. What surrounds a
-// product is done here, while the block is in the cache.
+// A network's layers by PyTorch's own products. For wide layers these run at the machine's
+// limit, in 16-bit formats on its matrix units. Bias, ReLU, masks and sums of columns are
+// done here, while the block is in the cache.
+//
+// Activations, deltas and weight gradients are of type T, as the tensors are.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -13,42 +15,37 @@
 #include "../tensor.h"
 #include "buffer.h"
 #include "convert.h"
-#include "network.h"
-#include "strategy.h"
+#include "layers.h"
 
 namespace relu_mlp::cpu {
 
 template <typename T>
 class LibraryLayers {
-  static constexpr bool is_narrow = !std::is_same_v<T, compute_t<T>>;
-
  public:
   using Element = T;
   using Sum = T;
   static constexpr bool takes_any_strides = true;
 
-  LibraryLayers(const Network<T>& network, const Strategy&, Uses)
-      : layers_(network.layers) {}
+  LibraryLayers(const Network<T>& network, const Plan& plan, PassNeeds)
+      : layers_(network.layers), grain_(plan.tuning->elements_per_task) {}
 
-  // out = a W_l^T + b_l, then ReLU if asked for. In a 16-bit format the library
-  // adds the bias, before it rounds.
-  void linear(std::size_t l, Matrix<T> out, Matrix<const T> a, bool relu)
-      const {
+  // In a 16-bit format the library adds the bias, before it rounds.
+  void forward(std::size_t l, Matrix<T> z, Matrix<const T> a, bool relu) const {
     const auto& [weight, bias] = layers_[l];
-    const Tensor result = view(out), left = view(a);
+    const Tensor result = view(z), left = view(a);
     const Tensor right = view(weight.transposed());
-    if (is_narrow && bias) {
+    if (is_16bit<T> && bias) {
       check_call(aoti_torch_cpu_addmm_out(
-          result.get(), view(contiguous(bias, 1, out.cols)).get(), left.get(),
+          result.get(), view(contiguous(bias, 1, z.cols)).get(), left.get(),
           right.get(), 1.0, 1.0));
     } else {
       check_call(
           aoti_torch_cpu_mm_out(result.get(), left.get(), right.get()));
     }
-    if (relu || (bias && !is_narrow)) {
-      each_rows(out, [&](Matrix<T> part) {
-        if constexpr (is_narrow) {
-          format<T>().relu(bits(part.data), part.rows * part.cols);
+    if (relu || (bias && !is_16bit<T>)) {
+      each_rows(z, [&](Matrix<T> part) {
+        if constexpr (is_16bit<T>) {
+          kernels16<T>().relu(bits(part.data), part.rows * part.cols);
         } else {
           chosen_kernels<T>().bias_relu(part, bias, relu);
         }
@@ -60,9 +57,10 @@ class LibraryLayers {
     return 0;
   }
 
-  // to = delta^T a, or to += delta^T a, which is not asked of a 16-bit format: the
-  // strategy makes one block of all its rows, so that the library sums them.
+  // Nothing adds in a 16-bit format: the plan makes one block of all rows, so that the
+  // library sums them.
   void grad_weight(
+      std::size_t,
       Matrix<T> to,
       Matrix<const T> delta,
       Matrix<const T> a,
@@ -78,7 +76,6 @@ class LibraryLayers {
     }
   }
 
-  // out = delta W_l where mask > 0 or NaN, else 0; without a mask everywhere.
   void grad_input(
       std::size_t l,
       Matrix<T> out,
@@ -90,8 +87,8 @@ class LibraryLayers {
       each_rows(out, [&](Matrix<T> part) {
         const T* const a = mask.data + (part.data - out.data);
         const int64_t count = part.rows * part.cols;
-        if constexpr (is_narrow) {
-          format<T>().mask(bits(part.data), bits(a), count);
+        if constexpr (is_16bit<T>) {
+          kernels16<T>().mask(bits(part.data), bits(a), count);
         } else {
           chosen_kernels<T>().mask(part.data, a, count);
         }
@@ -99,19 +96,19 @@ class LibraryLayers {
     }
   }
 
-  // sums[j] += the sum of column j. Each column is summed by one thread.
-  void column_sums(double* sums, Matrix<const T> delta) const {
-    constexpr int64_t cols_at_once = 64;
+  // Each column is summed by one thread.
+  void grad_bias(double* sums, Matrix<const T> delta) const {
+    constexpr int64_t cols_at_once = 64; // the most that Kernels16 takes
     parallel_for(
         ceil_div(delta.cols, cols_at_once),
-        std::max<int64_t>(1, grain / std::max<int64_t>(1, delta.rows * cols_at_once)),
+        std::max<int64_t>(1, grain_ / std::max<int64_t>(1, delta.rows * cols_at_once)),
         [&](int64_t first, int64_t last) {
           for (int64_t p = first; p < last; ++p) {
             const int64_t col = p * cols_at_once;
             Matrix<const T> part = delta;
             part.data += col * delta.col_stride;
             part.cols = std::min(cols_at_once, delta.cols - col);
-            if constexpr (is_narrow) {
+            if constexpr (is_16bit<T>) {
               add_columns(sums + col, part);
             } else {
               chosen_kernels<T>().column_sums(sums + col, part);
@@ -121,20 +118,18 @@ class LibraryLayers {
   }
 
  private:
-  static constexpr int64_t grain = 32768; // elements of a task
-
   // Calls f for parts of the rows of m, which is contiguous.
   template <typename U, typename F>
-  static void each_rows(Matrix<U> m, const F& f) {
+  void each_rows(Matrix<U> m, const F& f) const {
     parallel_for(
-        m.rows, ceil_div(grain, std::max<int64_t>(1, m.cols)),
+        m.rows, ceil_div(grain_, std::max<int64_t>(1, m.cols)),
         [&](int64_t begin, int64_t end) { f(rows_of(m, begin, end - begin)); });
   }
 
-  // The sums of at most 64 columns of a 16-bit format.
+  // Adds the sums of at most 64 columns of a 16-bit format.
   static void add_columns(double* sums, Matrix<const T> m) {
     if (m.col_stride == 1) {
-      format<T>().column_sums(
+      kernels16<T>().column_sums(
           sums, {bits(m.data), m.rows, m.cols, m.row_stride, 1});
       return;
     }
@@ -145,7 +140,7 @@ class LibraryLayers {
     }
   }
 
-  // The memory as a tensor, for the time of a call.
+  // A tensor over the memory, for the time of a call.
   template <typename U>
   static Tensor view(Matrix<U> m) {
     return from_blob<std::remove_const_t<U>, 2>(
@@ -154,6 +149,7 @@ class LibraryLayers {
   }
 
   const std::vector<Layer<T>>& layers_;
+  const int64_t grain_; // elements of a task
 };
 
 } // namespace relu_mlp::cpu

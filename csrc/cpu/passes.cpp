@@ -3,12 +3,12 @@
 #include "passes.h"
 
 #include "../device_passes.h"
-#include "pair_block.h"
-#include "pair_layers.h"
-#include "dense.h"
+#include "bf16_layers.h"
+#include "call.h"
 #include "huge_pages.h"
 #include "library_layers.h"
-#include "own_layers.h"
+#include "packed_layers.h"
+#include "walk.h"
 
 namespace relu_mlp::cpu {
 namespace {
@@ -28,8 +28,8 @@ void activate(Activation phi, T* z, int64_t count) {
   });
 }
 
-// Refuses matrices that no memory holds (x and a weight may have a stride of 0), so that
-// sizes can be multiplied and added without an overflow.
+// Refuses matrices that fit into no memory, so that sizes can be multiplied and added
+// without an overflow. (A tensor may be that large: x and a weight may have a stride of 0.)
 template <typename T>
 void check_sizes(const Network<T>& network) {
   constexpr double most = double(int64_t(1) << 48);
@@ -43,29 +43,27 @@ void check_sizes(const Network<T>& network) {
   }
 }
 
-// Calls f<Layers>(strategy) with what is to do the products.
+// Calls f<L>(plan) with the class that the plan names for the products.
 template <typename T, typename F>
 void with_layers(const Network<T>& network, const F& f) {
   check_sizes(network);
-  const Strategy strategy =
-      choose_strategy(network.x.rows, network.widths(), means<T>());
-  if (strategy.products == WhoseProducts::library) {
-    f.template operator()<LibraryLayers<T>>(strategy);
-    return;
-  }
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    if (strategy.products == WhoseProducts::pairs) {
-      if (network.x.rows <= strategy.block) {
-        f.template operator()<PairBlock<BFloat16>>(strategy);
-      } else if (strategy.chunks == 1) {
-        f.template operator()<PairBlock<float>>(strategy);
-      } else {
-        f.template operator()<PairLayers>(strategy);
+  const Plan plan = make_plan(call_of(network));
+  switch (plan.layers) {
+    case LayersKind::packed:
+      return f.template operator()<PackedLayers<T>>(plan);
+    case LayersKind::library:
+      return f.template operator()<LibraryLayers<T>>(plan);
+    case LayersKind::bf16:
+      if constexpr (std::is_same_v<T, BFloat16>) {
+        f.template operator()<Bf16Layers<float>>(plan);
       }
       return;
-    }
+    case LayersKind::bf16_one_block:
+      if constexpr (std::is_same_v<T, BFloat16>) {
+        f.template operator()<Bf16Layers<BFloat16>>(plan);
+      }
+      return;
   }
-  f.template operator()<OwnLayers<T>>(strategy);
 }
 
 template <typename T>
@@ -73,15 +71,15 @@ void run_forward(
     const Network<T>& network,
     const std::vector<T*>& hidden,
     T* y) {
-  with_layers(network, [&]<typename Layers>(const Strategy& strategy) {
-    dense_forward<Layers>(network, strategy, hidden, y);
+  with_layers(network, [&]<typename L>(const Plan& plan) {
+    walk_forward<L>(network, plan, hidden, y);
   });
 }
 
 template <typename T>
 void run_backward(const Network<T>& network, const BackwardPass<T>& pass) {
-  with_layers(network, [&]<typename Layers>(const Strategy& strategy) {
-    dense_backward<Layers>(network, strategy, pass);
+  with_layers(network, [&]<typename L>(const Plan& plan) {
+    walk_backward<L>(network, plan, pass);
   });
 }
 

@@ -22,6 +22,7 @@ import support
 from relu_mlp import ops
 
 R = torch.ops.relu_mlp
+T = torch.ops.relu_mlp_testing
 SETS = relu_mlp.build_info().supported_instruction_sets
 
 # pytest collects nothing here where there is no library.
@@ -36,25 +37,56 @@ def chosen():
 def instruction_set(request):
     """Every instruction set in turn; the test runs on it."""
     before = chosen()
-    torch.ops.relu_mlp_testing.choose_instruction_set(request.param)
+    T.choose_instruction_set(request.param)
     yield request.param
-    torch.ops.relu_mlp_testing.choose_instruction_set(before)
+    T.choose_instruction_set(before)
+
+
+@pytest.fixture
+def on_baseline():
+    """The library's products serve large networks there, whoever made the processor."""
+    before = chosen()
+    T.choose_instruction_set("baseline")
+    yield
+    T.choose_instruction_set(before)
 
 
 every_dtype = pytest.mark.parametrize("dtype", support.DTYPES, ids=str)
-NARROW = [torch.bfloat16, torch.float16]
-PAIRS = ["avx512_bf16", "amx"]  # multiply bfloat16 in pairs, and take subnormal ones for 0
-every_narrow_dtype = pytest.mark.parametrize("dtype", NARROW, ids=str)
+DTYPES_16BIT = [torch.bfloat16, torch.float16]
+BF16_SETS = ["avx512_bf16", "amx"]  # multiply bfloat16, and take subnormal numbers for 0
+every_16bit_dtype = pytest.mark.parametrize("dtype", DTYPES_16BIT, ids=str)
+
+COMPILED = relu_mlp.build_info().instruction_sets
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
+FAMILIES = ["generic", "amd"]  # of processors, which have rows in csrc/cpu/tuning.cpp
+PROCESSORS = [  # all that a plan depends on but the shape: see plan()
+    *itertools.product(support.DTYPES, COMPILED, FAMILIES, [False]),
+    *itertools.product([torch.float16], COMPILED, FAMILIES, [True]),
+]
+PRODUCTS = ["forward", "grad_input", "grad_weight"]
+needs_x86 = pytest.mark.skipif("amx" not in COMPILED, reason="needs kernels for x86-64")
 
 
-KINDS = ["none", "dots", "tiles"]  # of products of bfloat16 in pairs
+def plan(
+    rows, widths, dtype=torch.float32, isa="avx512", family="generic", has_half_arithmetic=False
+):
+    """How a call is served by an instruction set and a family of processors, both of which
+    may be missing on this machine. "" and "" are the chosen set and this processor."""
+    name = str(dtype).removeprefix("torch.")
+    text = T.plan(rows, widths, name, isa, family, has_half_arithmetic)
+    answer = dict(line.split(":") for line in text.splitlines())
+    return {
+        key: value.split()
+        if key in PRODUCTS
+        else int(value)
+        if key in ("block", "chunk", "chunks")
+        else value.strip()
+        for key, value in answer.items()
+    }
 
 
-def strategy(rows, widths, dtype=torch.float32, pairs="none", panel=64, outruns_library=False):
-    means = dtype in NARROW, pairs, panel, outruns_library
-    lines = torch.ops.relu_mlp_testing.strategy(rows, widths, *means).splitlines()
-    answer = dict(line.split(": ") for line in lines)
-    return {key: value if key == "products" else int(value) for key, value in answer.items()}
+def plan_here(rows, widths, dtype):
+    return plan(rows, widths, dtype, "", "")
 
 
 def run_operators(x, weights, biases, grad_output, activation="none"):
@@ -101,7 +133,7 @@ SHAPES = [  # what chance would seldom hit
     (16, [300, 203, 9]),  # they make several of AVX2's
     (64, [130, 259, 256]),
     (20, [515, 510, 7]),  # rows that hardly fill a panel, and a weight that is not packed
-    (40, [203, 700, 130]),  # one block of pairs, larger than their packed weights may be
+    (40, [203, 700, 130]),  # one block of bfloat16, with more weights than are packed once
     (2100, [260, 510, 3]),  # blocks of which threads share the products
 ]
 
@@ -174,11 +206,11 @@ def test_exact_on_small_integers(instruction_set, dtype):
 
 
 @every_dtype
-def test_exact_where_the_library_multiplies(dtype):
+def test_exact_where_the_library_multiplies(on_baseline, dtype):
     """In several blocks of rows, where it sums them as precisely as one."""
     rows, sizes = 2500, (365, 362, 2)
-    served = strategy(rows, sizes, dtype)
-    assert served["products"] == "library" and (served["block"] < rows) == (dtype not in NARROW)
+    served = plan_here(rows, sizes, dtype)
+    assert served["layers"] == "library" and (served["block"] < rows) == (dtype not in DTYPES_16BIT)
     check_exactly(0, dtype, shape=(rows, sizes))
 
 
@@ -246,7 +278,7 @@ def test_reads_nothing_but_the_operands(instruction_set, dtype, where):
 
     for seed in range(25):
         rows, sizes = random_shape(seed)
-        is_own = strategy(rows, sizes, dtype)["products"] == "own"
+        is_own = plan_here(rows, sizes, dtype)["layers"] != "library"
         # PyTorch's own product of bfloat16 slices multiplies what lies beside them by 0.
         if is_own or dtype != torch.bfloat16 or "matrix" not in where:
             check_exactly(seed, dtype, placed)
@@ -273,7 +305,7 @@ import torch
 from kernels import test_cpu_kernels as t
 torch.set_num_threads(1)
 for name in t.SETS:
-    torch.ops.relu_mlp_testing.choose_instruction_set(name)
+    T.choose_instruction_set(name)
     for dtype in t.support.DTYPES:
         for seed in range(25):
             t.check_exactly(seed, dtype)
@@ -397,7 +429,7 @@ def test_every_instruction_set_is_as_accurate(instruction_set, rows, sizes):
     check_accuracy(rows, sizes, torch.float32)
 
 
-@every_narrow_dtype
+@every_16bit_dtype
 @pytest.mark.parametrize("sizes", [[2, 3], [365, 362]], ids=str)
 def test_sums_over_many_rows_are_not_kept_in_16_bits(sizes, dtype):
     """10000 - 9999 is 1, whatever is in between."""
@@ -441,7 +473,7 @@ def threads():
 )
 def test_the_same_bits_for_any_number_of_threads(instruction_set, threads, rows, sizes, dtype):
     """And from run to run."""
-    assert strategy(rows, sizes, dtype)["products"] == "own"
+    assert plan_here(rows, sizes, dtype)["layers"] != "library"
     weights, biases = support.make_network(sizes, dtype=dtype)
     x, grad_output = torch.randn(rows, sizes[0]).to(dtype), torch.randn(rows, sizes[-1]).to(dtype)
     network = x, weights, biases, grad_output, "tanh"
@@ -479,7 +511,7 @@ def kinds(found):
 @pytest.mark.parametrize("where", ["x", "weights[0]", "weights[1]", "biases[0]", "grad_output"])
 def test_nan_and_infinity_go_where_they_go_natively(instruction_set, where, dtype):
     check_where_nan_goes(50, [66, 35, 18], where, dtype)
-    if dtype not in NARROW:  # PyTorch's product of odd rows in bfloat16 spills NaN
+    if dtype not in DTYPES_16BIT:  # PyTorch's product of odd rows in bfloat16 spills NaN
         check_where_nan_goes(20, [300, 500, 3], where, dtype)
 
 
@@ -496,7 +528,7 @@ def check_where_nan_goes(rows, sizes, where, dtype):
             operand[index] = value
             found = kinds(run_operators(x, weights, biases, grad_output))
             tensors = [x], weights, biases, [grad_output]
-            if dtype in NARROW:
+            if dtype in DTYPES_16BIT:
                 tensors = [[t.float() for t in group] for group in tensors]
             (x_,), weights_, biases_, (grad_,) = tensors
             expected = kinds(run_natively(x_, weights_, biases_, grad_))
@@ -526,13 +558,13 @@ def test_an_infinite_gradient_at_a_masked_unit_gives_0(instruction_set, width, d
 def all_numbers(dtype):
     """All 65536 patterns of 16 bits; without the subnormal ones where those are taken for 0."""
     numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
-    if chosen() in PAIRS and dtype == torch.bfloat16:
+    if chosen() in BF16_SETS and dtype == torch.bfloat16:
         is_subnormal = (numbers != 0) & (numbers.float().abs() < torch.finfo(dtype).tiny)
         numbers = torch.where(is_subnormal, 0, numbers)
     return numbers
 
 
-@every_narrow_dtype
+@every_16bit_dtype
 def test_every_number_of_16_bits(instruction_set, dtype):
     """Through a layer with the weight 1, forward, backward and through ReLU and its mask."""
     numbers = all_numbers(dtype)[:, None]
@@ -554,13 +586,14 @@ def test_every_number_of_16_bits(instruction_set, dtype):
         same(grad, torch.where(~(operands[1] <= 0), operands[0], 0))
 
 
-@every_narrow_dtype
+@every_16bit_dtype
 def test_every_number_of_16_bits_between_the_library_s_products(instruction_set, dtype):
     numbers = torch.cat([all_numbers(dtype), all_numbers(dtype)[:13]])
     width = numbers.numel()
     zeros, ones = torch.zeros(2, 1, dtype=dtype), torch.ones(2, 1, dtype=dtype)
     weights = [torch.zeros(width, 1, dtype=dtype), torch.ones(1, width, dtype=dtype)]
-    assert strategy(2, [1, width, 1], dtype)["products"] == "library"
+    if plan_here(2, [1, width, 1], dtype)["layers"] != "library":
+        pytest.skip("this package's products serve float16 of any size here")
     _, (hidden,) = R.forward(zeros, weights, [numbers, zeros[0]], "none", True)
     # not the numbers themselves: the library takes subnormal bfloat16 for 0
     support.assert_same(hidden, F.linear(zeros, weights[0], numbers).relu())
@@ -569,7 +602,7 @@ def test_every_number_of_16_bits_between_the_library_s_products(instruction_set,
     support.assert_same(grad, 2 * (~(numbers <= 0)).to(dtype))
 
 
-@every_narrow_dtype
+@every_16bit_dtype
 def test_rounds_to_the_nearest_number_of_16_bits(instruction_set, dtype):
     """Halfway to the even one: every number and a part of its distance to the next."""
     numbers = all_numbers(dtype)
@@ -577,7 +610,7 @@ def test_rounds_to_the_nearest_number_of_16_bits(instruction_set, dtype):
     up = numbers.to(dtype).view(torch.int16).add(1).view(dtype).float()
     for part in (0.25, 0.5, 0.75):
         x = torch.stack([numbers, (part * (up - numbers)).nan_to_num()], dim=1).to(dtype)
-        if chosen() in PAIRS and dtype == torch.bfloat16:
+        if chosen() in BF16_SETS and dtype == torch.bfloat16:
             x = torch.where(x.float().abs() < torch.finfo(dtype).tiny, 0, x)
         expected = x.double().sum(1, keepdim=True).float().to(dtype)
         found = R.relu_mlp(x, [torch.ones(1, 2, dtype=dtype)], [], "none")
@@ -591,77 +624,137 @@ def test_rounds_to_the_nearest_number_of_16_bits(instruction_set, dtype):
 
 
 # -- How a call is served ----------------------------------------------------------------
+# These tests ask for plans and compare them with each other. They know no tuned number.
 
 
-def test_strategy_covers_the_rows():
+def random_calls(count):
     r = random.Random(0)
-    for _ in range(2000):
-        rows = r.choice([r.choice(ROWS), r.randrange(100_000)])
-        widths = [r.choice([0, 1, 3, 17, 64, 300, 1000, 5000]) for _ in range(r.randint(2, 5))]
-        bfloat16 = itertools.product([torch.bfloat16], KINDS)
-        for given in [(torch.float32,), (torch.float32, "none", 64, True), *bfloat16]:
-            s = strategy(rows, widths, *given)
-            assert 1 <= s["block"] <= s["chunk"], (rows, widths, s)
-            assert (s["chunks"] - 1) * s["chunk"] < max(1, rows) <= s["chunks"] * s["chunk"]
-            assert s == strategy(rows, widths, *given)
+    for _ in range(count):
+        rows = r.choice([r.choice(ROWS), r.randrange(300), r.randrange(100_000)])
+        yield rows, [r.choice([0, 1, 3, 17, 64, 300, 1000, 5000]) for _ in range(r.randint(2, 5))]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_strategy_for_narrow_and_for_wide_networks(dtype):
+def test_plan_covers_the_rows():
+    for rows, widths in random_calls(500):
+        for processor in PROCESSORS:
+            p = plan(rows, widths, *processor)
+            assert 1 <= p["block"] <= p["chunk"], (rows, widths, p)
+            assert (p["chunks"] - 1) * p["chunk"] < max(1, rows) <= p["chunks"] * p["chunk"]
+            for product in ("forward", "grad_input", "grad_weight"):
+                assert len(p[product]) == len(widths) - 1
+            assert p == plan(rows, widths, *processor)
+
+
+def test_every_candidate_serves_some_call():
+    found = {
+        plan(rows, widths, *processor)["candidate"]
+        for rows, widths in random_calls(300)
+        for processor in PROCESSORS
+    }
+    expected = {"gemm_chunks", "gemm_shared", "library"}
+    if any(name in COMPILED for name in BF16_SETS):
+        expected |= {"bf16_one_block", "bf16_shared", "bf16_chunks"}
+    assert found == (expected if "avx512" in COMPILED else expected - {"gemm_shared"})
+
+
+@pytest.mark.parametrize("processor", PROCESSORS, ids=str)
+def test_plan_of_small_and_of_large_networks(processor):
     for rows in (1, 64, 65536):
-        assert strategy(rows, [64, 64, 64], dtype)["products"] == "own"
-    assert strategy(2048, [768, 3072, 768], dtype)["products"] == "library"
+        assert plan(rows, [64, 64, 64], *processor)["layers"] != "library"
+    # No family has products of its own for such weights, unless they are faster at any size.
+    assert plan(2048, [3072, 3072, 3072], *processor)["candidate"] in ("library", "gemm_shared")
 
 
+def test_the_library_s_products_in_16_bits_make_one_block():
+    """It rounds what it adds up: several blocks would round a weight gradient several times."""
+    for rows, widths in random_calls(500):
+        for processor in PROCESSORS:
+            p = plan(rows, widths, *processor)
+            if p["layers"] == "library" and processor[0] in DTYPES_16BIT:
+                assert p["block"] == max(1, rows)
+
+
+@needs_x86
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_strategy_where_the_library_is_slower(dtype):
-    """Blocks of which threads share the products, not the library's; all else as before."""
-    for rows, widths in itertools.product(
-        [1, 2, 64, 480, 2048, 65536], [[64] * 3, [768, 3072, 768]]
-    ):
-        otherwise = strategy(rows, widths, dtype)
-        s = strategy(rows, widths, dtype, outruns_library=True)
-        if otherwise["products"] == "library":
-            block = min(rows, 512)
-            assert s == {"products": "own", "block": block, "chunk": rows, "chunks": 1}
+def test_plan_where_the_library_is_slower(dtype):
+    """Threads share this package's products instead; everything else is as elsewhere.
+
+    It is slower in float32 on AMD's processors, and in float16 on those that only convert it.
+    """
+    faster = {"family": "generic", "has_half_arithmetic": True}
+    slower = {"family": "amd", "has_half_arithmetic": False}
+    for rows, widths in random_calls(500):
+        elsewhere = plan(rows, widths, dtype, "avx512", **faster)
+        p = plan(rows, widths, dtype, "avx512", **slower)
+        if elsewhere["layers"] == "library":
+            assert p["candidate"] == "gemm_shared"
+            assert p["chunks"] == 1 and p["block"] <= elsewhere["block"]
         else:
-            assert s == otherwise
+            assert p == elsewhere
 
 
-def test_strategy_for_rows_that_make_one_panel():
-    """Their own products serve larger weights, if the panel is that of AVX-512."""
+@needs_x86
+def test_rows_that_make_one_panel_are_packed_instead_of_large_weights():
+    """That pays for weights for which more rows, or fewer, go to the library."""
     widths = [512, 512, 10]
-    for rows, products in [(15, "library"), (16, "own"), (64, "own"), (65, "library")]:
-        assert strategy(rows, widths)["products"] == products
-        assert strategy(rows, widths, panel=32)["products"] == "library"
-        assert strategy(rows, widths, torch.bfloat16)["products"] == "library"
-    assert strategy(64, [1024, 1024, 10])["products"] == "library"
+    rows = range(2, 200)
+    served = [r for r in rows if plan(r, widths, isa="avx512")["layers"] == "packed"]
+    assert served == list(range(served[0], served[-1] + 1))
+    assert all(plan(r, widths, isa="avx512")["forward"][:1] == ["left"] for r in served)
+    for r in rows:
+        assert plan(r, widths, isa="avx2")["layers"] == "library"  # its panel is narrower
+        assert plan(r, widths, torch.bfloat16, "avx512")["layers"] == "library"
+    assert plan(1, widths, isa="avx2")["layers"] == "packed"
 
 
-@pytest.mark.parametrize("pairs", ["dots", "tiles"])
-def test_strategy_where_pairs_are_multiplied(pairs):
-    """From 6 rows on, up to the size from which the library's products are used."""
+@needs_x86
+@pytest.mark.parametrize("isa", ["avx512_bf16", "amx"])
+def test_plan_where_bfloat16_is_multiplied(isa):
+    def candidates(widths, rows):
+        return [plan(r, widths, torch.bfloat16, isa)["candidate"] for r in rows]
 
-    def products(rows, widths):
-        return strategy(rows, widths, torch.bfloat16, pairs)["products"]
+    # From some rows on: first in one block, then in chunks.
+    found = [name for name, _ in itertools.groupby(candidates([64] * 3, range(1, 2000)))]
+    assert found == ["gemm_chunks", "bf16_one_block", "bf16_chunks"]
+    # With large weights: after the library, in one block, then by dot products in several.
+    found = [name for name, _ in itertools.groupby(candidates([784, 1024, 10], range(2, 5000)))]
+    others = ["bf16_shared"] if isa == "avx512_bf16" else ["library"]
+    assert found == ["library", "bf16_one_block", *others]
+    # Larger networks go to the library.
+    found = [
+        name for name, _ in itertools.groupby(candidates([w, 1024], [64])[0] for w in range(9000))
+    ]
+    assert found == ["bf16_one_block", "library"]
+    # Without such products, and in other formats, all is as on avx512.
+    for rows, widths in random_calls(200):
+        for dtype in (torch.float32, torch.float64, torch.float16):
+            assert plan(rows, widths, dtype, isa) == plan(rows, widths, dtype, "avx512")
 
-    for rows, expected in [(0, "own"), (5, "own"), (6, "pairs"), (64, "pairs"), (65536, "pairs")]:
-        assert products(rows, [64, 64, 64]) == expected
-    most = 2048 if pairs == "dots" else 1024
-    for rows in (6, 479):  # rows for one chunk make one block, which serves larger weights
-        assert products(rows, [most, most]) == "pairs"
-        assert products(rows, [most, most, 1]) == "library"
-        assert strategy(rows, [784, 1024, 10], torch.bfloat16, pairs)["block"] == rows
-    assert products(5, [784, 1024, 10]) == "library"
-    assert products(480, [256, 512]) == products(65536, [256, 512]) == "pairs"
-    # More rows and large weights: by dots, in blocks of which threads share the products.
-    s = strategy(6144, [784, 1024, 10], torch.bfloat16, pairs)
-    if pairs == "dots":
-        assert s == {"products": "pairs", "block": 2048, "chunk": 6144, "chunks": 1}
-    else:
-        assert s == strategy(6144, [784, 1024, 10], torch.bfloat16)
-    wide = strategy(2048, [768, 3072, 768], torch.bfloat16, pairs)
-    assert wide == strategy(2048, [768, 3072, 768], torch.bfloat16)
+
+def test_what_is_packed_when():
+    for rows, widths in random_calls(500):
+        for processor in PROCESSORS:
+            p = plan(rows, widths, *processor)
+            is_one_block = rows <= p["block"]
+            packs = {product: set(p[product]) for product in PRODUCTS}
+            if p["layers"] == "library":  # which does it itself
+                assert packs == {product: {"none"} for product in PRODUCTS}
+            elif p["layers"] == "packed":
+                for product in ("grad_input", "grad_weight"):
+                    assert packs[product] <= {"view", "once", "per_use"}
+                if not is_one_block and 0 not in widths:  # every block uses the copy
+                    assert packs["forward"] == {"once"}
+                    assert packs["grad_input"] <= {"view", "once"}
+                if is_one_block:
+                    assert "once" not in packs["grad_input"]
+            else:  # threads that share a product pack for themselves
+                weight = {"per_use"} if p["chunks"] == 1 else {"once"}
+                assert packs == {
+                    "forward": weight, "grad_input": weight, "grad_weight": {"per_use"}
+                }  # fmt: skip
+    # Rows that compete for the same lines of the cache are not read where they lie.
+    views = {width: plan(64, [width, 64], isa=COMPILED[-1])["grad_input"] for width in (500, 512)}
+    assert views == {500: ["view"], 512: ["per_use"]}
 
 
 @pytest.mark.parametrize(
@@ -676,9 +769,25 @@ def test_strategy_where_pairs_are_multiplied(pairs):
 )
 def test_memory_does_not_grow_with_the_rows(widths, dtype):
     """A block's activations and a chunk's sums are what a call needs beside its results."""
-    few, *many = [strategy(10**n, widths, dtype) for n in (4, 5, 6, 7, 8)]
-    assert max(s["block"] for s in many) <= 2 * few["block"]
-    assert max(s["chunks"] for s in many) <= 32
+    for _, isa, family, _ in PROCESSORS:
+        few, *many = [plan(10**n, widths, dtype, isa, family) for n in (4, 5, 6, 7, 8)]
+        assert max(p["block"] for p in many) <= 2 * few["block"]
+        assert len({p["chunks"] for p in many}) == 1  # as many as there will ever be
+
+
+@pytest.mark.skipif(not CSRC.exists(), reason="needs the sources")
+def test_kernels_know_nothing_of_pytorch():
+    """What is compiled for one instruction set includes no header of PyTorch, directly or not."""
+    seen, todo = set(), [*CSRC.glob("cpu/kernels/*"), *CSRC.glob("cpu/isa/*")]
+    assert len(todo) > 15
+    while todo:
+        path = todo.pop().resolve()
+        if path in seen:
+            continue
+        seen.add(path)
+        text = path.read_text()
+        assert not re.search(r"#\s*include\s*[<\"](torch|ATen|c10|aoti)", text), path
+        todo += [path.parent / name for name in re.findall(r'#\s*include "(.+)"', text)]
 
 
 def asks_for_huge_pages(tensor):
@@ -761,7 +870,7 @@ def test_an_unknown_instruction_set_is_refused_and_the_best_is_the_default():
 def test_an_unknown_choice_changes_nothing():
     before = chosen()
     with pytest.raises(RuntimeError, match=r"name must be one of .*, got 'avx3'"):
-        torch.ops.relu_mlp_testing.choose_instruction_set("avx3")
+        T.choose_instruction_set("avx3")
     assert chosen() == before
     assert set(SETS) <= set(relu_mlp.build_info().instruction_sets)
 

@@ -1,12 +1,12 @@
 // The passes of the CPU on plain data, without PyTorch, for the sanitizers: `make sanitize`.
 //
-// Networks of small integers, whose sums have no rounding, go through all passes in every
-// dtype on every instruction set, and must have the bits of plain loops in double
-// precision. PyTorch's own products are left out: this package's serve in their place.
+// Networks of small integers, whose sums are exact, go through all passes in every dtype on
+// every instruction set. The results must have the bits of plain loops in double precision.
+// PyTorch's own products are left out: this package's take their place.
 //
 // Every operand, result and workspace ends at a page that must not be touched, has a
-// pattern around it, and holds NaN before it is written. That finds what the sanitizers do
-// not see: masked accesses and those of AMX.
+// pattern around it, and holds NaN before it is written. That finds accesses that the
+// sanitizers do not see: masked ones and those of AMX.
 
 #include <sys/mman.h>
 
@@ -19,10 +19,10 @@
 #include <string>
 #include <thread>
 
-#include "../../csrc/cpu/dense.h"
-#include "../../csrc/cpu/own_layers.h"
-#include "../../csrc/cpu/pair_block.h"
-#include "../../csrc/cpu/pair_layers.h"
+#include "../../csrc/cpu/bf16_layers.h"
+#include "../../csrc/cpu/call.h"
+#include "../../csrc/cpu/packed_layers.h"
+#include "../../csrc/cpu/walk.h"
 
 // -- Memory ------------------------------------------------------------------------------
 
@@ -300,13 +300,22 @@ class Case {
       network_.layers.push_back(
           {weights_[l].matrix, bias.empty() ? nullptr : biases_[l].array.data});
     }
-    strategy_ = choose_strategy(rows, network_.widths(), means<T>());
+    const Call call = call_of(network_);
+    plan_ = make_plan(call);
+    if (plan_.layers == LayersKind::library) {
+      plan_.layers = LayersKind::packed;
+    }
     if (random.one_in(2)) { // small blocks and many chunks, where threads meet
       const int64_t chunks = 1 + random.below(5), some = std::max<int64_t>(1, rows);
-      strategy_.chunk = ceil_div(some, chunks);
-      strategy_.chunks = ceil_div(some, strategy_.chunk);
-      strategy_.block = 1 + random.below(strategy_.chunk);
+      plan_.chunk = ceil_div(some, chunks);
+      plan_.chunks = ceil_div(some, plan_.chunk);
+      plan_.block = 1 + random.below(plan_.chunk);
+      if (plan_.layers != LayersKind::packed) {
+        plan_.layers =
+            rows <= plan_.block ? LayersKind::bf16_one_block : LayersKind::bf16;
+      }
     }
+    plan_.packing = plan_packing(call, plan_);
   }
 
   void run() {
@@ -330,22 +339,18 @@ class Case {
     }
   }
 
-  // As in csrc/cpu/passes.cpp, but for the library.
+  // As in csrc/cpu/passes.cpp, except for the library.
   template <typename F>
   void with_layers(const F& f) {
     if constexpr (std::is_same_v<T, BFloat16>) {
-      if (strategy_.products == WhoseProducts::pairs) {
-        if (network_.x.rows <= strategy_.block) {
-          f.template operator()<PairBlock<BFloat16>>();
-        } else if (strategy_.chunks == 1) {
-          f.template operator()<PairBlock<float>>();
-        } else {
-          f.template operator()<PairLayers>();
-        }
-        return;
+      if (plan_.layers == LayersKind::bf16_one_block) {
+        return f.template operator()<Bf16Layers<BFloat16>>();
+      }
+      if (plan_.layers == LayersKind::bf16) {
+        return f.template operator()<Bf16Layers<float>>();
       }
     }
-    f.template operator()<OwnLayers<T>>();
+    f.template operator()<PackedLayers<T>>();
   }
 
   void forward(bool saves) {
@@ -357,8 +362,8 @@ class Case {
         hidden.push_back(results.back().data);
       }
     }
-    with_layers([&]<typename Layers>() {
-      dense_forward<Layers>(network_, strategy_, hidden, results.back().data);
+    with_layers([&]<typename L>() {
+      walk_forward<L>(network_, plan_, hidden, results.back().data);
     });
     check("y", 0, results.back().data, plain_.a.back());
     for (std::size_t l = 0; l < hidden.size(); ++l) {
@@ -419,8 +424,8 @@ class Case {
       pass.grad_weights.push_back(needs.weight(l) ? of_weights[l].data : nullptr);
       pass.grad_biases.push_back(needs.bias(l) ? of_biases[l].data : nullptr);
     }
-    with_layers([&]<typename Layers>() {
-      dense_backward<Layers>(network, strategy_, pass);
+    with_layers([&]<typename L>() {
+      walk_backward<L>(network, plan_, pass);
     });
     const char* const what = by_loss ? "grad by loss" : recompute ? "grad, recomputed" : "grad";
     if (needs.x()) {
@@ -442,7 +447,7 @@ class Case {
   const bool is_exact_;
   std::vector<Placed<T>> x_, weights_, biases_;
   Network<T> network_;
-  Strategy strategy_;
+  Plan plan_;
 };
 
 void run_cases(int64_t first, int64_t step, int64_t count, const std::string& set) {

@@ -1,12 +1,11 @@
-// A linear layer without a packed copy of its weight: every element of the
-// result is the dot product of a row of a and a row of weight, with vectors
-// along both.
+// A linear layer without a packed copy of its weight. Every element of the result is
+// the dot product of a row of a and a row of weight, with vectors along both.
 //
-// A tile has as many dot products as a vector has lanes, so its sums are added
-// up over their lanes into one vector of results. That costs what 3 or 4 steps
-// along the rows cost, so this pays where rows are long, or where there are too
-// few of them to make a packed copy worth while. Limited by loads, one for each
-// multiply-add, and for few rows by the bandwidth to the weight.
+// A tile has as many dot products as a vector has lanes, so that adding up its sums over
+// their lanes gives one vector of results. That costs as much as 3 or 4 steps along the
+// rows. It pays where rows are long, or where there are too few of them for a packed
+// copy. Loads limit the speed, one for each multiply-add; with few rows the bandwidth to
+// the weight does.
 #pragma once
 
 #include "kernels.h"
@@ -42,9 +41,9 @@ RELU_MLP_INLINE void sums_over_lanes(C* to, Vec<C>* v) {
 #endif
 }
 
-// A tile of `rows` rows of a by lanes / rows rows of weight; the indices beyond
-// the last row stand for the last row again, and are not written. A sum over more
-// than 64 vectors is a sum of sums, for the sake of its rounding errors.
+// A tile of `rows` rows of a by lanes / rows rows of weight. An index beyond the last row
+// reads the last row again, and its result is not written. A sum over more than 64
+// vectors is a sum of sums, which keeps its rounding error small.
 template <int rows, typename C>
 void dots_tile(
     Matrix<C> out,
@@ -105,7 +104,7 @@ void dots_tile(
 }
 
 template <typename C>
-void linear(
+void linear_by_dots(
     Matrix<C> out,
     Matrix<const C> a,
     Matrix<const C> weight,
@@ -119,7 +118,7 @@ void linear(
     }
     return;
   }
-  // The rows of weight of one tile stay in the cache while those of a go by.
+  // The rows of weight of one tile stay in the cache while all rows of a pass.
   for (int64_t col = 0; col < weight.rows; col += W / tall) {
     for (int64_t row = 0; row < a.rows; row += tall) {
       dots_tile<tall>(out, a, weight, bias, relu, row, col);

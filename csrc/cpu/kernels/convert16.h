@@ -1,13 +1,13 @@
-// Kernels for the 16-bit formats, for one instruction set: conversions to and
-// from float, ReLU and its mask. All are limited by memory. They are loops over
-// bits that the compiler makes vector code of; the including file may define
-// RELU_MLP_HAS_F16C where the processor converts float16 itself.
+// Kernels for the 16-bit formats: conversions to and from float, ReLU and its mask, sums
+// of columns. Memory limits them all. They are loops over bits, which the compiler turns
+// into vector code. The including file may define RELU_MLP_HAS_F16C where the processor
+// converts float16 itself (x86.h).
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#include "../mlp.h"
+#include "../../mlp.h"
 
 namespace relu_mlp::cpu::RELU_MLP_ISA {
 namespace {
@@ -30,7 +30,7 @@ void widen_bfloat16(float* to, const uint16_t* from, int64_t count) {
   }
 }
 
-void narrow_bfloat16(uint16_t* to, const float* from, int64_t count) {
+void round_to_bfloat16(uint16_t* to, const float* from, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
     const uint32_t bits = to_bits(from[i]);
     const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
@@ -40,8 +40,8 @@ void narrow_bfloat16(uint16_t* to, const float* from, int64_t count) {
 }
 
 #if !defined(RELU_MLP_HAS_F16C)
-// After M. Dukhan's FP16 library, as PyTorch's own: the exponent is moved by a
-// multiplication, which treats subnormal numbers right.
+// After M. Dukhan's FP16 library, as PyTorch's own conversion: a multiplication moves the
+// exponent, which is right for subnormal numbers too.
 void widen_half(float* to, const uint16_t* from, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
     const uint32_t w = uint32_t(from[i]) << 16, sign = w & 0x80000000;
@@ -54,11 +54,11 @@ void widen_half(float* to, const uint16_t* from, int64_t count) {
   }
 }
 
-void narrow_half(uint16_t* to, const float* from, int64_t count) {
+void round_to_half(uint16_t* to, const float* from, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
     const uint32_t w = to_bits(from[i]), twice = w + w, sign = w & 0x80000000;
     const float magnitude = from_bits(w & 0x7fffffff);
-    // Rounds to the precision of float16 by adding a number that large.
+    // Adding a number this large rounds to the precision of float16.
     float base = (magnitude * from_bits(0x77800000)) * from_bits(0x08800000);
     uint32_t bias = twice & 0xff000000;
     bias = bias < 0x71000000 ? 0x71000000 : bias;
@@ -70,7 +70,7 @@ void narrow_half(uint16_t* to, const float* from, int64_t count) {
 }
 #endif
 
-// Whether the number is 0 or negative and not NaN; `infinity` is the format's.
+// Whether the number is 0 or negative, and not NaN. `infinity` is that of the format.
 template <uint16_t infinity>
 inline bool is_off(uint16_t bits) {
   const uint16_t magnitude = bits & 0x7fff;
@@ -91,9 +91,9 @@ void mask(uint16_t* delta, const uint16_t* a, int64_t count) {
   }
 }
 
-// Sums of 32 numbers in float, whose sum is taken in double precision.
+// Sums 32 rows in float, and those sums in double precision.
 template <void (*widen)(float*, const uint16_t*, int64_t)>
-void narrow_column_sums(double* sums, Matrix<const uint16_t> m) {
+void column_sums_16bit(double* sums, Matrix<const uint16_t> m) {
   constexpr int64_t most_cols = 64, most_rows = 32;
   for (int64_t first = 0; first < m.rows; first += most_rows) {
     const int64_t end =

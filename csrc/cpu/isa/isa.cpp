@@ -4,7 +4,9 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#include "../tuning.h"
+
+#ifdef RELU_MLP_X86
 #include <cpuid.h>
 #if defined(__linux__)
 #include <sys/syscall.h>
@@ -15,9 +17,9 @@
 namespace relu_mlp::cpu {
 
 extern const InstructionSet baseline_set;
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef RELU_MLP_X86
 extern const InstructionSet avx2_set, avx512_set;
-extern const PairKernels avx512_bf16_kernels, amx_kernels;
+extern const Bf16Kernels avx512_bf16_kernels, amx_kernels;
 #endif
 
 namespace {
@@ -27,20 +29,18 @@ struct Compiled {
   bool is_supported;
 };
 
-#if defined(__x86_64__) && defined(__GNUC__)
-// AVX-512, but for bfloat16.
-InstructionSet with_pairs(
-    InstructionSet set,
-    const char* name,
-    const PairKernels& kernels) {
+#ifdef RELU_MLP_X86
+// AVX-512 with kernels that multiply bfloat16.
+InstructionSet with_bf16(const char* name, const Bf16Kernels& kernels) {
+  InstructionSet set = avx512_set;
   set.name = name;
-  set.bfloat16.narrow = kernels.narrow;
+  set.bfloat16.round = kernels.round;
   set.bfloat16.column_sums = kernels.column_sums;
-  set.pairs = &kernels;
+  set.bf16 = &kernels;
   return set;
 }
 
-// Whether the processor has AMX with bfloat16, and the system lets us use it.
+// Whether the processor has AMX for bfloat16, and the system lets this process use it.
 bool has_amx() {
 #if defined(__linux__)
   unsigned a = 0, b = 0, c = 0, d = 0;
@@ -55,7 +55,6 @@ bool has_amx() {
 }
 
 void add_x86(std::vector<Compiled>& all) {
-  const bool is_amd = __builtin_cpu_is("amd");
   const bool avx2 =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = __builtin_cpu_supports("avx512f") &&
@@ -63,32 +62,22 @@ void add_x86(std::vector<Compiled>& all) {
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
 
-  // MKL keeps its fastest kernels for its maker's processors: measured on Zen 4.
-  // PyTorch hands float16 to oneDNN only where the processor computes with it, and
-  // multiplies it element by element elsewhere.
-  InstructionSet of_avx2 = avx2_set, of_avx512 = avx512_set;
-  of_avx512.outruns_library = is_amd;
-  of_avx2.outruns_library_in_half = of_avx512.outruns_library_in_half =
-      !__builtin_cpu_supports("avx512fp16");
-
-  // Dot products of bfloat16 took twice the time of widening on a Sapphire Rapids,
-  // and half of it on Zen 4.
-  const Compiled widening{of_avx512, avx512};
-  const Compiled dots{
-      with_pairs(of_avx512, "avx512_bf16", avx512_bf16_kernels), bf16};
-  all.push_back({of_avx2, avx2});
-  all.push_back(is_amd ? widening : dots);
-  all.push_back(is_amd ? dots : widening);
-  all.push_back({with_pairs(of_avx512, "amx", amx_kernels), bf16 && has_amx()});
+  const Compiled plain{avx512_set, avx512};
+  const Compiled dpbf16{with_bf16("avx512_bf16", avx512_bf16_kernels), bf16};
+  const bool is_dpbf16_faster = processor_tuning().dpbf16_outruns_float;
+  all.push_back({avx2_set, avx2});
+  all.push_back(is_dpbf16_faster ? plain : dpbf16);
+  all.push_back(is_dpbf16_faster ? dpbf16 : plain);
+  all.push_back({with_bf16("amx", amx_kernels), bf16 && has_amx()});
 }
 #endif
 
-// The slowest first. Whether one is supported is asked here, in code that runs
-// everywhere.
+// The slowest first. What the processor has is asked here, in code that runs on every
+// processor.
 const std::vector<Compiled>& compiled() {
   static const std::vector<Compiled> sets = [] {
     std::vector<Compiled> all = {{baseline_set, true}};
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef RELU_MLP_X86
     add_x86(all);
 #endif
     return all;
@@ -96,21 +85,25 @@ const std::vector<Compiled>& compiled() {
   return sets;
 }
 
-const InstructionSet* find(const std::string& name) {
-  for (const auto& [set, is_supported] : compiled()) {
-    if (is_supported && name == set.name) {
-      return &set;
+const Compiled* find(const std::string& name) {
+  for (const Compiled& one : compiled()) {
+    if (name == one.set.name) {
+      return &one;
     }
   }
   return nullptr;
+}
+const InstructionSet* find_supported(const std::string& name) {
+  const Compiled* const found = find(name);
+  return found && found->is_supported ? &found->set : nullptr;
 }
 
 const InstructionSet* first_choice() {
   const char* const name = std::getenv("RELU_MLP_ISA");
   if (!name) {
-    return find(supported_instruction_sets().back());
+    return find_supported(supported_instruction_sets().back());
   }
-  if (const InstructionSet* set = find(name)) {
+  if (const InstructionSet* set = find_supported(name)) {
     return set;
   }
   std::string message = "RELU_MLP_ISA must be one of";
@@ -142,6 +135,11 @@ std::vector<std::string> supported_instruction_sets() {
   return names;
 }
 
+const InstructionSet* find_compiled(const std::string& name) {
+  const Compiled* const found = find(name);
+  return found ? &found->set : nullptr;
+}
+
 const InstructionSet& chosen_instruction_set() {
   const InstructionSet* set = choice.load(std::memory_order_relaxed);
   if (!set) {
@@ -152,11 +150,19 @@ const InstructionSet& chosen_instruction_set() {
 }
 
 bool choose_instruction_set(const std::string& name) {
-  const InstructionSet* const set = find(name);
+  const InstructionSet* const set = find_supported(name);
   if (set) {
     choice = set;
   }
   return set;
+}
+
+bool has_half_arithmetic() {
+#ifdef RELU_MLP_X86
+  return __builtin_cpu_supports("avx512fp16");
+#else
+  return false;
+#endif
 }
 
 } // namespace relu_mlp::cpu

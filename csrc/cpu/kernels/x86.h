@@ -1,5 +1,5 @@
-// What the vector types of GCC and Clang do not offer: access to a part of a
-// vector, and the conversion of float16. x86 with AVX2 and more.
+// What the vector types of GCC and Clang lack, for x86 with AVX2 or more: access to a
+// part of a vector, and the conversion of float16.
 #pragma once
 
 #include <immintrin.h>
@@ -25,7 +25,7 @@ RELU_MLP_INLINE void store_some(double* to, Vec<double> v, int64_t count) {
   _mm512_mask_storeu_pd(to, __mmask8((1u << count) - 1), __m512d(v));
 }
 #else
-// The first `count` elements all ones, the others 0.
+// A mask: all ones in the first `count` elements, 0 in the others.
 RELU_MLP_INLINE __m256i first_floats(int64_t count) {
   return _mm256_cmpgt_epi32(
       _mm256_set1_epi32(int(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -61,7 +61,7 @@ inline void widen_half(float* to, const uint16_t* from, int64_t count) {
   }
 }
 
-inline void narrow_half(uint16_t* to, const float* from, int64_t count) {
+inline void round_to_half(uint16_t* to, const float* from, int64_t count) {
   constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   int64_t i = 0;
   for (; i + 8 <= count; i += 8) {

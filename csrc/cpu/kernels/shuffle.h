@@ -1,5 +1,5 @@
-// The two ways to zip a pair of vectors, of which a transposition and a sum over
-// lanes are made. Compilers without __builtin_shufflevector do without.
+// The two ways to zip a pair of vectors. Transposition and sums over lanes are built from
+// them. Without __builtin_shufflevector those use plain loops instead.
 #pragma once
 
 #include "vec.h"

@@ -1,4 +1,4 @@
-// The kernels for whatever the compiler takes for granted: SSE2 on x86-64, NEON
+// The kernels for the instructions that the compiler may always use: SSE2 on x86-64, NEON
 // on AArch64.
 #define RELU_MLP_ISA baseline
 #define RELU_MLP_VECTOR_BYTES 16
@@ -7,7 +7,8 @@
 #else
 #define RELU_MLP_VECTOR_REGISTERS 16
 #endif
-#include "table.h"
+#include "../kernels/table.h"
+#include "isa.h"
 
 namespace relu_mlp::cpu {
 

@@ -1,23 +1,23 @@
-// The products of layers in bfloat16 with the tiles of AMX, which multiply
-// bfloat16 and sum in float. Operands and results are bfloat16 in memory, and
-// go from there into the tiles and back without a copy in float.
+// Products of bfloat16 with the tiles of AMX, which multiply bfloat16 and sum in float.
+// Operands and results are bfloat16 in memory. They go from there into the tiles and back
+// without a copy in float.
 //
-// A tile is 16 rows of 64 bytes. One product of tiles takes 16 rows of a with 32
-// elements of k each, which are read where they lie but for the last columns if they
-// do not fill a tile, and a packed tile of b.
+// A tile is 16 rows of 64 bytes. One product of tiles multiplies 16 rows of a, 32 elements
+// of k each, by a packed tile of b. The rows of a are read where they lie, except for
+// last columns that do not fill a tile.
 //
-// What limits it: AMX does 16 times the multiply-adds of AVX-512, so the time goes
-// into what happens to the sums after a product, and into packing. Subnormal
-// numbers count as 0, as they do in PyTorch's products on the same processor.
+// AMX does 16 times the multiply-adds of AVX-512. So what limits the speed is the work on
+// the sums after a product, and packing. Subnormal numbers count as 0, as they do in
+// PyTorch's products on the same processor.
 #pragma once
 
-#include "pairs.h"
+#include "bf16_vnni.h"
 
 namespace relu_mlp::cpu::RELU_MLP_ISA {
 namespace {
 
-// The tile registers: 0 to 3 hold the sums, 4 and 5 `rows` rows of a, and 6 and 7
-// those of b.
+// Configures the tile registers for the lifetime of the object: 0 to 3 hold the sums, 4
+// and 5 `rows` rows of a, 6 and 7 tiles of b.
 struct Tiles {
   explicit Tiles(int64_t rows) {
     struct alignas(64) {
@@ -40,9 +40,9 @@ struct Strips {
   const uint16_t* data; // tile (strip, k) at data + strip * step + k * k_step
   int64_t step, k_step, row_bytes;
   int64_t whole_k; // tiles that lie there
-  const uint16_t* last; // one more for each strip, 512 elements each; or null
+  const uint16_t* last; // one more tile for each strip, 512 elements apart; or null
 
-  // Calls f(tile of strip 0, its distance to strip 1, from row to row) for every k.
+  // Calls f(tile of strip 0, distance to strip 1, bytes from row to row) for every k.
   template <typename F>
   RELU_MLP_INLINE void each_k(const F& f) const {
     for (int64_t k = 0; k < whole_k; ++k) {
@@ -54,18 +54,18 @@ struct Strips {
   }
 };
 
-// Four tiles of sums do not wait for each other: 2 x 2, or where b has but one
-// column of tiles left, 4 x 1.
+// Four tiles of sums do not wait for each other: 2 x 2, or 4 x 1 where b has only one
+// column of tiles left.
 constexpr int64_t sum_count = 4 * 256;
-constexpr int64_t wide(int64_t tiles_n) {
+constexpr int64_t tile_columns(int64_t tiles_n) {
   return tiles_n > 1 ? 2 : 1;
 }
-constexpr int64_t tall(int64_t tiles_n) {
+constexpr int64_t tile_strips(int64_t tiles_n) {
   return tiles_n > 1 ? 2 : 4;
 }
 
-// sums (32, 32) = start + 1 or 2 strips of a times 2 columns of tiles of b, where
-// all rows start with the same 32 numbers.
+// sums (32, 32) = start + 1 or 2 strips of a times 2 columns of tiles of b. All rows start
+// with the same 32 numbers.
 inline void multiply_square(
     float* sums,
     const float* start,
@@ -88,7 +88,7 @@ inline void multiply_square(
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
-    b += tile_slots;
+    b += tile_words;
   });
   _tile_stored(0, sums, 128);
   _tile_stored(1, sums + 16, 128);
@@ -125,7 +125,7 @@ inline void multiply_tall(
       _tile_loadd(5, of_a + 3 * strip, row_bytes);
       _tile_dpbf16ps(3, 5, 6);
     }
-    b += tile_slots;
+    b += tile_words;
   });
   _tile_stored(0, sums, 64);
   if (strips > 1) {
@@ -139,10 +139,10 @@ inline void multiply_tall(
   }
 }
 
-// Writes sums (rows, 16 vectors) to out from (row, col) on.
+// Writes sums (rows, 16 vectors) to out, from (row, col) on.
 template <int vectors>
-void finish_tiles(
-    const PairProduct& p,
+void write_tiles(
+    const Bf16Product& p,
     int64_t row,
     int64_t rows,
     int64_t col,
@@ -150,27 +150,27 @@ void finish_tiles(
   const __mmask32 columns = first_of_32(least(p.n - col, 16 * vectors));
   for (int64_t i = 0; i < rows; ++i) {
     const float* const from = sums + 16 * i * vectors;
-    finish(
+    write_row(
         p, row + i, col, columns, _mm512_load_ps(from),
         vectors > 1 ? _mm512_load_ps(from + 16) : _mm512_setzero_ps());
   }
 }
 
-// The rows [first, end) of a product, in strips of `height` rows.
+// Computes the rows [first, end) of a product in strips of `height` rows.
 inline void multiply_rows(
-    const PairProduct& p,
+    const Bf16Product& p,
     int64_t first,
     int64_t end,
     int64_t height) {
-  const int64_t tiles_k = steps(p.k, tile_k), rest = p.k % tile_k;
-  const int64_t tiles_n = steps(p.n, 16), b_step = tiles_k * tile_slots;
-  // Two of each: one product is written while the next one is computed.
+  const int64_t tiles_k = ceil_div(p.k, tile_k), rest = p.k % tile_k;
+  const int64_t tiles_n = ceil_div(p.n, 16), b_step = tiles_k * tile_words;
+  // Two of each: one product is written while the next is computed.
   alignas(64) float sums[2][sum_count];
   alignas(64) uint16_t last[2][4 * 16 * tile_k];
   const Tiles tiles(height);
   for (int64_t n = 0; n < tiles_n; n += 2) {
-    const bool is_tall = wide(tiles_n - n) == 1;
-    const int64_t col = 16 * n, step = tall(tiles_n - n) * height;
+    const bool is_tall = tile_columns(tiles_n - n) == 1;
+    const int64_t col = 16 * n, step = tile_strips(tiles_n - n) * height;
     const uint32_t* const b = p.b + n * b_step;
     alignas(64) float start[32];
     _mm512_store_ps(start, load_bias(p, col));
@@ -197,13 +197,13 @@ inline void multiply_rows(
       if (row + step < end) {
         multiply(row + step, turn ^ 1);
       }
-      (is_tall ? finish_tiles<1> : finish_tiles<2>)(
+      (is_tall ? write_tiles<1> : write_tiles<2>)(
           p, row, least(end - row, step), col, sums[turn]);
     }
   }
 }
 
-inline void product_of_tiles(const PairProduct& p) {
+inline void product_amx(const Bf16Product& p) {
   const int64_t whole = p.m / 16 * 16;
   if (whole > 0) {
     multiply_rows(p, 0, whole, 16);
@@ -213,26 +213,26 @@ inline void product_of_tiles(const PairProduct& p) {
   }
 }
 
-// to (m, n) = delta^T a, or += that if the sums stay float. Both operands are
-// packed first, `scratch` is for that.
-template <typename S>
-void grad_weight_of_tiles(
+// The sums of delta^T a go to `to` (m, n) by `write`. Both operands are first packed into
+// `scratch`.
+template <typename S, typename Write>
+void grad_weight_with(
     Matrix<S> to,
     Matrix<const uint16_t> delta,
     Matrix<const uint16_t> a,
-    bool add,
-    uint32_t* scratch) {
-  const int64_t tiles_k = steps(a.rows, tile_k), b_step = tiles_k * tile_slots;
-  const int64_t tiles_m = steps(to.rows, 16), tiles_n = steps(to.cols, 16);
+    uint32_t* scratch,
+    const Write& write) {
+  const int64_t tiles_k = ceil_div(a.rows, tile_k), b_step = tiles_k * tile_words;
+  const int64_t tiles_m = ceil_div(to.rows, 16), tiles_n = ceil_div(to.cols, 16);
   uint32_t* const right = scratch;
   uint32_t* const left = right + tiles_n * b_step;
-  pack_rows<false>(right, a);
-  pack_rows<true>(left, delta);
+  pack_vnni_rows<false>(right, a);
+  pack_vnni_rows<true>(left, delta);
   alignas(64) float sums[sum_count];
   alignas(64) const float zeros[32] = {};
   const Tiles tiles(16);
   for (int64_t n = 0; n < tiles_n; n += 2) {
-    const int64_t columns = wide(tiles_n - n), step = tall(tiles_n - n);
+    const int64_t columns = tile_columns(tiles_n - n), step = tile_strips(tiles_n - n);
     const uint32_t* const b = right + n * b_step;
     for (int64_t m = 0; m < tiles_m; m += step) {
       const int64_t strips = least(tiles_m - m, step);
@@ -247,12 +247,28 @@ void grad_weight_of_tiles(
       for (int64_t i = 0; i < least(16 * strips, to.rows - 16 * m); ++i) {
         for (int64_t j = 0; j < columns; ++j) {
           const int64_t col = 16 * (n + j);
-          put(to.row(16 * m + i) + col, first_of_16(to.cols - col),
-              _mm512_load_ps(sums + 16 * (i * columns + j)), add);
+          write(to.row(16 * m + i) + col, first_of_16(to.cols - col),
+                _mm512_load_ps(sums + 16 * (i * columns + j)));
         }
       }
     }
   }
+}
+
+inline void grad_weight_amx(
+    Matrix<float> to,
+    Matrix<const uint16_t> delta,
+    Matrix<const uint16_t> a,
+    bool add,
+    uint32_t* scratch) {
+  grad_weight_with(to, delta, a, scratch, StoreOrAdd{add});
+}
+inline void grad_weight_rounded_amx(
+    Matrix<uint16_t> to,
+    Matrix<const uint16_t> delta,
+    Matrix<const uint16_t> a,
+    uint32_t* scratch) {
+  grad_weight_with(to, delta, a, scratch, StoreRounded{});
 }
 
 } // namespace

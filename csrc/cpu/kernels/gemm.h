@@ -1,14 +1,14 @@
 // The matrix product of all passes: out (m, n) = epilogue(a (m, k) b (k, n)).
 //
-// A tile of `rows` x `vectors` vector registers of out is summed over k: each
-// step loads one row of the panel b and broadcasts one element of every row of
-// a. b has contiguous rows; a has any strides, so that delta^T needs no copy.
-// Bias, ReLU and mask are applied while the tile is in registers.
+// A tile of `rows` x `vectors` vector registers of out is summed over k. Each step loads
+// one row of the panel b and broadcasts one element of every row of a. Rows of b are
+// contiguous. a has any strides, so delta^T needs no copy. Bias, ReLU and mask are
+// applied while the tile is in registers.
 //
-// What limits it: with enough rows, the fused multiply-add units: a step of
-// the 6 x 4 tile of AVX-512 has 24 multiply-adds for 10 loads. With few rows,
-// the latency of the multiply-add. b must lie in the first- or second-level
-// cache, which is the caller's business.
+// With enough rows the fused multiply-add units limit the speed: a step of the 6 x 4
+// tile of AVX-512 has 24 multiply-adds for 10 loads. With few rows the latency of the
+// multiply-add does. The caller must see to it that b lies in the first- or second-level
+// cache.
 //
 // The order of every sum depends on k alone.
 #pragma once
@@ -23,8 +23,8 @@ constexpr int64_t registers = RELU_MLP_VECTOR_REGISTERS;
 // The widest tile, in vectors.
 constexpr int max_vectors = registers >= 32 ? 4 : 2;
 
-// The rows of the tallest tile whose sums, one row of b and one broadcast fit
-// into the registers. All divide 48 (or 24), so blocks of 48 rows leave no rest.
+// The rows of the tallest tile `vectors` wide whose sums, one row of b and one broadcast
+// fit into the registers. All divide 48 (or 24), so groups of 48 rows leave no rest.
 constexpr int max_rows(int vectors) {
   if (registers >= 32) {
     constexpr int rows[] = {24, 12, 8, 6};
@@ -35,12 +35,12 @@ constexpr int max_rows(int vectors) {
 
 // Applies the epilogue to the sums of a tile and writes them.
 template <int rows, int vectors, typename C>
-RELU_MLP_INLINE void finish(
+RELU_MLP_INLINE void write_tile(
     const Product<C>& p,
     int64_t row,
     Vec<C> (&sums)[rows][vectors]) {
   constexpr int64_t W = lanes<C>;
-  // The last vector may be cut off by the edge of the matrix.
+  // The edge of the matrix may cut off the last vector.
   const int64_t last = p.n - (vectors - 1) * W;
   const auto load_columns = [last](const C* from, int j) {
     return j + 1 < vectors || last == W ? load(from + j * W)
@@ -93,7 +93,7 @@ void tile(const Product<C>& p, int64_t row) {
   Vec<C> sums[rows][vectors] = {};
   const C* b = p.b;
   const int64_t a_row = p.a_row, a_col = p.a_col, b_row = p.b_row;
-  // One pointer for three rows of a: x86 adds 0, 1 or 2 strides to it for free.
+  // One pointer serves three rows of a: x86 adds 0, 1 or 2 strides to it for free.
   const C* a[(rows + 2) / 3];
   RELU_MLP_UNROLL
   for (int g = 0; g < (rows + 2) / 3; ++g) {
@@ -120,11 +120,11 @@ void tile(const Product<C>& p, int64_t row) {
     b += b_row;
   }
 
-  finish<rows, vectors>(p, row, sums);
+  write_tile<rows, vectors>(p, row, sums);
 }
 
-// All rows of a panel that is `vectors` wide: tiles of full height, then the
-// rest in lower ones.
+// All rows of a panel that is `vectors` wide: first tiles of full height, then lower
+// ones for the remaining rows.
 template <int rows, int vectors, typename C>
 int64_t tiles(const Product<C>& p, int64_t row) {
   for (; row + rows <= p.m; row += rows) {
@@ -136,8 +136,9 @@ int64_t tiles(const Product<C>& p, int64_t row) {
   return row;
 }
 
+// The product over a stretch of k that is summed without a break.
 template <typename C>
-void product_over_block(const Product<C>& p) {
+void product_over_k_block(const Product<C>& p) {
   if (p.n > 3 * lanes<C>) {
     if constexpr (max_vectors == 4) {
       tiles<max_rows(4), 4>(p, 0);
@@ -153,8 +154,9 @@ void product_over_block(const Product<C>& p) {
   }
 }
 
-// Sums over more than 128 elements are sums of sums: their rounding errors then
-// grow with the square root of k, as those of a library's products do.
+// Sums over more than 128 elements are sums of sums. Their rounding errors then grow
+// with the square root of k, as those of a library's products do. The 128 fixes the bits
+// of a result, so it is no tuned number.
 template <typename C>
 void product(const Product<C>& p) {
   constexpr int64_t block = 128;
@@ -166,7 +168,7 @@ void product(const Product<C>& p) {
   for (; k + block < p.k; k += block) {
     part.a = p.a + k * p.a_col;
     part.b = p.b + k * p.b_row;
-    product_over_block(part);
+    product_over_k_block(part);
     part.continues = true;
   }
   part.a = p.a + k * p.a_col;
@@ -174,7 +176,7 @@ void product(const Product<C>& p) {
   part.k = p.k - k;
   part.epilogue = p.epilogue;
   part.bias = p.bias;
-  product_over_block(part);
+  product_over_k_block(part);
 }
 
 } // namespace

@@ -1,0 +1,132 @@
+// The kernels of one instruction set as tables of plain functions.
+//
+// Each header beside this one is compiled once for every instruction set, in a namespace
+// of its own (isa/). Which table a call uses is decided when the first call asks for it
+// (isa/isa.cpp). Nothing here knows PyTorch: bfloat16 and float16 are given as their bits.
+#pragma once
+
+#include <cstdint>
+
+#include "../../mlp.h"
+
+namespace relu_mlp::cpu {
+
+// What a product does to a tile of sums before it writes it.
+enum class Epilogue {
+  store, // out = product
+  bias, // out = product + bias
+  bias_relu, // out = max(product + bias, 0)
+  mask, // out = product where mask > 0 or is NaN, else 0
+};
+
+// out (m, n) = epilogue(a (m, k) b (k, n)) for one panel of columns. If it continues a
+// sum, out = epilogue(out + a b).
+template <typename C>
+struct Product {
+  int64_t m, n, k; // n <= panel
+  const C* a; // any strides
+  int64_t a_row, a_col;
+  const C* b; // rows contiguous, readable up to the next multiple of `lanes`
+  int64_t b_row;
+  C* out; // rows contiguous; nothing beyond column n is written
+  int64_t out_row;
+  Epilogue epilogue = Epilogue::store;
+  const C* bias = nullptr; // (n), contiguous; null for 0
+  const C* mask = nullptr; // (m, n), rows contiguous
+  int64_t mask_row = 0;
+  bool continues = false;
+};
+
+// Kernels that compute in C, float or double.
+template <typename C>
+struct Kernels {
+  int64_t lanes; // elements of a vector
+  int64_t panel; // columns that one product may have at most
+  int64_t tile_rows; // rows of the tile that a whole panel is computed in
+  void (*product)(const Product<C>&);
+  // to (k, n) = b (k, n) of any strides. Rows of `to` are contiguous and to_row apart.
+  // Columns from n to the next multiple of `lanes` get 0.
+  void (*pack)(C* to, int64_t to_row, Matrix<const C> b);
+  // out (m, n) = bias + a (m, k) weight^T, with ReLU if asked for, without a packed copy
+  // of weight (n, k). All rows are contiguous; bias may be null.
+  void (*linear_by_dots)(
+      Matrix<C> out,
+      Matrix<const C> a,
+      Matrix<const C> weight,
+      const C* bias,
+      bool relu);
+  // sums[j] += sum_i m(i, j). Any strides. Up to eight rows are summed in C, and such
+  // sums in double precision.
+  void (*column_sums)(double* sums, Matrix<const C> m);
+  // z += bias, then ReLU if asked for, in place; bias may be null.
+  void (*bias_relu)(Matrix<C> z, const C* bias, bool relu);
+  // delta = delta where a > 0 or is NaN, else 0, in place.
+  void (*mask)(C* delta, const C* a, int64_t count);
+};
+
+// Kernels for a 16-bit format, bfloat16 or float16. Rounding is to the nearest, ties to
+// even; NaN stays NaN.
+struct Kernels16 {
+  void (*widen)(float* to, const uint16_t* from, int64_t count);
+  void (*round)(uint16_t* to, const float* from, int64_t count);
+  void (*relu)(uint16_t* z, int64_t count); // z = max(z, 0), in place
+  // delta = delta where a > 0 or is NaN, else 0, in place
+  void (*mask)(uint16_t* delta, const uint16_t* a, int64_t count);
+  // sums[j] += sum_i m(i, j) for at most 64 columns, rows contiguous
+  void (*column_sums)(double* sums, Matrix<const uint16_t> m);
+};
+
+// out (m, n) = epilogue(a (m, k) b (k, n)) in bfloat16, summed in float. Rows of a, out
+// and mask are contiguous. b is packed in the VNNI layout (bf16_vnni.h).
+struct Bf16Product {
+  int64_t m, n, k;
+  const uint16_t* a;
+  int64_t a_row;
+  const uint32_t* b;
+  uint16_t* out;
+  int64_t out_row;
+  Epilogue epilogue = Epilogue::store;
+  const float* bias = nullptr; // (n); null for 0
+  const uint16_t* mask = nullptr; // (m, n)
+  int64_t mask_row = 0;
+};
+
+// Which instructions multiply bfloat16: none, the dot products of AVX512-BF16
+// (vdpbf16ps), or the tiles of AMX (tdpbf16ps).
+enum class Bf16Kind { none, dpbf16, amx };
+
+// The kernels of an instruction set that multiplies bfloat16.
+struct Bf16Kernels {
+  // The columns that two neighboring tiles of a packed matrix hold.
+  static constexpr int64_t column_step = 32;
+
+  Bf16Kind kind;
+  // How many 32-bit words a packed matrix (k, n) takes: whole tiles of 32 rows by 16
+  // columns.
+  static int64_t packed_size(int64_t k, int64_t n) {
+    return (k + 31) / 32 * ((n + 15) / 16) * 256;
+  }
+  // Packs b (k, n), one of whose strides is 1, for use in a product.
+  void (*pack)(uint32_t* to, Matrix<const uint16_t> b);
+  void (*product)(const Bf16Product&);
+  // to (m, n) = delta (rows, m)^T a (rows, n), or to += that. All rows are contiguous.
+  // scratch has packed_size(rows, m) + packed_size(rows, n) words.
+  void (*grad_weight)(
+      Matrix<float> to,
+      Matrix<const uint16_t> delta,
+      Matrix<const uint16_t> a,
+      bool add,
+      uint32_t* scratch);
+  // The same for a single block of rows: `to` is overwritten with the sums, rounded to
+  // bfloat16.
+  void (*grad_weight_rounded)(
+      Matrix<uint16_t> to,
+      Matrix<const uint16_t> delta,
+      Matrix<const uint16_t> a,
+      uint32_t* scratch);
+  // As in Kernels16, but column_sums takes any number of columns.
+  void (*round)(uint16_t* to, const float* from, int64_t count);
+  void (*column_sums)(double* sums, Matrix<const uint16_t> m);
+};
+
+} // namespace relu_mlp::cpu

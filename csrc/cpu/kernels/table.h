@@ -1,0 +1,25 @@
+// The tables of one instruction set, filled with the kernels of the headers below.
+#pragma once
+
+#include "convert16.h"
+#include "dots.h"
+#include "gemm.h"
+#include "pack.h"
+
+namespace relu_mlp::cpu::RELU_MLP_ISA {
+namespace {
+
+template <typename C>
+constexpr Kernels<C> kernels = {
+    lanes<C>, max_vectors * lanes<C>, max_rows(max_vectors), product<C>, pack<C>,
+    linear_by_dots<C>, column_sums<C>, bias_relu<C>, mask<C>};
+
+constexpr Kernels16 bfloat16 = {
+    widen_bfloat16, round_to_bfloat16, relu<0x7f80>, mask<0x7f80>,
+    column_sums_16bit<widen_bfloat16>};
+constexpr Kernels16 half = {
+    widen_half, round_to_half, relu<0x7c00>, mask<0x7c00>,
+    column_sums_16bit<widen_half>};
+
+} // namespace
+} // namespace relu_mlp::cpu::RELU_MLP_ISA

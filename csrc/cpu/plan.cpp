@@ -1,0 +1,279 @@
+// The rules. `candidates` lists them in order; the first that serves a call makes its
+// plan.
+#include "plan.h"
+
+#include <algorithm>
+
+namespace relu_mlp::cpu {
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+// The size of equal parts of `total` that have at most about `most` each.
+int64_t equal_parts(int64_t total, int64_t most) {
+  return ceil_div(total, ceil_div(total, most));
+}
+// An empty batch is one empty block.
+int64_t rows_of(const Call& call) {
+  return std::max<int64_t>(1, call.rows);
+}
+
+// -- What the rules ask ----------------------------------------------------------------
+
+bool makes_one_chunk(const Call& call) {
+  return rows_of(call) < call.tuning->one_chunk_rows();
+}
+
+bool multiplies_bf16(const Call& call) {
+  return call.capabilities.bf16 != Bf16Kind::none &&
+      rows_of(call) >= call.tuning->min_rows_to_pack;
+}
+
+// Whether the rows fill one panel, so that they are worth packing instead of the weights.
+bool fills_one_panel(const Call& call) {
+  const int64_t rows = rows_of(call), panel = call.capabilities.panel;
+  return panel >= call.tuning->wide_panel && rows >= call.tuning->min_rows_for_panel &&
+      rows <= panel;
+}
+
+// Whether this package's products are the faster ones because the network is small.
+bool is_small_network(const Call& call) {
+  const Tuning& t = *call.tuning;
+  const int64_t rows = rows_of(call);
+  const bool converts = call.capabilities.is_16bit();
+  int64_t most = t.small_network;
+  if (!converts && fills_one_panel(call)) {
+    most = t.small_network_one_panel;
+  } else if (!converts && rows >= t.few_rows && makes_one_chunk(call)) {
+    most = t.small_network_few_rows;
+  }
+  return rows == 1 || call.parameters() <= most;
+}
+
+// Whether this package's products are faster than PyTorch's at any size.
+bool outruns_library(const Call& call) {
+  const Capabilities& has = call.capabilities;
+  switch (has.dtype) {
+    case Dtype::float32:
+    case Dtype::float64:
+      return has.vector_bytes >= call.tuning->own_gemm_vector_bytes;
+    case Dtype::float16:
+      return !has.has_half_arithmetic &&
+          has.vector_bytes >= call.tuning->own_half_gemm_vector_bytes;
+    case Dtype::bfloat16:
+      return false;
+  }
+  return false;
+}
+
+// -- The rules ---------------------------------------------------------------------------
+
+Plan one_chunk(const Call& call, LayersKind layers, int64_t block) {
+  return {{}, layers, block, rows_of(call), 1, {}, call.tuning};
+}
+
+// Chunks in a number that many numbers of threads divide, in blocks of which the widest
+// layer has `block_elements` elements.
+Plan many_chunks(const Call& call, LayersKind layers, int64_t block_elements) {
+  const Tuning& t = *call.tuning;
+  const int64_t rows = rows_of(call);
+  const bool may_halve =
+      rows >= t.chunk_rows && rows * call.parameters() >= t.min_work_to_halve;
+  int64_t chunks = may_halve ? 2 : 1;
+  while (2 * chunks <= t.max_chunks && 2 * chunks * t.chunk_rows <= rows) {
+    chunks *= 2;
+  }
+  const int64_t chunk = ceil_div(rows, chunks);
+  const int64_t block = std::clamp(
+      block_elements / call.widest(), t.min_block_rows, t.max_block_rows());
+  return {
+      {}, layers, equal_parts(chunk, block), chunk, ceil_div(rows, chunk), {},
+      call.tuning};
+}
+
+// Threads share every product of bfloat16 where rows make one chunk only, or where weights
+// are too many to be kept packed, up to the size from which PyTorch's are better.
+bool serves_bf16_shared(const Call& call) {
+  const Tuning& t = *call.tuning;
+  const int64_t parameters = call.parameters();
+  if (!multiplies_bf16(call) ||
+      (!makes_one_chunk(call) && parameters <= t.small_network)) {
+    return false;
+  }
+  return call.capabilities.bf16 == Bf16Kind::dpbf16
+      ? parameters <= t.dpbf16_max_network
+      : parameters <= t.amx_max_network &&
+          (makes_one_chunk(call) || t.amx_shares_many_rows);
+}
+bool serves_bf16_one_block(const Call& call) {
+  return serves_bf16_shared(call) && rows_of(call) <= call.tuning->large_block_rows;
+}
+Plan bf16_one_block(const Call& call) {
+  return one_chunk(call, LayersKind::bf16_one_block, rows_of(call));
+}
+Plan bf16_shared(const Call& call) {
+  return one_chunk(
+      call, LayersKind::bf16,
+      equal_parts(rows_of(call), call.tuning->large_block_rows));
+}
+
+bool serves_bf16_chunks(const Call& call) {
+  return multiplies_bf16(call) && is_small_network(call);
+}
+Plan bf16_chunks(const Call& call) {
+  return many_chunks(call, LayersKind::bf16, call.tuning->bf16_block_elements);
+}
+
+Plan gemm_chunks(const Call& call) {
+  return many_chunks(call, LayersKind::packed, call.tuning->block_elements);
+}
+
+Plan gemm_shared(const Call& call) {
+  return one_chunk(
+      call, LayersKind::packed,
+      equal_parts(rows_of(call), call.tuning->gemm_large_block_rows));
+}
+
+// PyTorch's products round sums over several blocks to 16 bits, so those formats make a
+// single block.
+Plan library(const Call& call) {
+  const int64_t rows = rows_of(call);
+  return one_chunk(
+      call, LayersKind::library,
+      call.capabilities.is_16bit()
+          ? rows
+          : equal_parts(rows, call.tuning->large_block_rows));
+}
+bool always(const Call&) {
+  return true;
+}
+
+struct Candidate {
+  const char* name;
+  bool (*serves)(const Call&);
+  Plan (*plan)(const Call&); // without its name and packing
+};
+
+constexpr Candidate candidates[] = {
+    {"bf16_one_block", serves_bf16_one_block, bf16_one_block},
+    {"bf16_shared", serves_bf16_shared, bf16_shared},
+    {"bf16_chunks", serves_bf16_chunks, bf16_chunks},
+    {"gemm_chunks", is_small_network, gemm_chunks},
+    {"gemm_shared", outruns_library, gemm_shared},
+    {"library", always, library},
+};
+
+// -- Packing -----------------------------------------------------------------------------
+
+// Whether a matrix with such rows has to be copied for a product with `rows` rows, because
+// its rows compete for the same lines of the cache.
+bool has_set_conflicts(const Call& call, int64_t row_stride, int64_t rows) {
+  const Tuning& t = *call.tuning;
+  const Capabilities& has = call.capabilities;
+  const int64_t element_size = has.dtype == Dtype::float64 ? 8 : 4;
+  return row_stride * element_size % t.conflict_bytes == 0 &&
+      row_stride > t.conflict_panels * has.panel &&
+      rows > t.max_rows_to_ignore_conflicts;
+}
+
+// a W^T. A weight that several blocks use is packed once, as is a small one. Otherwise:
+//   few rows                              no packing, dot products
+//   rows that make one panel or less,
+//   and no more of them than of weight    the rows are packed
+//   more rows                             the weight is packed panel by panel
+Pack pack_forward(const Call& call, const LayerShape& layer, bool is_one_block) {
+  const Tuning& t = *call.tuning;
+  const int64_t size = layer.in * layer.out;
+  if (size > 0 && call.rows >= t.min_rows_to_pack &&
+      (!is_one_block || size <= t.small_weight)) {
+    return Pack::once;
+  }
+  if (call.rows < (size > t.large_weight ? t.min_rows_for_panel_large_weight
+                                         : t.min_rows_for_panel)) {
+    return Pack::none;
+  }
+  return call.rows <= t.wide_panel && call.rows <= layer.out ? Pack::left
+                                                             : Pack::per_use;
+}
+
+// delta W. The rows of W are read where they lie, unless they collide.
+Pack pack_grad_input(const Call& call, const LayerShape& layer, bool is_one_block) {
+  if (layer.in * layer.out == 0) {
+    return Pack::per_use;
+  }
+  if (!has_set_conflicts(call, layer.weight_row_stride, call.rows)) {
+    return Pack::view;
+  }
+  return is_one_block ? Pack::per_use : Pack::once;
+}
+
+// delta^T a, with `out` rows.
+Pack pack_grad_weight(const Call& call, const LayerShape& layer) {
+  return has_set_conflicts(call, layer.input_row_stride, layer.out) ? Pack::per_use
+                                                                    : Pack::view;
+}
+
+LayerPacking pack_gemm(const Call& call, const Plan& plan, const LayerShape& layer) {
+  const bool is_one_block = call.rows <= plan.block;
+  return {
+      pack_forward(call, layer, is_one_block),
+      pack_grad_input(call, layer, is_one_block), pack_grad_weight(call, layer)};
+}
+
+// What one core has written comes slowly to another. So where threads share a product,
+// each packs for itself what it needs of a weight.
+LayerPacking pack_bf16(const Plan& plan) {
+  const Pack weight = plan.shares_products() ? Pack::per_use : Pack::once;
+  return {weight, weight, Pack::per_use};
+}
+
+} // namespace
+
+int64_t Call::parameters() const {
+  int64_t sum = 0;
+  for (const LayerShape& layer : layers) {
+    sum += layer.in * layer.out;
+  }
+  return sum;
+}
+
+int64_t Call::widest() const {
+  int64_t widest = 1;
+  for (const LayerShape& layer : layers) {
+    widest = std::max({widest, layer.in, layer.out});
+  }
+  return widest;
+}
+
+std::vector<LayerPacking> plan_packing(const Call& call, const Plan& plan) {
+  std::vector<LayerPacking> packing;
+  packing.reserve(call.layers.size());
+  for (const LayerShape& layer : call.layers) {
+    switch (plan.layers) {
+      case LayersKind::packed:
+        packing.push_back(pack_gemm(call, plan, layer));
+        break;
+      case LayersKind::bf16:
+      case LayersKind::bf16_one_block:
+        packing.push_back(pack_bf16(plan));
+        break;
+      case LayersKind::library:
+        packing.push_back({Pack::none, Pack::none, Pack::none});
+    }
+  }
+  return packing;
+}
+
+Plan make_plan(const Call& call) {
+  const Candidate* candidate = candidates;
+  while (!candidate->serves(call)) {
+    ++candidate;
+  }
+  Plan plan = candidate->plan(call);
+  plan.candidate = candidate->name;
+  plan.packing = plan_packing(call, plan);
+  return plan;
+}
+
+} // namespace relu_mlp::cpu

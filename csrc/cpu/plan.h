@@ -1,0 +1,96 @@
+// How a call is served: whose products, in which chunks and blocks of rows, and what is
+// packed when. make_plan() is the only place that decides; the passes obey.
+//
+// A plan depends on shapes, on the dtype and on the processor, never on the number of
+// threads. So results do not depend on it.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels/kernels.h"
+#include "tuning.h"
+
+namespace relu_mlp::cpu {
+
+// -- The question --------------------------------------------------------------------
+
+enum class Dtype { float32, float64, bfloat16, float16 };
+
+// What the processor and its chosen instruction set offer for a dtype.
+struct Capabilities {
+  Dtype dtype;
+  Bf16Kind bf16; // what multiplies this dtype, if that is bfloat16
+  int64_t panel; // columns of a panel of this package's products in float or double
+  int64_t vector_bytes;
+  bool has_half_arithmetic; // whether the processor computes in float16
+
+  bool is_16bit() const {
+    return dtype == Dtype::bfloat16 || dtype == Dtype::float16;
+  }
+};
+
+// y (rows, out) = x (rows, in) weight (out, in)^T. Strides count elements and are those
+// of what the products read: 16-bit numbers are first converted to contiguous float.
+struct LayerShape {
+  int64_t in, out;
+  int64_t input_row_stride, weight_row_stride;
+};
+
+struct Call {
+  int64_t rows;
+  std::vector<LayerShape> layers;
+  Capabilities capabilities;
+  const Tuning* tuning;
+
+  int64_t parameters() const; // weights, without biases
+  int64_t widest() const; // the largest width, of x and y too; at least 1
+};
+
+// -- The answer ----------------------------------------------------------------------
+
+// Which class does the products: see layers.h.
+enum class LayersKind {
+  packed, // PackedLayers: in float or double
+  bf16, // Bf16Layers<float>: bfloat16; weight gradients are summed in float
+  bf16_one_block, // Bf16Layers<BFloat16>: the same for a single block of rows
+  library, // LibraryLayers: PyTorch's products
+};
+
+// How the right operand of a product gets into the layout that the kernels read.
+enum class Pack {
+  none, // not at all: dot products of rows, or the library's own business
+  view, // read where it lies; only a ragged last panel is copied
+  once, // copied before the first block of rows, for all of them
+  per_use, // copied for every product, by each thread the columns it multiplies
+  left, // the left operand is packed instead: out^T = b^T a^T
+};
+
+// The three products of a layer, by their right operands.
+struct LayerPacking {
+  Pack forward; // a W^T: the weight, transposed
+  Pack grad_input; // delta W: the weight
+  Pack grad_weight; // delta^T a: the layer's input
+};
+
+struct Plan {
+  const char* candidate; // the name of the rule that made this plan
+  LayersKind layers;
+  int64_t block; // rows that go through all layers at once
+  int64_t chunk; // rows that have sums of their own; every chunk has one thread
+  int64_t chunks;
+  std::vector<LayerPacking> packing; // by layer
+  const Tuning* tuning;
+
+  // With a single chunk, threads share every product instead.
+  bool shares_products() const {
+    return chunks == 1;
+  }
+};
+
+Plan make_plan(const Call& call);
+
+// The packing of a plan whose other members are given.
+std::vector<LayerPacking> plan_packing(const Call& call, const Plan& plan);
+
+} // namespace relu_mlp::cpu

@@ -1,0 +1,40 @@
+#include "tuning.h"
+
+namespace relu_mlp::cpu {
+namespace {
+
+// What was measured on a Sapphire Rapids, and serves every processor without a row of
+// its own.
+constexpr Tuning generic;
+
+// Measured on Zen 4.
+constexpr Tuning amd = [] {
+  Tuning row;
+  row.family = "amd";
+  row.dpbf16_outruns_float = true;
+  row.own_gemm_vector_bytes = 64;
+  return row;
+}();
+
+constexpr const Tuning* rows[] = {&generic, &amd};
+
+} // namespace
+
+const Tuning& processor_tuning() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  return __builtin_cpu_is("amd") ? amd : generic;
+#else
+  return generic;
+#endif
+}
+
+const Tuning* find_tuning(std::string_view family) {
+  for (const Tuning* row : rows) {
+    if (family == row->family) {
+      return row;
+    }
+  }
+  return nullptr;
+}
+
+} // namespace relu_mlp::cpu
