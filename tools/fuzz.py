@@ -52,7 +52,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 
 import relu_mlp
 import support
-from relu_mlp import functional, ops, reference
+from relu_mlp import checks, functional, ops, reference
 
 R = torch.ops.relu_mlp
 DTYPES = support.DTYPES
@@ -101,7 +101,7 @@ def check_words(refused: Refused) -> None:
 def describe(value: Any) -> str:
     if isinstance(value, Tensor):
         if value.is_nested:
-            return f"a nested {ops.checks.name_of(value.dtype)}"
+            return f"a nested {checks.name_of(value.dtype)}"
         try:
             layout = f"strides {value.stride()} offset {value.storage_offset()}"
             held = value.untyped_storage().nbytes() // max(1, value.element_size())
@@ -110,7 +110,7 @@ def describe(value: Any) -> str:
         kind = "" if type(value) is Tensor else f" {type(value).__name__}"
         needs = " requires_grad" if value.requires_grad else ""
         return (
-            f"{ops.checks.name_of(value.dtype)}{tuple(value.shape)} {layout} of {held} on "
+            f"{checks.name_of(value.dtype)}{tuple(value.shape)} {layout} of {held} on "
             f"{value.device}{kind}{needs}"
         )
     if isinstance(value, (list, tuple)):
