@@ -168,8 +168,6 @@ class ReluMLP(Scriptable):
         children as their own forward methods would, and asks the rest once per graph.
         """
         activation = self._activation_in_a_graph(this_thread.backend)
-        if activation is None:
-            return None
         weights: list[Tensor] = []
         biases: list[Tensor] = []
         for child in self:
@@ -182,7 +180,8 @@ class ReluMLP(Scriptable):
             elif DEFAULTS and not has_defaults(child):
                 return None
         if (
-            (_function_modes() and interception.is_under_a_mode())
+            activation is None  # asked last, because the reads above guard `forward` too
+            or (_function_modes() and interception.is_under_a_mode())
             or type(input) is not torch.Tensor
             or input.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
             or len(biases) not in (0, len(weights))

@@ -106,15 +106,12 @@ COMPILED = (
     "BelowAutograd",
     "_op",
     "_current_level",
-    "_forward_hooks",
-    "_modules",
-    "_call_impl",
-    "_stack",
-    "autocast",
+    "Module()._modules",
+    "_global_forward_hooks",
+    "_len_torch_function_stack",
     "tracing",
     "constant",
     "FakeTensor",
-    "inductor",
 )
 
 #: A process that has imported PyTorch once and forks for every name. The name is hidden from
