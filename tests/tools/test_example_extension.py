@@ -94,9 +94,13 @@ def test_passes_its_tests_in_python(tmp_path):
 
 
 @needs_compiler
-def test_builds_under_another_name(tmp_path):
+def test_is_installed_under_another_name(tmp_path):
     source, site = copied(tmp_path / "source", "my_operator"), tmp_path / "site"
-    installed(source, site)
+    if subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True).returncode:
+        pytest.skip("needs pip")
+    pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation")
+    run(*pip, "--no-index", "--no-deps", "--target", site, ".", cwd=source)
+    assert (site / "my_operator" / "_C.abi3.so").exists()
     left = [p for p in source.rglob("*") if p.suffix in (".py", ".cpp", ".h", ".cu")]
     assert left and not any(
         "squared_relu" in p.read_text() or "squared_relu" in str(p) for p in left
@@ -129,8 +133,10 @@ def test_is_as_short_as_it_says():
         if path.suffix in suffixes
     )
     assert lines <= 150
-    said = (EXAMPLE / "README.md").read_text(encoding="utf-8")
-    assert f"in {lines} lines" in said
+    tests = len((EXAMPLE / "tests" / "test_squared_relu.py").read_text().splitlines())
+    page = (ROOT / "docs" / "extension.md").read_text(encoding="utf-8")
+    assert f"in {lines} lines" in (EXAMPLE / "README.md").read_text(encoding="utf-8")
+    assert f"in {lines} lines" in page and f"in {tests} lines" in page
 
 
 @pytest.mark.skipif(

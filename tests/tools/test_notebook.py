@@ -1,6 +1,7 @@
 """The notebook runs from top to bottom, and stops where the package is wrong."""
 
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -19,8 +20,27 @@ nbformat = pytest.importorskip("nbformat")
 NOTEBOOK = Path(__file__).parents[2] / "examples" / "backpropagation.ipynb"
 
 
+#: Of the file as it is committed: its pictures and what it prints.
+LARGEST = 200_000
+
+
 def read():
+    """The notebook as it is committed, with its outputs."""
     return nbformat.read(NOTEBOOK, as_version=4)
+
+
+def without_outputs():
+    notebook = read()
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    return notebook
+
+
+def words(cell):
+    """What a cell prints, line by line, without numbers: they depend on the machine."""
+    text = "".join(output.get("text", "") for output in cell.outputs)
+    return [re.findall(r"\b[a-z]{4,}\b", line) for line in text.splitlines()]
 
 
 def execute(notebook, **environment):
@@ -51,7 +71,7 @@ def execute(notebook, **environment):
 
 @pytest.mark.parametrize("backend", support.BACKENDS)
 def test_runs_from_top_to_bottom(backend):
-    notebook = read()
+    committed, notebook = read(), without_outputs()
     notebook.cells.append(nbformat.v4.new_code_cell("print(relu_mlp.__file__)"))
     execute(notebook, RELU_MLP_BACKEND=backend)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
@@ -62,17 +82,33 @@ def test_runs_from_top_to_bottom(backend):
         assert len(pictures) == cell.source.count("plt.show()"), cell.id
         said = [output.text for output in cell.outputs if output.get("name") == "stderr"]
         assert "Warning" not in "".join(said), cell.id
+    for cell, before in zip(notebook.cells[:-1], committed.cells):
+        if cell.cell_type == "code":
+            assert words(cell) == words(before), f"{cell.id}: run tools/notebook.py"
 
 
-def test_is_committed_without_outputs():
+def test_is_committed_with_its_outputs():
+    """As tools/notebook.py writes it: small, and without anything of the machine it ran on."""
     notebook = read()
     nbformat.validate(notebook)
     assert notebook.metadata.kernelspec.name == "python3"
-    for cell in notebook.cells:
-        assert not cell.get("outputs") and cell.get("execution_count") is None, cell.id
-        assert not cell.metadata, cell.id
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    for cell in cells:
+        pictures = [output for output in cell.outputs if "image/png" in output.get("data", {})]
+        assert len(pictures) == cell.source.count("plt.show()"), cell.id
+        assert bool(words(cell)) == ("print(" in cell.source), cell.id
+        kinds = {output.output_type for output in cell.outputs}
+        assert kinds <= {"display_data", "stream"}, cell.id
+        assert all(output.get("name") != "stderr" for output in cell.outputs), cell.id
+    assert not any(cell.metadata for cell in notebook.cells)
+    text = NOTEBOOK.read_text(encoding="utf-8")
     # As Jupyter writes it, so that a change of one line is a difference of one line.
-    assert NOTEBOOK.read_text(encoding="utf-8") == nbformat.writes(notebook) + "\n"
+    assert text == nbformat.writes(notebook) + "\n"
+    assert len(text.encode()) < LARGEST
+    assert "\n".join(notebook.cells[0].source.splitlines()[2:3]).endswith("you can")
+    said = "".join(output.get("text", "") for cell in cells for output in cell.outputs)
+    assert not re.search(r"(^|\s|[\"'(])[~/]\w+/|[A-Z]:\\\\", said)  # no path of a machine
 
 
 DIVIDED_BIAS = """
@@ -110,7 +146,7 @@ relu_mlp.jacobian = jacobian
     ],
 )
 def test_stops_where_the_package_is_wrong(mistake, cell):
-    notebook = read()
+    notebook = without_outputs()
     notebook.cells.insert(0, nbformat.v4.new_code_cell(mistake))
     with pytest.raises(nbclient.exceptions.CellExecutionError, match="AssertionError"):
         execute(notebook, MPLBACKEND="agg")  # which draws nothing, and so is faster
