@@ -478,6 +478,7 @@ fork_warnings = pytest.mark.filterwarnings(
 )
 
 
+@pytest.mark.slow
 @fork_warnings
 def test_dataloader_workers(backend, forks, threads):
     """Forward and backward passes in two workers, of a network that was used before."""
@@ -495,6 +496,7 @@ def test_dataloader_workers(backend, forks, threads):
         assert_same(found, native)
 
 
+@pytest.mark.slow
 @fork_warnings
 @pytest.mark.parametrize("rows", [7, 4000])
 def test_fork_after_use(backend, forks, threads, rows):

@@ -418,6 +418,7 @@ def test_torch_func_of_parameters(which, transform):
         right_or_refused(lambda: apply(function_of(ours), value, tangent), expected)  # noqa: B023
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operator", ["relu_mlp", "forward"])
 @pytest.mark.parametrize("transform", ["grad", "jvp", "vmap"])
 def test_torch_func_compiled(operator, transform):
@@ -436,6 +437,7 @@ def small_network():
 # -- torch.compile and torch.export ------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
 def test_compile(compiler):
     x, (weights, biases) = integers(5, 3), small_network()
@@ -454,6 +456,7 @@ def test_compile(compiler):
         assert torch.equal(compiled(x), expected)
 
 
+@pytest.mark.slow
 def test_compile_with_dynamic_shapes():
     weights, biases = small_network()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -486,6 +489,7 @@ class Module(torch.nn.Module):
         return R.relu_mlp(x, weights, biases, "relu")
 
 
+@pytest.mark.slow
 def test_export(tmp_path):
     module, x = Module(), integers(5, 3)
     rows = torch.export.Dim("rows")
@@ -597,6 +601,7 @@ for activation in ("none", "relu", "sigmoid", "tanh"):
 """
 
 
+@pytest.mark.slow
 def test_backward_with_nothing_to_do():
     """No gradient is wanted, so nothing was saved."""
     run(NOTHING_TO_DO)
@@ -667,6 +672,7 @@ assert 500 < refused < 2500, refused
 """
 
 
+@pytest.mark.slow
 @of_the_library
 def test_malformed_backward_never_crashes():
     run(FUZZ)
@@ -753,6 +759,7 @@ def test_without_gradients_the_autograd_kernel_is_passed_by(operator, asked):
     torch.testing.assert_close(passed_by, with_kernel, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_a_compiled_graph_passes_the_autograd_kernel_by(asked):
     net = relu_mlp.ReluMLP(3, 4, 2)
     compiled = torch.compile(net, fullgraph=True)

@@ -138,6 +138,8 @@ def run(page):
             assert actual == after.text.rstrip("\n"), f"line {block.line} prints\n{actual}"
 
 
+@pytest.mark.slow
+@pytest.mark.installation
 @pytest.mark.parametrize("page", [page for page in PAGES if runs(page)], ids=name_of)
 def test_code_in_the_documentation_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
