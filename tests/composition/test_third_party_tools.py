@@ -20,10 +20,10 @@ from relu_mlp import backend as using
 # The tools' own words, and PyTorch's about them.
 pytestmark = [
     pytest.mark.slow,
-    [
+    *(
         pytest.mark.filterwarnings(f"ignore::{kind}")
         for kind in ("DeprecationWarning", "FutureWarning", "UserWarning")
-    ],
+    ),
 ]
 
 
