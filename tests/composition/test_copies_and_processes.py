@@ -532,6 +532,7 @@ def test_fork_after_use(backend, forks, threads, rows):
     assert_same({name: torch.tensor(values) for name, values in found.items()}, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [100, 4000])
 def test_four_threads_at_once(backend, threads, rows):
     """Each with PyTorch's threads for itself, and each with the answer of a single one."""

@@ -85,6 +85,7 @@ def test_schemas():
         assert str(torch._C.parse_schema(f"relu_mlp::{schema}")) == str(operator._schema)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("network", NETWORKS, ids=str)
 def test_opcheck(network, requires_grad):
@@ -100,6 +101,7 @@ def test_opcheck_of_partly_frozen_networks():
         torch.library.opcheck(R.relu_mlp.default, (x, weights, biases, activation))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operator", RAW)
 @pytest.mark.parametrize("network", NETWORKS, ids=str)
 def test_opcheck_of_raw_operators(network, operator):

@@ -386,6 +386,7 @@ def check_accuracy(rows, sizes, dtype):
     assert max(ratios.values()) <= 1.5, ratios
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", support.DTYPES[1:], ids=str)
 @pytest.mark.parametrize(("rows", "sizes"), SUITE, ids=str)
 def test_as_accurate_as_the_native_path(rows, sizes, dtype):
