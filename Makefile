@@ -36,8 +36,9 @@ help:  ## this list
 demo: $(call needs,demo) build/extension  ## train on handwritten digits, next to nn.Sequential; writes demo/
 	PYTHONPATH=. $(PYTHON) examples/digits.py $(ARGS)
 
-# One process for each core; each computes on one thread unless a test asks for more.
-PYTEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 8
+# One process for each core; each computes on one thread unless a test asks for more. Each gets
+# a run of files, which share what they compile, and takes from another when it is done.
+PYTEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 test: $(call needs,test) build/extension  ## run the tests, at most 6 minutes on 2 cores
 	$(PYTEST) $(ARGS)

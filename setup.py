@@ -145,10 +145,14 @@ def cuda_extension(sources: list[str], flags: list[str], **arguments):
     defines = ["-DRELU_MLP_WITH_CUDA", f"-DRELU_MLP_CUDA_ARCHITECTURES={'+'.join(names)}"]
     extension = CUDAExtension(
         "relu_mlp._C",
-        sources + [str(path) for path in sorted(Path("csrc/cuda").rglob("*.c*")) if is_source(path)],
+        sources
+        + [str(path) for path in sorted(Path("csrc/cuda").rglob("*.c*")) if is_source(path)],
         extra_compile_args={
             "cxx": flags + defines,
-            "nvcc": [*FLAGS, *(f"-Xcompiler={flag}" for flag in without_builders_paths() + MISTAKES)],
+            "nvcc": [
+                *FLAGS,
+                *(f"-Xcompiler={flag}" for flag in without_builders_paths() + MISTAKES),
+            ],
         },
         # libtorch.so brings libtorch_cuda.so where there is one. Its symbols are
         # weak here, and the CUDA runtime is linked in: so the library loads with a

@@ -103,8 +103,8 @@ def outside_modes(function: Callable[[], _T]) -> _T:
 
 def _check_activations(folder: Path) -> None:
     """Raises ImportError unless activations.py and csrc/activation.h have the same names."""
-    said = outside_modes(library_says).get("output_activations")
-    if said is not None and sorted(said.split()) != sorted(ACTIVATIONS):
+    said = outside_modes(library_says).get("output_activations", "nothing")
+    if sorted(said.split()) != sorted(ACTIVATIONS):
         raise ImportError(
             f"the package in {folder} has the output activations {' '.join(ACTIVATIONS)}, and "
             f"its library has {said}. Build it anew, or load one version alone in a process."

@@ -490,6 +490,7 @@ def test_grad_scaler(backend, dtype):
 # -- torch.compile -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "region"), [("module", "inside"), ("function", "around"), ("operator", "part")]
 )

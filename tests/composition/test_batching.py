@@ -562,6 +562,7 @@ COMPILED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(
     "backend, operator, transform",

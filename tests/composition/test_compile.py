@@ -20,6 +20,7 @@ import support
 from support import assert_same, integer_network, integers, integers_, twins
 
 pytestmark = [
+    pytest.mark.slow,
     # Said by PyTorch of the compilers that these tests are made of.
     pytest.mark.filterwarnings("ignore:Your compiler for AOTAutograd:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),

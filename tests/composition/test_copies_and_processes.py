@@ -478,6 +478,7 @@ fork_warnings = pytest.mark.filterwarnings(
 )
 
 
+@pytest.mark.slow
 @fork_warnings
 def test_dataloader_workers(backend, forks, threads):
     """Forward and backward passes in two workers, of a network that was used before."""
@@ -495,6 +496,7 @@ def test_dataloader_workers(backend, forks, threads):
         assert_same(found, native)
 
 
+@pytest.mark.slow
 @fork_warnings
 @pytest.mark.parametrize("rows", [7, 4000])
 def test_fork_after_use(backend, forks, threads, rows):
@@ -530,6 +532,7 @@ def test_fork_after_use(backend, forks, threads, rows):
     assert_same({name: torch.tensor(values) for name, values in found.items()}, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [100, 4000])
 def test_four_threads_at_once(backend, threads, rows):
     """Each with PyTorch's threads for itself, and each with the answer of a single one."""

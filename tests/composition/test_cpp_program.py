@@ -24,6 +24,8 @@ COMPILER = os.environ.get("CXX", "c++").split()[0]
 
 # PyTorch's own words about its own code.
 pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.installation,
     pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning"),
     pytest.mark.skipif(ops.LIBRARY_PATH is None, reason="is about the library"),

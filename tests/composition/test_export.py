@@ -18,7 +18,10 @@ import support
 from relu_mlp import FusedSequential, ReluMLP, fuse, unfuse
 
 # PyTorch's own words about its own code.
-pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning"),
+]
 
 OPERATOR = torch.ops.relu_mlp.relu_mlp.default
 LINEAR = torch.ops.aten.linear.default

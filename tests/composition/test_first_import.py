@@ -5,6 +5,10 @@ import json
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.installation]
+
 # Every case is a child of one process that has loaded PyTorch and nothing else.
 PROGRAM = """
 import json, os, sys, threading, traceback, warnings

@@ -752,6 +752,7 @@ COMPILED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILED)
 def test_torch_compile(backend, name):
     model, x = fuse(COMPILED[name]()), torch.randn(2, 4, 8)

@@ -14,6 +14,8 @@ import support
 from relu_mlp import fuse
 from support.fusing import compiled, fused_like, make_exact, round_input, run, same
 
+pytestmark = pytest.mark.slow
+
 transformers = pytest.importorskip("transformers")
 T5 = transformers.models.t5.modeling_t5
 

@@ -16,6 +16,8 @@ import pytest
 import relu_mlp
 from relu_mlp import ops
 
+pytestmark = [pytest.mark.slow, pytest.mark.installation]
+
 PACKAGE = Path(relu_mlp.__file__).parent
 
 #: Whether derivatives, vmap and the choice of the backend are right, by a package.

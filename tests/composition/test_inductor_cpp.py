@@ -20,6 +20,7 @@ from relu_mlp import ops
 from support import assert_same, integers, integers_
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning"),
     pytest.mark.skipif(ops.LIBRARY_PATH is None, reason="is about the library"),

@@ -196,6 +196,7 @@ def test_an_attribute_more_of_a_class_changes_nothing(backend, owner, monkeypatc
     assert_same(actual, run(*native))
 
 
+@pytest.mark.slow
 def test_imported_while_something_is_replaced():
     """What was replaced before the import is no better known than what is replaced after it."""
     program = """
@@ -253,6 +254,7 @@ def test_a_function_mode_sees_the_native_functions(backend, form):
     assert any(func is F.linear for func, *_ in logs[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_in_a_compiled_function_too(backend, form):
     results = []

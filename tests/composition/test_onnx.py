@@ -22,6 +22,7 @@ pytest.importorskip("onnxscript")
 
 # PyTorch's own words about its own code.
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]

@@ -14,7 +14,8 @@ from torch._subclasses import FakeTensorMode
 
 import relu_mlp
 import support
-from relu_mlp import ops, reference
+from relu_mlp import activations, ops, reference
+from relu_mlp.ops import library
 
 # PyTorch's own words about its own code: forward mode compiles with TorchScript.
 pytestmark = [
@@ -73,7 +74,7 @@ def flat(result):
 
 
 def test_schemas():
-    """Those in ops.py, for where the library is not, are those of the library."""
+    """Without the library, ops/library.py defines the operators: by the same schemas."""
     registered = {
         name.removeprefix("relu_mlp::")
         for name in torch._C._dispatch_get_all_op_names()
@@ -90,11 +91,12 @@ def test_schemas():
 @pytest.mark.skipif(ops.LIBRARY_PATH is None, reason="is about the library")
 def test_the_library_has_the_same_activations(monkeypatch):
     """An activation that is added to one of the two tables alone stops the import."""
-    monkeypatch.setitem(reference.ACTIVATIONS, "softplus", torch.nn.functional.softplus)
-    with pytest.raises(ImportError, match="relu, sigmoid, tanh, softplus, and its library has"):
-        ops._check_activations(ops.LIBRARY_PATH.parent)
+    monkeypatch.setitem(activations.ACTIVATIONS, "softplus", torch.nn.functional.softplus)
+    with pytest.raises(ImportError, match="none relu sigmoid tanh softplus, and its library has"):
+        library._check_activations(ops.LIBRARY_PATH.parent)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("network", NETWORKS, ids=str)
 def test_opcheck(network, requires_grad):
@@ -110,6 +112,7 @@ def test_opcheck_of_partly_frozen_networks():
         torch.library.opcheck(R.relu_mlp.default, (x, weights, biases, activation))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operator", RAW)
 @pytest.mark.parametrize("network", NETWORKS, ids=str)
 def test_opcheck_of_raw_operators(network, operator):
@@ -428,6 +431,7 @@ def test_torch_func_of_parameters(which, transform):
         right_or_refused(lambda: apply(function_of(ours), value, tangent), expected)  # noqa: B023
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operator", ["relu_mlp", "forward"])
 @pytest.mark.parametrize("transform", ["grad", "jvp", "vmap"])
 def test_torch_func_compiled(operator, transform):
@@ -446,6 +450,7 @@ def small_network():
 # -- torch.compile and torch.export ------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
 def test_compile(compiler):
     x, (weights, biases) = integers(5, 3), small_network()
@@ -464,6 +469,7 @@ def test_compile(compiler):
         assert torch.equal(compiled(x), expected)
 
 
+@pytest.mark.slow
 def test_compile_with_dynamic_shapes():
     weights, biases = small_network()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -496,6 +502,7 @@ class Module(torch.nn.Module):
         return R.relu_mlp(x, weights, biases, "relu")
 
 
+@pytest.mark.slow
 def test_export(tmp_path):
     module, x = Module(), integers(5, 3)
     rows = torch.export.Dim("rows")
@@ -607,6 +614,7 @@ for activation in ("none", "relu", "sigmoid", "tanh"):
 """
 
 
+@pytest.mark.slow
 def test_backward_with_nothing_to_do():
     """No gradient is wanted, so nothing was saved."""
     run(NOTHING_TO_DO)
@@ -677,6 +685,7 @@ assert 500 < refused < 2500, refused
 """
 
 
+@pytest.mark.slow
 @of_the_library
 def test_malformed_backward_never_crashes():
     run(FUZZ)
@@ -763,6 +772,7 @@ def test_without_gradients_the_autograd_kernel_is_passed_by(operator, asked):
     torch.testing.assert_close(passed_by, with_kernel, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_a_compiled_graph_passes_the_autograd_kernel_by(asked):
     net = relu_mlp.ReluMLP(3, 4, 2)
     compiled = torch.compile(net, fullgraph=True)

@@ -15,6 +15,8 @@ import pytest
 import relu_mlp
 from composition import parallel_worker
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

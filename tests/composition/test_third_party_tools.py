@@ -19,8 +19,11 @@ from relu_mlp import backend as using
 
 # The tools' own words, and PyTorch's about them.
 pytestmark = [
-    pytest.mark.filterwarnings(f"ignore::{kind}")
-    for kind in ("DeprecationWarning", "FutureWarning", "UserWarning")
+    pytest.mark.slow,
+    *(
+        pytest.mark.filterwarnings(f"ignore::{kind}")
+        for kind in ("DeprecationWarning", "FutureWarning", "UserWarning")
+    ),
 ]
 
 

@@ -392,6 +392,7 @@ print(any(name.startswith("relu_mlp") for name in sys.modules))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(ops.LIBRARY_PATH is None, reason="is about the library")
 def test_library_without_the_package(tmp_path):
     """It computes, and says that there is no derivative without the package. A trace

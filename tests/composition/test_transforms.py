@@ -653,6 +653,7 @@ def mark_nodes(node):
     return [weakref.ref(mark), *itertools.chain(*below)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [*RELEASED, "dual"])
 def test_graph_is_released(backend, form):
     """Without the garbage collector: nothing that is saved refers to itself."""
@@ -686,6 +687,7 @@ COMPILED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(
     "backend, operator, transform",

@@ -581,6 +581,7 @@ def test_no_graph_is_one_call(backend):
     assert calls == {"forward": 1, "backward": 0, "loss_and_grads": 0, "native": 0}
 
 
+@pytest.mark.slow
 def test_graph_is_released(backend):
     """No cycle keeps y or what is saved: it goes when the last name of it does."""
     import gc

@@ -356,6 +356,8 @@ def without_library(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
+@pytest.mark.installation
 def test_environment_variable(tmp_path):
     script = """
         import threading, relu_mlp
@@ -370,6 +372,8 @@ def test_environment_variable(tmp_path):
     assert out.split() == ["reference", "reference", "reference", "auto", "reference"]
 
 
+@pytest.mark.slow
+@pytest.mark.installation
 def test_wrong_environment_variable(tmp_path):
     script = """
         import torch, relu_mlp
@@ -393,6 +397,8 @@ def test_wrong_environment_variable(tmp_path):
     assert out.splitlines() == [message] * 4 + ["(7, 4)"]
 
 
+@pytest.mark.slow
+@pytest.mark.installation
 def test_everything_works_without_the_library(without_library):
     script = """
         import warnings
@@ -466,6 +472,8 @@ USE_IT = """
 """
 
 
+@pytest.mark.slow
+@pytest.mark.installation
 def test_the_reference_by_choice_is_silent(without_library):
     _, err = run_python(USE_IT, without_library, without_library, RELU_MLP_BACKEND="reference")
     assert "relu_mlp" not in err
@@ -473,6 +481,8 @@ def test_the_reference_by_choice_is_silent(without_library):
     assert with_warning.count("UserWarning") == 1
 
 
+@pytest.mark.slow
+@pytest.mark.installation
 def test_a_corrupt_library(without_library):
     (without_library / "relu_mlp" / "_C.abi3.so").write_bytes(bytes(range(256)) * 40)
     out, err = run_python(USE_IT, without_library, without_library)

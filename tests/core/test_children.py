@@ -406,6 +406,7 @@ def test_a_longer_sequential_sees_it_too(backend, name):
 # -- Nothing is kept alive -------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_the_module_no_longer_has_is_gone(backend):
     net, _ = pair()
     run(net, integers(7, 3))
@@ -423,6 +424,7 @@ def test_what_the_module_no_longer_has_is_gone(backend):
     assert set(net.__dict__) == set(ReluMLP(3, 2, 1).__dict__)
 
 
+@pytest.mark.slow
 def test_lent_parameters_are_gone_after_the_call(backend):
     net, _ = pair()
     x = integers(7, 3)

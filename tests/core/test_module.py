@@ -885,6 +885,7 @@ def test_other_dtypes_run_natively(backend, dtype):
 # -- The compilers ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_compile(backend):
     net, sequential = pair()
     x = integer_input(7, 3)

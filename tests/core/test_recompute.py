@@ -152,6 +152,7 @@ def some_calls(dtype=torch.float64):
                 yield grad_output, *network, activation, needs
 
 
+@pytest.mark.slow
 def test_opcheck():
     for call in some_calls():
         torch.library.opcheck(R.recompute_backward.default, call)

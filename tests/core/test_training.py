@@ -315,6 +315,7 @@ def follows(run, setup, dtype):
     assert own.parameters[-1].max() < moved * (1e-9 if dtype == torch.float64 else 0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("name", SETUPS)
 def test_a_training_run(backend, name, dtype):

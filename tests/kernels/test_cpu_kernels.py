@@ -328,6 +328,7 @@ MALLOC_DEBUG = next(Path("/").glob("lib*/*/libc_malloc_debug.so.0"), None) or ne
 )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not MALLOC_DEBUG, reason="needs glibc's libc_malloc_debug.so.0")
 def test_writes_nothing_beyond_its_memory():
     """glibc marks the byte behind every block, and new memory has a pattern in it."""
@@ -417,6 +418,7 @@ def check_accuracy(rows, sizes, dtype):
     assert max(ratios.values()) <= 1.5, ratios
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", support.DTYPES[1:], ids=str)
 @pytest.mark.parametrize(("rows", "sizes"), SUITE, ids=str)
 def test_as_accurate_as_the_native_path(rows, sizes, dtype):
@@ -818,6 +820,7 @@ assert all(t.asks_for_huge_pages(result) for result in [y, hidden, grad])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not Path("/sys/kernel/mm/transparent_hugepage").exists(),
     reason="the system has no huge pages to ask for",
@@ -840,6 +843,7 @@ assert torch.autograd.gradcheck(lambda x, w, v: relu_mlp.relu_mlp(x, [w, v]), (x
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETS)
 def test_the_environment_chooses_the_instruction_set(name):
     result = run(GRADCHECK, RELU_MLP_ISA=name)
@@ -858,6 +862,7 @@ print(relu_mlp.build_info().instruction_set)
 """
 
 
+@pytest.mark.slow
 def test_an_unknown_instruction_set_is_refused_and_the_best_is_the_default():
     result = run(UNKNOWN, RELU_MLP_ISA="avx3")
     names = " ".join(f"'{name}'" for name in SETS)

@@ -21,6 +21,7 @@ def build(**environment):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.version.cuda is not None, reason="needs a PyTorch without CUDA")
 def test_force_cuda_fails_and_says_why():
     said = build(FORCE_CUDA="1", RELU_MLP_EXTENSION="1")
@@ -32,6 +33,7 @@ def test_force_cuda_fails_and_says_why():
     )
 
 
+@pytest.mark.slow
 def test_a_bad_value_of_force_cuda():
     said = build(FORCE_CUDA="yes", RELU_MLP_EXTENSION="1")
     assert said.returncode != 0

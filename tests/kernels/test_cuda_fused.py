@@ -34,6 +34,7 @@ SOURCES = [
 ]
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(not (ROOT / SOURCES[0]).exists(), reason="needs the sources"),
     pytest.mark.skipif(not shutil.which(COMPILER), reason="needs a C++ compiler"),
 ]

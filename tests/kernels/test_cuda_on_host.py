@@ -49,6 +49,7 @@ SIZES = {
 }
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(not (ROOT / SOURCES[0]).exists(), reason="needs the sources"),
     pytest.mark.skipif(not shutil.which(COMPILER), reason="needs a C++ compiler"),
 ]

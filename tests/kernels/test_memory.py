@@ -411,6 +411,7 @@ def programs():
     yield "build_info", relu_mlp.build_info
 
 
+@pytest.mark.slow
 @needs_library
 @pytest.mark.skipif(mallinfo is None, reason="needs mallinfo2 of glibc 2.33")
 def test_calls_leave_nothing_behind():
@@ -491,6 +492,7 @@ def test_class_of_a_want_of_memory_on_a_gpu():
         assert type(error.value) is kind and str(error.value) == said
 
 
+@pytest.mark.slow
 @needs_library
 def test_workspace_that_cannot_be_had():
     """The results fit, what the kernels need beside them does not."""

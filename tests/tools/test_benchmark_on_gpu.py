@@ -14,7 +14,10 @@ pytest.importorskip("matplotlib")
 
 PROGRAM = Path(__file__).parents[2] / "benchmarks" / "on_gpu.py"
 
-pytestmark = pytest.mark.skipif(not PROGRAM.exists(), reason="needs the checkout")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not PROGRAM.exists(), reason="needs the checkout"),
+]
 
 
 def test_what_it_writes(tmp_path):

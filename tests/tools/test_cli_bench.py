@@ -81,6 +81,7 @@ def options(*arguments):
 # -- What is written and printed ---------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_sizes_given(quick, tmp_path, capsys):
     assert run(tmp_path / "a" / "b", "--shape", TINY, "--shape", "1,2,2") == 0
     rows = records(tmp_path / "a" / "b" / "suite.csv")
@@ -125,6 +126,7 @@ def test_sizes_given(quick, tmp_path, capsys):
 
 
 # PyTorch's own words about its own code: what compiles uses what is deprecated.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_torch_compile_for_once(tmp_path):
     said = io.StringIO()
@@ -179,6 +181,7 @@ def test_memory_is_for_linux(quick, monkeypatch, tmp_path, capsys):
     assert not (tmp_path / "memory.csv").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not memory.CAN_BE_MEASURED, reason="memory is read from Linux's /proc")
 def test_the_peak_of_memory(monkeypatch, tmp_path):
     # A folder in which `python -m` would find another package of this name.
@@ -189,6 +192,7 @@ def test_the_peak_of_memory(monkeypatch, tmp_path):
     assert memory.peak_of_a_step(4096, "eager", 1) >= 4096 * 1024 * 4
 
 
+@pytest.mark.slow
 def test_large_cases_have_a_roofline(quick, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(suite, "ROOFLINE_FROM", 1)
     arguments = ["--shape", TINY, "--case", "training", "--dtype", "float32", "--input-grad"]

@@ -26,6 +26,8 @@ def test_says_what_build_info_says(capsys):
     assert capsys.readouterr().out.startswith(str(relu_mlp.build_info()))
 
 
+@pytest.mark.slow
+@pytest.mark.installation
 @pytest.mark.skipif(ops.LIBRARY_PATH is None, reason="has instruction sets only with the library")
 def test_advises_those_who_have_chosen_less():
     said = run("info", RELU_MLP_BACKEND="reference").stdout
@@ -48,6 +50,8 @@ def test_advises_those_who_have_a_gpu(monkeypatch):
     assert not any("CUDA" in line for line in info.advice())
 
 
+@pytest.mark.slow
+@pytest.mark.installation
 @pytest.mark.parametrize("name", ["RELU_MLP_BACKEND", "RELU_MLP_ISA"])
 def test_a_bad_variable_is_one_line_and_status_2(name):
     if ops.LIBRARY_PATH is None and name == "RELU_MLP_ISA":

@@ -144,6 +144,8 @@ def run(page):
 
 # PyTorch's own, when it first loads what forward mode needs.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+@pytest.mark.slow
+@pytest.mark.installation
 @pytest.mark.parametrize("page", [page for page in PAGES if runs(page)], ids=name_of)
 def test_code_in_the_documentation_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -75,6 +75,7 @@ FIGURES = {
 WRITTEN = {"levenberg_marquardt": ["demo/levenberg_marquardt.png"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROGRAMS)
 @pytest.mark.parametrize("backend", support.BACKENDS)
 def test_runs_and_prints_its_figures(name, backend, tmp_path):

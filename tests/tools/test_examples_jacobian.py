@@ -74,6 +74,7 @@ def levenberg_marquardt(monkeypatch, tmp_path):
 # -- They run ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_model_and_loss(backend, tmp_path):
     rows = [line.split() for line in run("model_and_loss", backend, cwd=tmp_path).splitlines()]
@@ -88,6 +89,7 @@ def test_model_and_loss(backend, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_levenberg_marquardt(backend, tmp_path):
     printed = run("levenberg_marquardt", backend, "--out", "pictures", cwd=tmp_path)

@@ -44,6 +44,7 @@ def run(code, *arguments):
     )
 
 
+@pytest.mark.slow
 def test_cases():
     """Of every kind, with two processes."""
     done = run("", "--seed", "tests", "--cases", "250", "--processes", "2")
@@ -176,6 +177,7 @@ kinds.run_case = run_case
 """
 
 
+@pytest.mark.slow
 def test_a_case_that_crashes_or_hangs_is_reported():
     done = run(CRASHES, "--seed", "s", "--cases", "9", "--patience", "5")
     assert done.returncode == 1, done.stdout + done.stderr

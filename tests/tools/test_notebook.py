@@ -10,6 +10,8 @@ import pytest
 import relu_mlp
 import support
 
+pytestmark = pytest.mark.slow
+
 # All are in the extra "test"; `make abi` runs with PyTorch, pytest and numpy alone.
 pytest.importorskip("matplotlib")
 pytest.importorskip("ipykernel")

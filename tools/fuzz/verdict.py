@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from relu_mlp import ops
+from relu_mlp import checks, ops
 
 #: The exceptions that PyTorch raises for wrong arguments.
 PYTORCH_ERRORS = (RuntimeError, TypeError, ValueError, IndexError)
@@ -57,7 +57,7 @@ def describe(value: Any) -> str:
     """A value in a line: of a tensor its dtype, shape, layout and device."""
     if isinstance(value, Tensor):
         if value.is_nested:
-            return f"a nested {ops.checks.name_of(value.dtype)}"
+            return f"a nested {checks.name_of(value.dtype)}"
         try:
             layout = f"strides {value.stride()} offset {value.storage_offset()}"
             held = value.untyped_storage().nbytes() // max(1, value.element_size())
@@ -66,7 +66,7 @@ def describe(value: Any) -> str:
         kind = "" if type(value) is Tensor else f" {type(value).__name__}"
         needs = " requires_grad" if value.requires_grad else ""
         return (
-            f"{ops.checks.name_of(value.dtype)}{tuple(value.shape)} {layout} of {held} on "
+            f"{checks.name_of(value.dtype)}{tuple(value.shape)} {layout} of {held} on "
             f"{value.device}{kind}{needs}"
         )
     if isinstance(value, (list, tuple)):
