@@ -176,8 +176,8 @@ MUTATIONS = [
     Mutation(
         "autocast: reaches loss_and_grads",
         "relu_mlp/functional.py",
-        "    if is_any_autocast_enabled():\n        with disable_autocast():\n            return loss_and_grads(",
-        "    if False:\n        with disable_autocast():\n            return loss_and_grads(",
+        "    if is_any_autocast_enabled():\n        with disable_autocast():",
+        "    if False:\n        with disable_autocast():",
         "autocast loss_and_grads",
     ),
     # -- Functions ----------------------------------------------------------------------
@@ -465,8 +465,8 @@ MUTATIONS = [
     Mutation(
         "plan: 16-bit sums over several blocks by the library",
         "csrc/cpu/plan.cpp",
-        "call.capabilities.is_16bit()\n          ? rows\n          : equal_parts(rows, call.tuning->large_block_rows)",
-        "equal_parts(rows, call.tuning->large_block_rows)",
+        "call.capabilities.is_16bit()\n          ? rows\n",
+        "false\n          ? rows\n",
         "cpu_kernels random_networks",
     ),
     Mutation(
