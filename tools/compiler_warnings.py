@@ -33,8 +33,8 @@ WARNINGS = [
 ]
 
 FOLDERS = ("csrc", "tests", "examples", "tools")
-#: Needs CUDA's own headers; tools/cuda_check.py compiles it with them.
-NEEDS_CUDA = {"tools/cublaslt_api.cpp"}
+#: Files that need CUDA's own headers; other checks compile them.
+NEEDS_CUDA = {"tools/cublaslt_api.cpp", "examples/extension/csrc/squared_relu.cu"}
 
 
 def flags_of_setup() -> list[str]:
@@ -53,7 +53,7 @@ def files() -> list[str]:
 
 
 def flags_of(name: str) -> list[str]:
-    flags = flags_of_setup()
+    flags = [*flags_of_setup(), "-fvisibility=hidden"]
     if name.startswith("examples/"):  # a program for the whole of LibTorch
         flags = [flag for flag in flags if not flag.startswith("-DTORCH_TARGET_VERSION")]
     if name.startswith("tests/sanitize/"):

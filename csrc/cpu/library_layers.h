@@ -31,7 +31,8 @@ class LibraryLayers {
 
   // In a 16-bit format the library adds the bias, before it rounds.
   void forward(std::size_t l, Matrix<T> z, Matrix<const T> a, bool relu) const {
-    const auto& [weight, bias] = layers_[l];
+    const Matrix<const T> weight = layers_[l].weight;
+    const T* const bias = layers_[l].bias; // Clang 14 captures no structured binding
     const Tensor result = view(z), left = view(a);
     const Tensor right = view(weight.transposed());
     if (is_16bit<T> && bias) {

@@ -305,7 +305,7 @@ import torch
 from kernels import test_cpu_kernels as t
 torch.set_num_threads(1)
 for name in t.SETS:
-    T.choose_instruction_set(name)
+    t.T.choose_instruction_set(name)
     for dtype in t.support.DTYPES:
         for seed in range(25):
             t.check_exactly(seed, dtype)

@@ -233,7 +233,7 @@ FREED = {
 def test_module_with_a_tensor_that_was_freed(backend, which, when, recompute):
     """As sharding and offloading free it: what the native layers do."""
     outcomes = []
-    for net in support.twins(3, 8, 2, recompute=recompute):
+    for net in map(support.integers_, support.twins(3, 8, 2, recompute=recompute)):
         x = torch.ones(4, 3, requires_grad=True)
         y = None
         storage = FREED[which](net, x).untyped_storage()

@@ -40,14 +40,18 @@ InstructionSet with_bf16(const char* name, const Bf16Kernels& kernels) {
   return set;
 }
 
+// The features of leaf 7 that the processor reports in EDX.
+unsigned features_in_edx() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) ? d : 0;
+}
+
 // Whether the processor has AMX for bfloat16, and the system lets this process use it.
 bool has_amx() {
 #if defined(__linux__)
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  constexpr unsigned bfloat16 = 1u << 22, tile = 1u << 24;
+  constexpr unsigned needed = 1u << 22 | 1u << 24; // AMX-BF16, AMX-TILE
   constexpr long request = 0x1023, tile_data = 18; // ARCH_REQ_XCOMP_PERM
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) &&
-      (d & bfloat16) && (d & tile) &&
+  return (features_in_edx() & needed) == needed &&
       syscall(SYS_arch_prctl, request, tile_data) == 0;
 #else
   return false;
@@ -159,7 +163,8 @@ bool choose_instruction_set(const std::string& name) {
 
 bool has_half_arithmetic() {
 #ifdef RELU_MLP_X86
-  return __builtin_cpu_supports("avx512fp16");
+  constexpr unsigned avx512_fp16 = 1u << 23; // Clang 14 has no name for it
+  return __builtin_cpu_supports("avx512f") && features_in_edx() & avx512_fp16;
 #else
   return false;
 #endif
