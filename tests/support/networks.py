@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import relu_mlp
-from relu_mlp import ops
+from relu_mlp import activations, ops
 
 BACKENDS = ["reference"] if ops.LIBRARY_PATH is None else ["extension", "reference"]
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
-ACTIVATIONS = [None, "relu", "sigmoid", "tanh"]
+#: All that `output_activation` may be.
+ACTIVATIONS = [None, *get_args(activations.OutputActivation)]
 
 #: What `bias` means to those that make a network: biases for all layers, for none, for layers
 #: 0, 2, 4, ...
@@ -28,7 +31,9 @@ def native_mlp(x, weights, biases=None, output_activation=None, recompute=False)
         x = F.linear(x, weight, biases[layer] if biases else None)
         if layer < len(weights) - 1:
             x = F.relu(x)
-    return getattr(torch, output_activation)(x) if output_activation else x
+    if output_activation is None:
+        return x
+    return attrgetter(activations.FUNCTIONS[output_activation])(torch)(x)
 
 
 def make_network(sizes, bias="all", dtype=torch.float64, requires_grad=False, scale=1.0):
