@@ -20,6 +20,10 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 #: All that `output_activation` may be.
 ACTIVATIONS = [None, *get_args(activations.OutputActivation)]
 
+#: Those for which PyTorch's own module saves y, and takes integers. For others it saves z: then
+#: what is saved differs, and y may be changed in place.
+THAT_SAVE_Y = [None, "relu", "sigmoid", "tanh"]
+
 #: What `bias` means to those that make a network: biases for all layers, for none, for layers
 #: 0, 2, 4, ...
 BIASES = ["all", "none", "some"]
@@ -137,6 +141,12 @@ def integers_(module):
     return module
 
 
+def module_of(activation):
+    """The module of an output activation in a list, which is empty for None."""
+    rows = {row.name: row for row in activations.ROWS}
+    return [] if activation is None else [rows[activation].module()]
+
+
 def twins(in_features, hidden, out_features, seed=0, **arguments):
     """A ReluMLP and the nn.Sequential that it stands for, with equal parameters of their own."""
     torch.manual_seed(seed)
@@ -148,9 +158,5 @@ def twins(in_features, hidden, out_features, seed=0, **arguments):
     for n_in, n_out in zip(sizes, sizes[1:]):
         children += [torch.nn.Linear(n_in, n_out, **options), torch.nn.ReLU()]
     children.pop()
-    last = arguments.get("output_activation")
-    if last:
-        children.append(
-            {"relu": torch.nn.ReLU, "sigmoid": torch.nn.Sigmoid, "tanh": torch.nn.Tanh}[last]()
-        )
+    children += module_of(arguments.get("output_activation"))
     return net, torch.nn.Sequential(*children)
