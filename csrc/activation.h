@@ -109,12 +109,12 @@ struct ActivationRow<Activation::tanh> {
   }
 };
 
-// Calls f<ActivationRow<phi>>() for an activation that is known at run time.
+// Returns f<ActivationRow<phi>>() for an activation that is known at run time.
 #ifdef __CUDACC__
 #pragma nv_exec_check_disable
 #endif
 template <typename F>
-RELU_MLP_HOST_DEVICE void with_row(Activation phi, const F& f) {
+RELU_MLP_HOST_DEVICE auto with_row(Activation phi, const F& f) {
   switch (phi) {
 #define RELU_MLP_CASE(name) \
   case Activation::name:    \
@@ -122,13 +122,14 @@ RELU_MLP_HOST_DEVICE void with_row(Activation phi, const F& f) {
     RELU_MLP_ACTIVATIONS(RELU_MLP_CASE)
 #undef RELU_MLP_CASE
   }
+#ifdef __GNUC__
+  __builtin_unreachable();
+#endif
 }
 
 // What computes phi for a whole layer.
 inline AppliedBy applied_by(Activation phi) {
-  AppliedBy result{};
-  with_row(phi, [&]<typename Row>() { result = Row::applied_by; });
-  return result;
+  return with_row(phi, []<typename Row>() { return Row::applied_by; });
 }
 
 #undef RELU_MLP_ACTIVATIONS

@@ -1,5 +1,5 @@
 // How a call is served: whose products, in which chunks and blocks of rows, and what is
-// packed when. make_plan() is the only place that decides; the passes obey.
+// packed when. Only make_plan() decides (plan.cpp, packing.cpp); the passes obey.
 //
 // A plan depends on shapes, on the dtype and on the processor, never on the number of
 // threads. So results do not depend on it.

@@ -1,4 +1,4 @@
-// Every measured number of the CPU, by processor family. plan.cpp decides with them;
+// Every measured number of the CPU, by processor family. Plans are made with them;
 // nothing else holds a tuned number.
 //
 // "Work" counts multiply-adds. Sizes count elements unless a comment says bytes. The
@@ -89,7 +89,7 @@ struct Tuning {
   // This package's own: larger blocks leave the cache, 2048 rows are slower.
   int64_t gemm_large_block_rows = 512;
 
-  // -- Packing: what plan.cpp decides for each product -------------------------------
+  // -- Packing: packing.cpp decides it for each product --------------------------------
 
   // A weight up to this size is packed as a whole even if only one block of rows uses it.
   // A larger one is packed panel by panel.

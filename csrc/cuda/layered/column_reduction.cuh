@@ -34,8 +34,8 @@ RELU_MLP_DEVICE void store(T* to, const T (&from)[vector]) {
 // grad * phi'(z), for an activation that is known at run time.
 template <typename C>
 RELU_MLP_DEVICE C times_derivative(Activation phi, C grad, C y) {
-  with_row(phi, [&]<typename Row>() { grad = Row::backward(grad, y); });
-  return grad;
+  return with_row(
+      phi, [=]<typename Row>() { return Row::backward(grad, y); });
 }
 
 // The sources of a matrix's elements: `get` returns those at (i, j) and, to
