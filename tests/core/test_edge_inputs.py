@@ -302,7 +302,10 @@ def test_nan_and_infinity_pass_as_natively(backend, name, size, activation, valu
     for recompute in (False, True):
         y = relu_mlp(x, weights, biases, output_activation=activation, recompute=recompute)
         expected_y = native_mlp(x, weights, biases, output_activation=activation)
-        assert_same(y, expected_y, "y")
+        if activation in support.THAT_SAVE_Y:
+            assert_same(y, expected_y, "y")
+        else:  # a function of the library's own, which may round otherwise than PyTorch's
+            torch.testing.assert_close(y, expected_y, rtol=1e-14, atol=0, equal_nan=True)
         actual = gradients(y, named, grad_output)
         expected = gradients(expected_y, named, grad_output)
         if math.isnan(value):  # an infinity may end in a mask or an activation
