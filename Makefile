@@ -99,7 +99,7 @@ sanitize: $(call needs,torch)  ## kernels and operators under the address, undef
 cross: $(call needs,torch)  ## compile the plain kernels for AArch64 with CROSS, by default aarch64-linux-gnu-g++
 	@mkdir -p build
 	set -e; include=$$($(PYTHON) -c 'import torch.utils.cpp_extension as e; print(e.include_paths()[0])'); \
-	for file in isa/baseline isa/isa isa/avx2 isa/avx512 isa/avx512_bf16 isa/amx plan tuning; do \
+	for file in isa/baseline isa/isa isa/avx2 isa/avx512 isa/avx512_bf16 isa/amx plan packing tuning; do \
 	    $(CROSS) -std=c++20 -O3 -Wall -Werror -I$$include -c csrc/cpu/$$file.cpp -o build/$$(basename $$file).aarch64.o; \
 	done
 

@@ -1,7 +1,7 @@
 // The output activations: the one table of what there is, how it is computed,
 // and its derivative. The operators, the CPU and CUDA all read it. Python has a
-// table of its own, in relu_mlp/reference.py, and compares the names when it
-// loads the library.
+// table of its own, in relu_mlp/activations.py, and compares the names when it
+// loads the library (relu_mlp/ops/library.py).
 //
 // To add an activation, add its name to the list and define its row.
 #pragma once

@@ -21,7 +21,8 @@ namespace {
 #define RELU_MLP_TEXT_OF(names) #names
 
 // How this library was built and what it has, as lines of "key: value". For
-// relu_mlp.build_info(); relu_mlp/ops.py compares the activations with its own.
+// relu_mlp.build_info(); relu_mlp/ops/library.py compares the activations with
+// those of relu_mlp/activations.py.
 std::string build_info() {
   std::ostringstream text;
 #if defined(__clang__)

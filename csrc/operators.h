@@ -1,6 +1,6 @@
 // The operators of torch.ops.relu_mlp: their schemas, and their registration for
-// the passes of a device. relu_mlp/ops.py has the same schemas, for processes
-// without this library, and compares them with these.
+// the passes of a device. relu_mlp/ops/library.py has the same schemas, for
+// processes without this library, and compares them with these.
 #pragma once
 
 #include "boxed_passes.h"
@@ -30,11 +30,12 @@ inline void define_operators(torch::stable::detail::StableLibrary& m) {
       "loss_and_grads(Tensor x, Tensor target, Tensor[] weights, "
       "Tensor[] biases, str loss, str output_activation) "
       "-> (Tensor, Tensor[])");
-  // Graphs that Inductor writes in C++ call these instead (relu_mlp/ops.py). They
-  // have no kernel in Python on the Autograd key: a package of AOTInductor holds a
-  // lock while it calls them, and would deadlock with a thread that holds Python's
-  // lock and waits for the package's. Such graphs cannot return a tensor and a
-  // list, so these return one list of both.
+  // Graphs that Inductor writes in C++ call these instead
+  // (relu_mlp/ops/cpp_graphs.py). They have no kernel in Python on the Autograd
+  // key: a package of AOTInductor holds a lock while it calls them, and would
+  // deadlock with a thread that holds Python's lock and waits for the package's.
+  // Such graphs cannot return a tensor and a list, so these return one list of
+  // both.
   m.def(
       "_relu_mlp_in_cpp(Tensor x, Tensor[] weights, Tensor[] biases, "
       "str output_activation=\"none\") -> Tensor");

@@ -7,7 +7,7 @@ slower, or without one feature. `relu_mlp.build_info()` and ``relu-mlp info`` sa
 are missing and what that costs.
 
 The other files import from here and name nothing private of PyTorch themselves
-(tests/test_torch_private.py). What is called for every network is bound to a plain name of
+(tests/core/test_torch_private.py). What is called for every network is bound to a plain name of
 this module: a lookup per call would take longer than some of the calls.
 
 The stable C++ library needs none of this. TorchScript's ``__jit_..__`` class attributes stay

@@ -2,7 +2,7 @@
 
 To add one, add its row to `ROWS` and its name to `OutputActivation`, and see csrc/activation.h
 for the library. All else derives from the row. The import fails if the two lists differ, or if
-the library's table (csrc/activation.h) has other names.
+the library's table (csrc/activation.h) has other names. docs/adding.md has the steps.
 """
 
 from __future__ import annotations

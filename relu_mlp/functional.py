@@ -76,7 +76,8 @@ def relu_mlp(
         weights: one (out_features, in_features) tensor for each layer, as in
             `torch.nn.Linear`, of the dtype and device of x.
         biases: None, or for each layer None or a (out_features,) tensor.
-        output_activation: None, ``"relu"``, ``"sigmoid"`` or ``"tanh"``.
+        output_activation: None, ``"relu"``, ``"sigmoid"``, ``"tanh"`` or another name of
+            `activations.OutputActivation`.
         recompute: keep no hidden activations; compute them again in the
             backward pass.
 

@@ -50,8 +50,8 @@ class ReluMLP(Scriptable):
             each at least 1. The empty sequence is the linear model.
         out_features: size of the last dimension of the output.
         bias: whether the layers have biases.
-        output_activation: None, ``"relu"``, ``"sigmoid"`` or ``"tanh"``, which
-            adds the module of that name at the end.
+        output_activation: None, ``"relu"``, ``"sigmoid"``, ``"tanh"`` or another name of
+            `activations.OutputActivation`, which adds the module of that name at the end.
         recompute: keep no hidden activations for the backward pass but compute
             them again in it. An attribute; it may be changed at any time.
         device, dtype: of the parameters.
@@ -107,8 +107,8 @@ class ReluMLP(Scriptable):
         parameters and buffers, and its attributes.
 
         Args:
-            sequential: Linear, ReLU, ..., Linear, and at most one of ReLU,
-                Sigmoid and Tanh at the end.
+            sequential: Linear, ReLU, ..., Linear, and at most one output activation
+                at the end, such as ReLU, Sigmoid or Tanh.
 
         Raises:
             TypeError: if `sequential` is not an `nn.Sequential`.

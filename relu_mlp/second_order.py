@@ -16,7 +16,7 @@ tangents: the transpose of the backward pass runs forwards. With a_l' from there
     for g      phi'(z_L) * z_L'                     (which is y')
     for W_l    delta_l^T a_{l-1}'
     for a_l    delta_{l+1} W_{l+1}'                 (x is a_0)
-    for y      g * z_L' * d phi'/d y                where phi is sigmoid or tanh
+    for y      g * z_L' * d phi'/d y                where phi' is not piecewise constant
 
 ReLU masks send explicit zeros (not None) to the a_l or y that they are computed from, as
 PyTorch does, so the same inputs are reachable in a second derivative.

@@ -6,7 +6,7 @@ tests/kernels/test_cuda_on_host.py compiles them. MAX_JOBS compilers run at once
 set. A compiler that is not installed is left out; if neither is, the command fails.
 
     python tools/compiler_warnings.py                # every file by every compiler found
-    python tools/compiler_warnings.py csrc/ops.cpp   # some files
+    python tools/compiler_warnings.py csrc/cpu/plan.cpp   # some files
 """
 
 from __future__ import annotations

@@ -51,6 +51,7 @@ THREADS = ["-fsanitize=thread", "-w"]
 
 #: What needs no PyTorch but two of its headers.
 KERNELS = [
+    "csrc/cpu/packing.cpp",
     "csrc/cpu/plan.cpp",
     "csrc/cpu/tuning.cpp",
     *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/isa/*.cpp")),

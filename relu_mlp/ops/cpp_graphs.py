@@ -1,6 +1,6 @@
 """Graphs that Inductor writes in C++: AOTInductor, cpp_wrapper.
 
-Such a graph can't call a kernel in Python (csrc/boxed.h says why). So while one is recorded,
+Such a graph can't call a kernel in Python (csrc/operators.h says why). So while one is recorded,
 each operator is replaced by a second one, ``_..._in_cpp``, which has none.
 """
 

@@ -52,9 +52,7 @@ def children(weights, biases, output_activation=None):
         layers += [linear, nn.ReLU()]
     if output_activation == "relu":
         return layers
-    return (
-        layers[:-1] + {None: [], "sigmoid": [nn.Sigmoid()], "tanh": [nn.Tanh()]}[output_activation]
-    )
+    return layers[:-1] + support.module_of(output_activation)
 
 
 def module(x, weights, biases, *, output_activation=None, recompute=False):

@@ -91,8 +91,8 @@ def test_schemas():
 @pytest.mark.skipif(ops.LIBRARY_PATH is None, reason="is about the library")
 def test_the_library_has_the_same_activations(monkeypatch):
     """An activation that is added to one of the two tables alone stops the import."""
-    monkeypatch.setitem(activations.ACTIVATIONS, "softplus", torch.nn.functional.softplus)
-    with pytest.raises(ImportError, match="none relu sigmoid tanh softplus, and its library has"):
+    monkeypatch.setitem(activations.ACTIVATIONS, "elu", torch.nn.functional.elu)
+    with pytest.raises(ImportError, match=r"tanh.* elu, and its library has"):
         library._check_activations(ops.LIBRARY_PATH.parent)
 
 

@@ -6,28 +6,30 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 import relu_mlp
+from relu_mlp.activations import OutputActivation
 
 PACKAGE = Path(relu_mlp.__file__).parent
 
 ROW = """
     Row(
-        name="softplus",
-        phi=torch.nn.functional.softplus,
-        backward=lambda grad, y: grad * -torch.expm1(-y),
-        curvature=lambda y: torch.exp(-y),
-        module=nn.Softplus,
-        function="nn.functional.softplus",
+        name="elu",
+        phi=torch.nn.functional.elu,
+        backward=lambda grad, y: torch.where(y > 0, grad, grad * (y + 1)),
+        curvature=lambda y: (y <= 0).to(y.dtype),
+        module=nn.ELU,
+        function="nn.functional.elu",
         steepest=(1.0, 1.0),
     ),
 )
 
 if get_args"""
 
-NAMES = 'Literal["relu", "sigmoid", "tanh"]'
+LAST = get_args(OutputActivation)[-1]
 
 
 @pytest.fixture
@@ -61,7 +63,7 @@ def run(package, script):
 
 
 ADD_ROW = ("\n)\n\nif get_args", ROW)
-ADD_NAME = (NAMES, NAMES.replace("]", ', "softplus"]'))
+ADD_NAME = (f'"{LAST}"]', f'"{LAST}", "elu"]')
 
 
 @pytest.mark.parametrize("change", [ADD_ROW, ADD_NAME], ids=["row", "name"])
@@ -70,7 +72,7 @@ def test_half_an_activation_stops_the_import(package, change):
     assert "ImportError: OutputActivation and ROWS must" in run(package, "import relu_mlp").stderr
 
 
-def test_softplus(package):
+def test_elu(package):
     edit(package, ADD_ROW, ADD_NAME)
     done = run(
         package,
@@ -81,7 +83,7 @@ def test_softplus(package):
         from relu_mlp import ReluMLP, relu_mlp
         from relu_mlp.cli import main
 
-        net = ReluMLP(3, [4, 4], 2, output_activation="softplus", dtype=torch.float64)
+        net = ReluMLP(3, [4, 4], 2, output_activation="elu", dtype=torch.float64)
         native = nn.Sequential(*net.children())
         x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
         assert "MLP" in type(net(x).grad_fn).__name__
@@ -93,14 +95,14 @@ def test_softplus(package):
 
         for actual, expected in zip(derivatives(net), derivatives(native)):
             torch.testing.assert_close(actual, expected)
-        net[-1].beta = 2.0
+        net[-1].alpha = 2.0
         assert torch.equal(net(x), native(x))
         try:
             relu_mlp(x, [net[0].weight], output_activation="soft")
         except ValueError as error:
-            assert "'tanh' or 'softplus'" in str(error)
+            assert " or 'elu'" in str(error)
         assert main(["check"]) == 0
         """,
     )
     assert done.returncode == 0, done.stderr
-    assert "softplus" in done.stdout
+    assert "elu" in done.stdout

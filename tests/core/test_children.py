@@ -114,7 +114,7 @@ def modules_replaced(net):
 
 @change
 def modules_replaced_by_others(net):
-    net._modules = OrderedDict(a=linear(3, 6), b=nn.Softplus())
+    net._modules = OrderedDict(a=linear(3, 6), b=nn.Hardswish())
 
 
 @change(fused=True)

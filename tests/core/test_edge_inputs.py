@@ -302,7 +302,10 @@ def test_nan_and_infinity_pass_as_natively(backend, name, size, activation, valu
     for recompute in (False, True):
         y = relu_mlp(x, weights, biases, output_activation=activation, recompute=recompute)
         expected_y = native_mlp(x, weights, biases, output_activation=activation)
-        assert_same(y, expected_y, "y")
+        if activation in support.THAT_SAVE_Y:
+            assert_same(y, expected_y, "y")
+        else:  # a function of the library's own, which may round otherwise than PyTorch's
+            torch.testing.assert_close(y, expected_y, rtol=1e-14, atol=0, equal_nan=True)
         actual = gradients(y, named, grad_output)
         expected = gradients(expected_y, named, grad_output)
         if math.isnan(value):  # an infinity may end in a mask or an activation
@@ -448,7 +451,7 @@ def test_sums_over_features_are_not_made_in_half_precision(backend, dtype):
 @pytest.mark.covering
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int8, torch.uint8], ids=str)
 @pytest.mark.parametrize("leading", [(3,), (2, 3)], ids=str)
-@ACTIVATION
+@pytest.mark.parametrize("activation", support.THAT_SAVE_Y, ids=str)
 def test_integers(backend, activation, leading, dtype):
     """Integers have no gradient; y is what the native path makes of them."""
     x = torch.randint(0, 3, (*leading, 3), dtype=dtype)

@@ -92,7 +92,7 @@ def finite_difference_bound(x, weights, biases, activation, grad_output):
     """How far a central difference of y or of a gradient may be off.
 
     Rounding: the error of the function over the step. Truncation: step^2 / 6
-    times the third derivative, which is 0 without sigmoid and tanh (of any one
+    times the third derivative, which is 0 without a smooth activation (of any one
     element, the rest is linear), and for a gradient, a sum over the elements
     of y of g phi'(z) dz/dp, is at most g (phi'''' D^4 + 3 phi''' D^3), with D
     the bound of |dz/dp| and of its derivatives; |phi''''| < 5, |phi'''| <= 2.
@@ -102,7 +102,7 @@ def finite_difference_bound(x, weights, biases, activation, grad_output):
     exact = support.Exact(x.detach(), weights, biases, activation, hidden, y)
     bounds = [exact.y.bound, *(b.bound for b in exact.backward(grad_output).values())]
     rounding = max(b.max().item() for b in bounds) / STEP
-    if activation not in ("sigmoid", "tanh"):
+    if activation not in support.SMOOTH:
         return rounding
     size = sensitivity(x, weights, biases)
     terms = grad_output.abs().sum().item()

@@ -218,10 +218,7 @@ def forward_bounds(exact, tangent):
         return Bounded(change.value * exact.masks[-1], change.bound * exact.masks[-1])
     if exact.activation is None:
         return change
-    if exact.activation == "sigmoid":
-        factor = Bounded(y.value * (1 - y.value), y.bound)  # as in Exact.backward
-    else:
-        factor = Bounded(1 - y.value**2, (2 * y.value.abs() + y.bound) * y.bound)
+    factor = support.SMOOTH[exact.activation].slope(y, 0)  # as in Exact.backward
     size = change.value.abs() + change.bound
     bound = size * (factor.bound + 6 * exact.u) + factor.value.abs() * change.bound
     return exact.stored(Bounded(change.value * factor.value, bound))
@@ -760,7 +757,7 @@ def test_its_class_is_public():
 def test_row_norms_are_those_of_the_rows_gradients(backend, shape, sizes, activation, bias):
     torch.manual_seed(0)
     weights, biases = integer_network(sizes, bias, requires_grad=False)
-    if activation in ("sigmoid", "tanh"):  # not all at the flat ends
+    if activation in support.SMOOTH:  # not all at the flat ends
         weights = [weight / 4 for weight in weights]
     x, u = integers(*shape, sizes[0]), integers(*shape, sizes[-1])
     net = linearize(x, weights, biases, output_activation=activation)

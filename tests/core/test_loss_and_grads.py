@@ -82,7 +82,9 @@ def expected(x, target, weights, biases, loss, activation, backend):
     del results["x"]
     # What an error of the gradient at y makes of the others: the backward pass
     # of the absolute values. Twice that covers the roundings on its way.
-    spread = 2 * g.bound * (0.25 if activation == "sigmoid" else 1)
+    spread = (
+        2 * g.bound * (support.SMOOTH[activation].steepest if activation in support.SMOOTH else 1)
+    )
     for layer in reversed(range(len(weights))):
         a = exact.a[layer]
         results[f"weights[{layer}]"].bound += spread.T @ (a.value.abs() + a.bound)

@@ -16,6 +16,7 @@
 
 from .bounds import (
     ACTIVATION_TERMS,
+    SMOOTH,
     Bounded,
     Exact,
     absolutes,
@@ -57,6 +58,7 @@ from .networks import (
     BACKENDS,
     BIASES,
     DTYPES,
+    THAT_SAVE_Y,
     by_name,
     gradients,
     integer_case,
@@ -68,6 +70,7 @@ from .networks import (
     make_case,
     make_case_with_target,
     make_network,
+    module_of,
     native_mlp,
     twins,
 )

@@ -14,7 +14,9 @@ values on the way to the same derivatives of the network.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +45,27 @@ class Bounded:
             f"{name}, element {worst}: {found[0].item()!r} should be {value[0].item()!r} "
             f"within {bound[0].item():.3g}"
         )
+
+
+class Smooth(NamedTuple):
+    """An output activation phi whose derivative is not piecewise constant."""
+
+    phi: Callable[[Tensor], Tensor]
+    steepest: float  #: the largest |phi'|
+    #: (y, unit roundoff u) -> phi' as computed from y
+    slope: Callable[[Bounded, float], Bounded]
+
+
+SMOOTH = {
+    "sigmoid": Smooth(
+        torch.sigmoid, 1 / 4, lambda y, u: Bounded(y.value * (1 - y.value), y.bound + 3 * u)
+    ),
+    "tanh": Smooth(
+        torch.tanh,
+        1,
+        lambda y, u: Bounded(1 - y.value**2, (2 * y.value.abs() + y.bound) * y.bound + 3 * u),
+    ),
+}
 
 
 class Exact:
@@ -80,17 +103,16 @@ class Exact:
             on = torch.where(unclear, found, z.value > 0)
             self.masks.append(on)
             self.a.append(Bounded(z.value.clamp(min=0), z.bound))
-        if output_activation == "sigmoid":
-            # |sigmoid'| <= 1/4; PyTorch's functions are good to a few units
-            y64 = z.value.sigmoid()
-            self.y = self.stored(Bounded(y64, z.bound / 4 + 4 * self.u * y64.abs()))
-        elif output_activation == "tanh":
-            y64 = z.value.tanh()
-            self.y = self.stored(Bounded(y64, z.bound + 4 * self.u * y64.abs()))
-        elif output_activation == "relu":
+        if output_activation == "relu":
             self.y = self.a.pop()
-        else:
+        elif output_activation is None:
             self.y = z
+        else:
+            # PyTorch's functions are good to a few units
+            smooth = SMOOTH[output_activation]
+            y64 = smooth.phi(z.value)
+            bound = z.bound * smooth.steepest + 4 * self.u * y64.abs()
+            self.y = self.stored(Bounded(y64, bound))
 
     def gamma(self, n: int) -> float:
         assert n * self.u < 0.5, "the bound says nothing about sums this long"
@@ -114,16 +136,14 @@ class Exact:
         """The gradients by name: "x", "weights[0]", ..., "biases[0]", ..."""
         g = grad_output.detach().double().reshape(self.y.value.shape)
         y, none = self.y, torch.zeros_like(g)
-        if self.activation == "sigmoid":
-            factor = Bounded(y.value * (1 - y.value), y.bound + 3 * self.u)
-        elif self.activation == "tanh":
-            factor = Bounded(1 - y.value**2, (2 * y.value.abs() + y.bound) * y.bound + 3 * self.u)
+        if self.activation in SMOOTH:
+            factor = SMOOTH[self.activation].slope(y, self.u)
         elif self.activation == "relu":
             factor = Bounded(self.masks[-1].double(), none)
         else:
             factor = Bounded(torch.ones_like(g), none)
         delta = Bounded(g * factor.value, g.abs() * factor.bound)
-        if self.activation in ("sigmoid", "tanh"):
+        if self.activation in SMOOTH:
             # PyTorch stores this delta in the dtype, and rounds two products
             size = delta.value.abs() + delta.bound
             delta = self.stored(Bounded(delta.value, delta.bound + 3 * self.u * size))
@@ -159,7 +179,8 @@ def hidden_of(implementation, x, weights, biases, output_activation):
 #: A bound for the sums of absolute values in the first three derivatives of
 #: sigmoid and tanh, written in y with |y| <= 1. For tanh they are 1 - y y: 2;
 #: then -2 y times the first: 2 * 2; then the sum of four products: 4 * 4. Those of
-#: sigmoid, (1 - y) y with 0 <= y <= 1, are smaller.
+#: sigmoid, (1 - y) y with 0 <= y <= 1, are smaller. An activation in `SMOOTH` must not have
+#: larger ones.
 ACTIVATION_TERMS = 16.0
 
 
@@ -171,7 +192,7 @@ def majorant(x, weights, biases=None, *, output_activation=None):
     """
     for layer, weight in enumerate(weights):
         x = F.linear(x, weight, biases[layer] if biases else None)
-    if output_activation in ("sigmoid", "tanh"):
+    if output_activation in SMOOTH:
         # every derivative of this is ACTIVATION_TERMS
         x = ACTIVATION_TERMS * torch.exp(x - x.detach())
     return x

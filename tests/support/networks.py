@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import relu_mlp
-from relu_mlp import ops
+from relu_mlp import activations, ops
 
 BACKENDS = ["reference"] if ops.LIBRARY_PATH is None else ["extension", "reference"]
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
-ACTIVATIONS = [None, "relu", "sigmoid", "tanh"]
+#: All that `output_activation` may be.
+ACTIVATIONS = [None, *get_args(activations.OutputActivation)]
+
+#: Those for which PyTorch's own module saves y, and takes integers. For others it saves z: then
+#: what is saved differs, and y may be changed in place.
+THAT_SAVE_Y = [None, "relu", "sigmoid", "tanh"]
 
 #: What `bias` means to those that make a network: biases for all layers, for none, for layers
 #: 0, 2, 4, ...
@@ -28,7 +35,9 @@ def native_mlp(x, weights, biases=None, output_activation=None, recompute=False)
         x = F.linear(x, weight, biases[layer] if biases else None)
         if layer < len(weights) - 1:
             x = F.relu(x)
-    return getattr(torch, output_activation)(x) if output_activation else x
+    if output_activation is None:
+        return x
+    return attrgetter(activations.FUNCTIONS[output_activation])(torch)(x)
 
 
 def make_network(sizes, bias="all", dtype=torch.float64, requires_grad=False, scale=1.0):
@@ -132,6 +141,12 @@ def integers_(module):
     return module
 
 
+def module_of(activation):
+    """The module of an output activation in a list, which is empty for None."""
+    rows = {row.name: row for row in activations.ROWS}
+    return [] if activation is None else [rows[activation].module()]
+
+
 def twins(in_features, hidden, out_features, seed=0, **arguments):
     """A ReluMLP and the nn.Sequential that it stands for, with equal parameters of their own."""
     torch.manual_seed(seed)
@@ -143,9 +158,5 @@ def twins(in_features, hidden, out_features, seed=0, **arguments):
     for n_in, n_out in zip(sizes, sizes[1:]):
         children += [torch.nn.Linear(n_in, n_out, **options), torch.nn.ReLU()]
     children.pop()
-    last = arguments.get("output_activation")
-    if last:
-        children.append(
-            {"relu": torch.nn.ReLU, "sigmoid": torch.nn.Sigmoid, "tanh": torch.nn.Tanh}[last]()
-        )
+    children += module_of(arguments.get("output_activation"))
     return net, torch.nn.Sequential(*children)

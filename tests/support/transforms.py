@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from relu_mlp import relu_mlp
 
-from .bounds import assert_within, gamma, majorant
+from .bounds import SMOOTH, assert_within, gamma, majorant
 from .comparison import assert_same
 from .networks import integer_network, integers, leaves, native_mlp
 
@@ -25,7 +25,7 @@ def problem(activation, bias="all", shape=(ROWS,), sizes=SIZES, dtype=torch.floa
     torch.manual_seed(len(sizes) + len(shape))
     weights, biases = integer_network(sizes, bias, dtype, requires_grad=False)
     primals = leaves(integers(*shape, sizes[0], dtype=dtype), weights, biases)
-    if activation in ("sigmoid", "tanh"):
+    if activation in SMOOTH:
         # A few binary places: products stay exact, and the activation is not saturated.
         primals = {name: tensor / 4 for name, tensor in primals.items()}
     tangents = [{n: integers(*p.shape, dtype=dtype) for n, p in primals.items()} for _ in range(2)]

@@ -46,7 +46,7 @@ def test_shows_a_gradient_three_times_over(capsys):
 def test_the_operators_ran(capsys):
     with support.count_calls() as calls:
         cli.main(["check", "--rows", "32"])
-    combinations = 4 * 4 * len(support.BACKENDS)
+    combinations = len(support.DTYPES) * len(support.ACTIVATIONS) * len(support.BACKENDS)
     assert calls["forward"] == combinations
     assert calls["loss_and_grads"] == combinations + 2  # and check_gradients, once for its checks
 

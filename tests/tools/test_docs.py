@@ -9,11 +9,14 @@ In every Markdown file of the repository:
   right after it is what it prints;
 - so do the lines of other blocks that begin with "$ relu-mlp";
 - a relative link leads to a file, and to a heading of it where it names one;
+- every file that docs/architecture.md and docs/adding.md name exists, and so does every name of a
+  module that they give with its module, such as `functional.is_served`;
 - README.md and docs/architecture.md keep to their length, and the figures in README.md are
   those of docs/performance.md.
 """
 
 import contextlib
+import importlib
 import io
 import linecache
 import re
@@ -187,6 +190,50 @@ def test_links_lead_somewhere(page):
         assert path.exists(), f"{target} does not exist"
         if anchor and path.suffix == ".md":
             assert anchor in anchors_of(path), f"{target} has no heading #{anchor}"
+
+
+NAMES_FILES = ["docs/architecture.md", "docs/adding.md"]
+FILE = re.compile(
+    r"(?<![\w./])((?:[\w-]+/)*[\w-]+\.(?:py|h|cpp|cu|cuh|md|ipynb)|(?:[\w-]+/)+)(?![\w*])"
+)
+
+
+def files_named(text):
+    """Files and folders, such as cpu/plan.cpp and csrc/cpu/isa/."""
+    text = re.sub(r"\]\([^)]*\)|<br/>", " ", text)  # links have a test of their own
+    return set(FILE.findall(text))
+
+
+def exists(name):
+    """Whether a file or folder has this path, or a path that ends so."""
+    folders = ["csrc", "docs", "tests", "tools", "examples"]
+    found = [path for folder in folders for path in (ROOT / folder).rglob("*")]
+    found += Path(relu_mlp.__file__).parent.rglob("*")
+    ends = "/" + name.strip("/")
+    paths = [*ROOT.iterdir(), *found, Path(relu_mlp.__file__).parent]
+    return any(path.as_posix().endswith(ends) for path in paths)
+
+
+@pytest.mark.parametrize("page", NAMES_FILES)
+def test_files_that_the_map_and_the_recipes_name_exist(page):
+    named = files_named((ROOT / page).read_text(encoding="utf-8"))
+    assert len(named) > 30
+    assert [name for name in sorted(named) if not exists(name)] == []
+
+
+def test_a_file_that_does_not_exist_is_found():
+    assert files_named("see `cpu/nowhere.h`, [a](b.md)") == {"cpu/nowhere.h"}
+    assert not exists("cpu/nowhere.h") and exists("cpu/plan.cpp") and exists("fusion/")
+
+
+@pytest.mark.parametrize("page", NAMES_FILES)
+def test_names_that_the_map_and_the_recipes_give_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    package = Path(relu_mlp.__file__).parent
+    modules = {path.stem for path in package.glob("*.py")} | {"ops"}
+    for module, name in re.findall(r"`(\w+)\.(\w+)(?:\([^`]*\))?`", text):
+        if module in modules and name not in ("py", "h", "cpp"):
+            assert hasattr(importlib.import_module(f"relu_mlp.{module}"), name), f"{module}.{name}"
 
 
 @pytest.mark.parametrize("name", MOST_WORDS)
