@@ -1,5 +1,6 @@
-// The operators as the dispatcher calls them: arguments are taken from the stack
-// and checked, the passes of a device compute, and the results go to the stack.
+// The operators as the dispatcher calls them: arguments are taken from the
+// stack and checked, the passes of a device compute, and the results go to the
+// stack.
 #pragma once
 
 #include "checks.h"
@@ -47,8 +48,8 @@ void differentiable(StableIValue* stack) {
   const auto weights = take<std::vector<Tensor>>(stack[1]);
   const auto biases = take<std::vector<Tensor>>(stack[2]);
   const auto output_activation = take<std::string>(stack[3]);
-  stack[0] = give(
-      checked_forward<on>(x, weights, biases, output_activation, false).y);
+  stack[0] =
+      give(checked_forward<on>(x, weights, biases, output_activation, false).y);
 }
 
 // The needed gradients, that of x in the shape of x.
@@ -78,9 +79,10 @@ void backward(StableIValue* stack) {
   check_storage(grad_output, "relu_mlp::backward: grad_output");
   for (std::size_t n = 0; n < saved.size(); ++n) {
     if (on.checks_devices && !are_together(saved[n], grad_output)) {
-      fail("relu_mlp::backward: saved[", n, "] must be on ",
-           device_name(grad_output), " like grad_output, got ",
-           device_name(saved[n]));
+      fail(
+          "relu_mlp::backward: saved[", n, "] must be on ",
+          device_name(grad_output), " like grad_output, got ",
+          device_name(saved[n]));
     }
     check_storage(saved[n], "relu_mlp::backward: saved[", n, "]");
   }
@@ -106,8 +108,9 @@ void recompute_backward(StableIValue* stack) {
   check_backward("recompute_backward", flags, grad_output);
   const Needs needs{flags};
   if (needs.layers() != weights.size()) {
-    fail("relu_mlp::recompute_backward: needs must have ",
-         1 + 2 * weights.size(), " characters, got '", flags, "'");
+    fail(
+        "relu_mlp::recompute_backward: needs must have ",
+        1 + 2 * weights.size(), " characters, got '", flags, "'");
   }
   check_output_like("grad_output", grad_output, x, weights);
   if (on.checks_devices) {
@@ -139,8 +142,8 @@ void loss_and_grads(StableIValue* stack) {
 
   Tensor x_holder, target_holder;
   LossAndGradients result = on.loss_and_grads(
-      as_matrix(x, x_holder), as_matrix(target, target_holder), weights,
-      biases, parse_loss(loss), parse_activation(output_activation));
+      as_matrix(x, x_holder), as_matrix(target, target_holder), weights, biases,
+      parse_loss(loss), parse_activation(output_activation));
 
   std::vector<Tensor>& gradients = result.gradients;
   gradients.erase(gradients.begin()); // that of x

@@ -1,5 +1,5 @@
-// Checks of the operators' arguments. relu_mlp/checks.py makes the same checks in
-// the same words where this library is not used.
+// Checks of the operators' arguments. relu_mlp/checks.py makes the same checks
+// in the same words where this library is not used.
 #pragma once
 
 #include <algorithm>
@@ -57,8 +57,9 @@ inline std::string dtype_name(const Tensor& tensor) {
 template <typename... Name>
 void check_like_x(const Tensor& tensor, const Tensor& x, const Name&... name) {
   if (tensor.dtype() != x.dtype()) {
-    fail(name..., " must be ", dtype_name(x), " like x, got ",
-         dtype_name(tensor));
+    fail(
+        name..., " must be ", dtype_name(x), " like x, got ",
+        dtype_name(tensor));
   }
 }
 
@@ -81,13 +82,14 @@ inline bool are_together(const Tensor& a, const Tensor& b) {
 template <typename... Name>
 void check_device(const Tensor& tensor, const Tensor& x, const Name&... name) {
   if (!are_together(tensor, x)) {
-    fail(name..., " must be on ", device_name(x), " like x, got ",
-         device_name(tensor));
+    fail(
+        name..., " must be on ", device_name(x), " like x, got ",
+        device_name(tensor));
   }
 }
 
-// A missing bias may be on the device of x or on the CPU. On any other device it
-// may be why the dispatcher sends the call there, although x is elsewhere.
+// A missing bias may be on the device of x or on the CPU. On any other device
+// it may be why the dispatcher sends the call there, although x is elsewhere.
 inline void check_devices(
     const Tensor& x,
     const std::vector<Tensor>& weights,
@@ -105,12 +107,13 @@ inline void check_devices(
 template <typename... Name>
 void check_storage(const Tensor& tensor, const Name&... name) {
   if (!is_covered(tensor)) {
-    fail(name..., " must have a storage with all its elements: shape ",
-         shape(tensor), ", strides ",
-         shape({tensor.strides(), tensor.strides() + tensor.dim()}),
-         " and storage offset ", tensor.storage_offset(),
-         " are out of bounds for storage of ", tensor.storage_size(),
-         " bytes, which resize_ may have freed");
+    fail(
+        name..., " must have a storage with all its elements: shape ",
+        shape(tensor), ", strides ",
+        shape({tensor.strides(), tensor.strides() + tensor.dim()}),
+        " and storage offset ", tensor.storage_offset(),
+        " are out of bounds for storage of ", tensor.storage_size(),
+        " bytes, which resize_ may have freed");
   }
 }
 
@@ -126,24 +129,26 @@ inline void check_layers(
       dtype != aoti_torch_dtype_float64() &&
       dtype != aoti_torch_dtype_bfloat16() &&
       dtype != aoti_torch_dtype_float16()) {
-    fail("x must be float64, float32, bfloat16 or float16, got ",
-         dtype_name(x));
+    fail(
+        "x must be float64, float32, bfloat16 or float16, got ", dtype_name(x));
   }
   check_storage(x, "x");
   if (weights.empty()) {
     fail("weights must have at least one entry, got none");
   }
   if (!biases.empty() && biases.size() != weights.size()) {
-    fail("biases must have one entry for each of the ", weights.size(),
-         " weights, got ", biases.size());
+    fail(
+        "biases must have one entry for each of the ", weights.size(),
+        " weights, got ", biases.size());
   }
   int64_t features = x.size(x.dim() - 1);
   for (std::size_t l = 0; l < weights.size(); ++l) {
     const Tensor& weight = weights[l];
     if (weight.dim() != 2 || weight.size(1) != features) {
-      fail("weights[", l, "] must have shape (out_features, ", features,
-           ") to follow ", l ? "weights[" + std::to_string(l - 1) + "]" : "x",
-           ", got ", shape(weight));
+      fail(
+          "weights[", l, "] must have shape (out_features, ", features,
+          ") to follow ", l ? "weights[" + std::to_string(l - 1) + "]" : "x",
+          ", got ", shape(weight));
     }
     check_like_x(weight, x, "weights[", l, "]");
     check_storage(weight, "weights[", l, "]");
@@ -151,8 +156,9 @@ inline void check_layers(
     if (!biases.empty() && biases[l].numel() > 0) {
       const Tensor& bias = biases[l];
       if (bias.dim() != 1 || bias.size(0) != features) {
-        fail("biases[", l, "] must have shape (", features, ",), got ",
-             shape(bias));
+        fail(
+            "biases[", l, "] must have shape (", features, ",), got ",
+            shape(bias));
       }
       check_like_x(bias, x, "biases[", l, "]");
       check_storage(bias, "biases[", l, "]");
@@ -199,10 +205,12 @@ inline void check_output_like(
     const std::vector<Tensor>& weights) {
   std::vector<int64_t> expected(x.sizes(), x.sizes() + x.dim());
   expected.back() = weights.back().size(0);
-  if (!std::equal(expected.begin(), expected.end(), tensor.sizes(),
-                  tensor.sizes() + tensor.dim())) {
-    fail(name, " must have the output's shape ", shape(expected), ", got ",
-         shape(tensor));
+  if (!std::equal(
+          expected.begin(), expected.end(), tensor.sizes(),
+          tensor.sizes() + tensor.dim())) {
+    fail(
+        name, " must have the output's shape ", shape(expected), ", got ",
+        shape(tensor));
   }
   check_like_x(tensor, x, name);
   check_storage(tensor, name);
@@ -215,12 +223,17 @@ inline void check_backward(
     const Tensor& grad_output) {
   if (flags.size() < 3 || flags.size() % 2 == 0 ||
       flags.find_first_not_of("01") != std::string::npos) {
-    fail("relu_mlp::", name, ": needs must be 1 + 2 L characters '0' or '1', "
-         "got '", flags, "'");
+    fail(
+        "relu_mlp::", name,
+        ": needs must be 1 + 2 L characters '0' or '1', "
+        "got '",
+        flags, "'");
   }
   if (grad_output.dim() < 1) {
-    fail("relu_mlp::", name, ": grad_output must have at least one dimension, "
-         "got shape ()");
+    fail(
+        "relu_mlp::", name,
+        ": grad_output must have at least one dimension, "
+        "got shape ()");
   }
 }
 

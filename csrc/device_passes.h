@@ -111,8 +111,8 @@ struct PassesOf {
       const Network<T>& network,
       const Tensor& like,
       BackwardPass<T>& pass) {
-    Gradients gradients = new_gradients(
-        network, like, pass, [&](int64_t rows, int64_t cols) {
+    Gradients gradients =
+        new_gradients(network, like, pass, [&](int64_t rows, int64_t cols) {
           return device.new_matrix(rows, cols);
         });
     device.backward(network, pass);

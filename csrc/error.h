@@ -1,6 +1,6 @@
-// Errors. Python sees a RuntimeError whose text is the message alone. (The macros
-// of LibTorch's headers add source files, lines and paths of the machine that
-// compiled them.)
+// Errors. Python sees a RuntimeError whose text is the message alone. (The
+// macros of LibTorch's headers add source files, lines and paths of the machine
+// that compiled them.)
 #pragma once
 
 #include <cstdint>
@@ -24,11 +24,12 @@ template <typename... Parts>
   throw std::runtime_error(message.str());
 }
 
-// PyTorch's message when the CPU is out of memory. Programs that retry with fewer
-// rows look for these words.
+// PyTorch's message when the CPU is out of memory. Programs that retry with
+// fewer rows look for these words.
 [[noreturn]] inline void fail_to_allocate(double bytes) {
-  fail("DefaultCPUAllocator: can't allocate memory: you tried to allocate ",
-       std::fixed, std::setprecision(0), bytes, " bytes.");
+  fail(
+      "DefaultCPUAllocator: can't allocate memory: you tried to allocate ",
+      std::fixed, std::setprecision(0), bytes, " bytes.");
 }
 
 // Throws PyTorch's message about the call that has just failed, if it has one.

@@ -1,5 +1,6 @@
 // A call of an operator as plain data: the network, and what its backward pass
-// computes. The passes of every device work on this and know nothing of PyTorch.
+// computes. The passes of every device work on this and know nothing of
+// PyTorch.
 #pragma once
 
 #include <algorithm>
@@ -9,8 +10,8 @@
 
 namespace relu_mlp {
 
-// An operand that a pass does not read has no data, but where its width is known
-// it has that.
+// An operand that a pass does not read has no data, but where its width is
+// known it has that.
 template <typename T>
 struct Layer {
   Matrix<const T> weight; // (out_features, in_features), rows contiguous
@@ -52,14 +53,14 @@ struct Network {
   }
 };
 
-// What the backward pass is asked for. An operand that `needs` makes superfluous
-// has no data.
+// What the backward pass is asked for. An operand that `needs` makes
+// superfluous has no data.
 template <typename T>
 struct BackwardPass {
   Needs needs;
 
-  // a_1 ... a_{L-1}, contiguous, and y. With `recompute` they are not given: the
-  // pass computes them again.
+  // a_1 ... a_{L-1}, contiguous, and y. With `recompute` they are not given:
+  // the pass computes them again.
   bool recompute = false;
   std::vector<Matrix<const T>> hidden = {};
   Matrix<const T> y = {};

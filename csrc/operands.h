@@ -61,9 +61,9 @@ Network<T> whole_network(
 }
 
 // The network of a backward pass, as far as `saved` has it; hidden activations
-// and y are entered into `pass`, which has `needs`. An operand that is not saved
-// leaves its width, if a neighbor tells it. A width that nobody tells, and that
-// no result depends on, is `unknown_width`.
+// and y are entered into `pass`, which has `needs`. An operand that is not
+// saved leaves its width, if a neighbor tells it. A width that nobody tells,
+// and that no result depends on, is `unknown_width`.
 template <typename T>
 Network<T> saved_network(
     const Tensor& grad_output,
@@ -75,8 +75,7 @@ Network<T> saved_network(
     BackwardPass<T>& pass) {
   const std::size_t layers = pass.needs.layers();
   const int64_t rows = grad_output.size(0);
-  Network<T> network{
-      {nullptr, rows, 0, 0, 1}, {}, output_activation, activate};
+  Network<T> network{{nullptr, rows, 0, 0, 1}, {}, output_activation, activate};
   network.layers.resize(layers);
   int64_t width = grad_output.size(1);
   for (std::size_t l = layers; l-- > 0;) {
@@ -135,7 +134,8 @@ Gradients new_gradients(
   return gradients;
 }
 
-// The `Needs` of a pass from the loss: all weights and all biases that are there.
+// The `Needs` of a pass from the loss: all weights and all biases that are
+// there.
 template <typename T>
 std::string needs_of_loss(const Network<T>& network) {
   std::string flags = "0" + std::string(network.layers.size(), '1');
@@ -154,11 +154,9 @@ void apply_in_place(
     int64_t count,
     int32_t device_type,
     int32_t device_index) {
-  Tensor tensor =
-      from_blob<T, 1>(z, {count}, {1}, device_type, device_index);
+  Tensor tensor = from_blob<T, 1>(z, {count}, {1}, device_type, device_index);
   StableIValue stack = torch::stable::detail::from(tensor.release());
-  check_call(
-      torch_call_dispatcher(in_place, "", &stack, TORCH_ABI_VERSION));
+  check_call(torch_call_dispatcher(in_place, "", &stack, TORCH_ABI_VERSION));
   Tensor(torch::stable::detail::to<AtenTensorHandle>(stack));
 }
 

@@ -48,16 +48,16 @@ std::string build_info() {
   }
   text << '\n';
 #ifdef RELU_MLP_WITH_CUDA
-  text << "cuda: " << CUDART_VERSION / 1000 << '.'
-       << CUDART_VERSION % 1000 / 10 << "\ncuda_architectures: "
-       << RELU_MLP_TEXT(RELU_MLP_CUDA_ARCHITECTURES) << '\n';
+  text << "cuda: " << CUDART_VERSION / 1000 << '.' << CUDART_VERSION % 1000 / 10
+       << "\ncuda_architectures: " << RELU_MLP_TEXT(RELU_MLP_CUDA_ARCHITECTURES)
+       << '\n';
 #endif
   return text.str();
 }
 
-// Which of the compiled instruction sets is in use, counted from 0. It can change,
-// so it is not part of build_info. (A number and no name: LibTorch leaks the
-// strings that it takes over from an operator.)
+// Which of the compiled instruction sets is in use, counted from 0. It can
+// change, so it is not part of build_info. (A number and no name: LibTorch
+// leaks the strings that it takes over from an operator.)
 int64_t instruction_set() {
   const std::vector<std::string> names = cpu::compiled_instruction_sets();
   const std::string chosen = cpu::chosen_instruction_set().name;

@@ -1,5 +1,5 @@
-// The operators of torch.ops.relu_mlp: their schemas, and their registration for
-// the passes of a device. relu_mlp/ops/library.py has the same schemas, for
+// The operators of torch.ops.relu_mlp: their schemas, and their registration
+// for the passes of a device. relu_mlp/ops/library.py has the same schemas, for
 // processes without this library, and compares them with these.
 #pragma once
 
@@ -14,9 +14,9 @@ inline void define_operators(torch::stable::detail::StableLibrary& m) {
   m.def(
       "forward(Tensor x, Tensor[] weights, Tensor[] biases, "
       "str output_activation, bool save_hidden) -> (Tensor, Tensor[])");
-  // saved: those of x, y, the weights and the hidden activations, in this order,
-  // that the needed gradients depend on. needs: '0' or '1' for x, every weight
-  // and every bias. Returns the needed gradients alone, in that order.
+  // saved: those of x, y, the weights and the hidden activations, in this
+  // order, that the needed gradients depend on. needs: '0' or '1' for x, every
+  // weight and every bias. Returns the needed gradients alone, in that order.
   m.def(
       "backward(Tensor grad_output, Tensor[] saved, str output_activation, "
       "str needs) -> Tensor[]");
@@ -24,8 +24,8 @@ inline void define_operators(torch::stable::detail::StableLibrary& m) {
   m.def(
       "recompute_backward(Tensor grad_output, Tensor x, Tensor[] weights, "
       "Tensor[] biases, str output_activation, str needs) -> Tensor[]");
-  // Returns the loss and the gradients of the weights, then one for every entry of
-  // biases: without elements where the entry has none.
+  // Returns the loss and the gradients of the weights, then one for every entry
+  // of biases: without elements where the entry has none.
   m.def(
       "loss_and_grads(Tensor x, Tensor target, Tensor[] weights, "
       "Tensor[] biases, str loss, str output_activation) "
@@ -33,9 +33,9 @@ inline void define_operators(torch::stable::detail::StableLibrary& m) {
   // Graphs that Inductor writes in C++ call these instead
   // (relu_mlp/ops/cpp_graphs.py). They have no kernel in Python on the Autograd
   // key: a package of AOTInductor holds a lock while it calls them, and would
-  // deadlock with a thread that holds Python's lock and waits for the package's.
-  // Such graphs cannot return a tensor and a list, so these return one list of
-  // both.
+  // deadlock with a thread that holds Python's lock and waits for the
+  // package's. Such graphs cannot return a tensor and a list, so these return
+  // one list of both.
   m.def(
       "_relu_mlp_in_cpp(Tensor x, Tensor[] weights, Tensor[] biases, "
       "str output_activation=\"none\") -> Tensor");

@@ -15,15 +15,15 @@ struct ForwardResult {
   std::vector<Tensor> hidden; // a_1 ... a_{L-1} if they are saved, else empty
 };
 
-// The operands of the backward pass. `inputs[l]` is the input of layer l: x, a_1,
-// ... a_{L-1}. An operand that `needs` makes superfluous is null.
+// The operands of the backward pass. `inputs[l]` is the input of layer l: x,
+// a_1, ... a_{L-1}. An operand that `needs` makes superfluous is null.
 struct Saved {
   std::vector<const Tensor*> inputs, weights;
   const Tensor* y;
 };
 
-// The gradients of x, of every weight and of every bias, in that order. Those that
-// are not needed have no handle.
+// The gradients of x, of every weight and of every bias, in that order. Those
+// that are not needed have no handle.
 using Gradients = std::vector<Tensor>;
 
 struct LossAndGradients {
@@ -48,8 +48,8 @@ struct Passes {
       Activation output_activation,
       const Needs& needs);
 
-  // The same from x and the parameters alone. It computes the hidden activations
-  // again.
+  // The same from x and the parameters alone. It computes the hidden
+  // activations again.
   Gradients (*recompute_backward)(
       const Tensor& grad_output,
       const Tensor& x,
@@ -66,9 +66,9 @@ struct Passes {
       Loss loss,
       Activation output_activation);
 
-  // Whether the operators have to check devices. The dispatcher sends a call to the
-  // CPU only if all of its tensors are there; other devices may get tensors of
-  // several.
+  // Whether the operators have to check devices. The dispatcher sends a call to
+  // the CPU only if all of its tensors are there; other devices may get tensors
+  // of several.
   bool checks_devices;
 };
 

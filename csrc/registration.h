@@ -9,10 +9,10 @@
 
 namespace relu_mlp {
 
-// Registers operators as long as it lives, unless the namespace is there already:
-// from another copy of this library, or from Python. Then this copy serves
-// nothing. (STABLE_TORCH_LIBRARY ignores the error code and would go on with a
-// handle that is not initialized.)
+// Registers operators as long as it lives, unless the namespace is there
+// already: from another copy of this library, or from Python. Then this copy
+// serves nothing. (STABLE_TORCH_LIBRARY ignores the error code and would go on
+// with a handle that is not initialized.)
 class Registration {
  public:
   using Library = torch::stable::detail::StableLibrary;

@@ -16,16 +16,18 @@ inline void check_operand(
     std::size_t l) {
   if (tensor.dim() != 2 || tensor.size(0) != rows || tensor.size(1) != cols ||
       tensor.dtype() != grad_output.dtype()) {
-    fail("relu_mlp::backward: ", name, " of layer ", l, " must be ",
-         dtype_name(grad_output), " of shape (", rows, ", ", cols, "), got ",
-         dtype_name(tensor), " of shape ", shape(tensor));
+    fail(
+        "relu_mlp::backward: ", name, " of layer ", l, " must be ",
+        dtype_name(grad_output), " of shape (", rows, ", ", cols, "), got ",
+        dtype_name(tensor), " of shape ", shape(tensor));
   }
 }
 
-// The tensors of `saved` as the operands that they are. Needs says which operands
-// are saved; their order is x, y, the weights, a_1 ... a_{L-1}. Only autograd.py
-// calls the operator, with what it saved. The checks keep a mistake there from
-// reading foreign memory. The holders keep what had to be made a matrix.
+// The tensors of `saved` as the operands that they are. Needs says which
+// operands are saved; their order is x, y, the weights, a_1 ... a_{L-1}. Only
+// autograd.py calls the operator, with what it saved. The checks keep a mistake
+// there from reading foreign memory. The holders keep what had to be made a
+// matrix.
 inline Saved unpack(
     const std::vector<Tensor>& saved,
     const Tensor& grad_output,
@@ -40,8 +42,9 @@ inline Saved unpack(
       return nullptr;
     }
     if (next == saved.size()) {
-      fail("relu_mlp::backward: needs ", needs.flags, " asks for more than the ",
-           saved.size(), " tensors in saved");
+      fail(
+          "relu_mlp::backward: needs ", needs.flags, " asks for more than the ",
+          saved.size(), " tensors in saved");
     }
     return &saved[next++];
   };
@@ -65,8 +68,9 @@ inline Saved unpack(
     result.inputs.push_back(next_if(needs.reads_input(l)));
   }
   if (next != saved.size()) {
-    fail("relu_mlp::backward: needs ", needs.flags, " asks for ", next,
-         " tensors in saved, got ", saved.size());
+    fail(
+        "relu_mlp::backward: needs ", needs.flags, " asks for ", next,
+        " tensors in saved, got ", saved.size());
   }
 
   const int64_t rows = grad_output.size(0);
@@ -82,8 +86,9 @@ inline Saved unpack(
       continue;
     }
     if (has_width->dim() != 2) {
-      fail("relu_mlp::backward: saved must have matrices, got shape ",
-           shape(*has_width));
+      fail(
+          "relu_mlp::backward: saved must have matrices, got shape ",
+          shape(*has_width));
     }
     const int64_t width = has_width->size(1);
     if (weight) {

@@ -1,7 +1,7 @@
 // The dispatcher's stack: operators take their arguments from it and give it
-// their results. A kernel owns what is on the stack when it is called, and takes
-// all of it before it does anything that can fail. (TORCH_BOX does this too, with
-// torch::stable::Tensor; see tensor.h.)
+// their results. A kernel owns what is on the stack when it is called, and
+// takes all of it before it does anything that can fail. (TORCH_BOX does this
+// too, with torch::stable::Tensor; see tensor.h.)
 #pragma once
 
 #include <memory>

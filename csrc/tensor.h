@@ -171,8 +171,9 @@ Sizes contiguous_strides(const Sizes& sizes) {
     bytes *= double(size);
   }
   if (like.device_type() == aoti_torch_device_type_cuda()) {
-    fail("CUDA out of memory. Tried to allocate ", std::fixed,
-         std::setprecision(0), bytes, " bytes.");
+    fail(
+        "CUDA out of memory. Tried to allocate ", std::fixed,
+        std::setprecision(0), bytes, " bytes.");
   }
   fail_to_allocate(bytes);
 }
@@ -226,16 +227,14 @@ inline const Tensor& as_contiguous(const Tensor& tensor, Tensor& holder) {
     return tensor;
   }
   AtenTensorHandle argument;
-  check_call(
-      aoti_torch_new_tensor_handle(tensor.get(), &argument));
+  check_call(aoti_torch_new_tensor_handle(tensor.get(), &argument));
   std::array<StableIValue, 2> stack{
       torch::stable::detail::from(argument),
       torch::stable::detail::from(
           aoti_torch_memory_format_contiguous_format())};
   check_call(torch_call_dispatcher(
       "aten::contiguous", "", stack.data(), TORCH_ABI_VERSION));
-  holder =
-      Tensor(torch::stable::detail::to<AtenTensorHandle>(stack[0]));
+  holder = Tensor(torch::stable::detail::to<AtenTensorHandle>(stack[0]));
   return holder;
 }
 

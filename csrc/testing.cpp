@@ -1,5 +1,5 @@
-// torch.ops.relu_mlp_testing: what tests ask the library, and set in it. Nothing
-// in the package calls these.
+// torch.ops.relu_mlp_testing: what tests ask the library, and set in it.
+// Nothing in the package calls these.
 
 #include <algorithm>
 
@@ -23,8 +23,9 @@ std::string supported_instruction_sets() {
 
 void choose_instruction_set(std::string name) {
   if (!cpu::choose_instruction_set(name)) {
-    fail("name must be one of '", supported_instruction_sets(), "', got '",
-         name, "'");
+    fail(
+        "name must be one of '", supported_instruction_sets(), "', got '", name,
+        "'");
   }
 }
 
@@ -50,8 +51,9 @@ std::string cuda_plan(
   std::ostringstream text;
   switch (plan.method) {
     case cuda::Method::fused:
-      text << "method: fused\ngrid: " << plan.fused.grid << "\nthreads: "
-           << plan.fused.threads << "\ntile_rows: " << plan.fused.tile_rows
+      text << "method: fused\ngrid: " << plan.fused.grid
+           << "\nthreads: " << plan.fused.threads
+           << "\ntile_rows: " << plan.fused.tile_rows
            << "\nshared_bytes: " << plan.fused.layout.bytes << "\nworkspace: "
            << (is_backward ? cuda::fused_workspace_bytes(plan.fused) : 0)
            << '\n';
@@ -62,8 +64,8 @@ std::string cuda_plan(
   return text.str();
 }
 
-// Of layered passes: who computes a product, how columns are summed, and how many
-// columns of the lowest delta are computed at a time.
+// Of layered passes: who computes a product, how columns are summed, and how
+// many columns of the lowest delta are computed at a time.
 bool is_for_cublaslt(
     int64_t rows,
     int64_t in,

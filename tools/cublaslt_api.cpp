@@ -1,5 +1,6 @@
-// Holds csrc/cuda/layered/cublaslt_api.h against NVIDIA's header. tools/cuda_check.py
-// compiles this where it finds cublasLt.h; nothing is linked.
+// Holds csrc/cuda/layered/cublaslt_api.h against NVIDIA's header.
+// tools/cuda_check.py compiles this where it finds cublasLt.h; nothing is
+// linked.
 #include <cublasLt.h>
 
 #include <type_traits>
@@ -45,8 +46,8 @@ SAME(offsetof(Ours, algorithm), offsetof(Theirs, algo));
 SAME(offsetof(Ours, workspace), offsetof(Theirs, workspaceSize));
 SAME(offsetof(Ours, state), offsetof(Theirs, state));
 
-// Every pointer, and every enumeration of four bytes, is passed alike: arguments
-// agree in number and in size.
+// Every pointer, and every enumeration of four bytes, is passed alike:
+// arguments agree in number and in size.
 template <typename F, typename G>
 struct Alike : std::false_type {};
 template <typename R, typename... As, typename S, typename... Bs>
@@ -55,7 +56,8 @@ struct Alike<R(As...), S(Bs...)>
     : std::bool_constant<
           sizeof(R) == sizeof(S) &&
           ((sizeof(As) == sizeof(Bs) &&
-            std::is_pointer_v<As> == std::is_pointer_v<Bs>)&&...)> {};
+            std::is_pointer_v<As> == std::is_pointer_v<Bs>) &&
+           ...)> {};
 
 #define CHECK(name, arguments) \
   static_assert(Alike<ours::Status arguments, decltype(cublasLt##name)>());

@@ -1,13 +1,14 @@
-// A network's layers in bfloat16 by products of bfloat16 (dpbf16 or AMX). Activations and
-// deltas stay in bfloat16, as on the native path.
+// A network's layers in bfloat16 by products of bfloat16 (dpbf16 or AMX).
+// Activations and deltas stay in bfloat16, as on the native path.
 //
-// S is the type that weight gradients are summed in: float, or bfloat16 for a single block
-// of rows, which writes every weight gradient once.
+// S is the type that weight gradients are summed in: float, or bfloat16 for a
+// single block of rows, which writes every weight gradient once.
 //
-// Either each chunk of rows has a thread, and weights are packed once for many blocks
-// (Pack::once). Or threads share every product by its columns, and each packs what it
-// needs of the weight (Pack::per_use), because what one core has written comes slowly to
-// another. How columns are dealt out does not change the bits.
+// Either each chunk of rows has a thread, and weights are packed once for many
+// blocks (Pack::once). Or threads share every product by its columns, and each
+// packs what it needs of the weight (Pack::per_use), because what one core has
+// written comes slowly to another. How columns are dealt out does not change
+// the bits.
 #pragma once
 
 #include <type_traits>
@@ -27,7 +28,10 @@ class Bf16Layers {
   using Sum = S;
   static constexpr bool takes_any_strides = false;
 
-  Bf16Layers(const Network<BFloat16>& network, const Plan& plan, PassNeeds needs)
+  Bf16Layers(
+      const Network<BFloat16>& network,
+      const Plan& plan,
+      PassNeeds needs)
       : kernels_(*chosen_instruction_set().bf16),
         sharing_(plan),
         layers_(network.layers),
@@ -64,7 +68,8 @@ class Bf16Layers {
         bits(layers_[l].weight).transposed());
   }
 
-  // For both operands of grad_weight. Where threads share it, each has memory of its own.
+  // For both operands of grad_weight. Where threads share it, each has memory
+  // of its own.
   int64_t scratch_size(int64_t rows, int64_t widest) const {
     constexpr int64_t operands = 2, elements_of_word = 2;
     return sharing_.is_shared()
@@ -96,7 +101,9 @@ class Bf16Layers {
     product.epilogue = mask.data ? Epilogue::mask : Epilogue::store;
     product.mask = bits(mask.data);
     product.mask_row = mask.row_stride;
-    multiply(product, packing_[l].grad_input, packed_[l].plain, bits(layers_[l].weight));
+    multiply(
+        product, packing_[l].grad_input, packed_[l].plain,
+        bits(layers_[l].weight));
   }
 
   // Each column is summed by one thread.
@@ -124,8 +131,8 @@ class Bf16Layers {
 
   // A product without its right operand and epilogue.
   static Bf16Product product_of(Matrix<Element> out, Matrix<const Element> a) {
-    return {out.rows, out.cols, a.cols, bits(a.data), a.row_stride,
-            nullptr, bits(out.data), out.row_stride};
+    return {out.rows,     out.cols, a.cols,         bits(a.data),
+            a.row_stride, nullptr,  bits(out.data), out.row_stride};
   }
 
   // The product with b, of which there is a packed copy if `pack` is `once`.
@@ -153,8 +160,8 @@ class Bf16Layers {
     });
   }
 
-  // Of the operands, the one of the larger width is dealt out, and packed once; every
-  // thread packs the other one.
+  // Of the operands, the one of the larger width is dealt out, and packed once;
+  // every thread packs the other one.
   void share_grad_weight(
       Matrix<Sum> sum,
       Matrix<const Element> delta,
@@ -166,9 +173,10 @@ class Bf16Layers {
         sharing_.work_of_product(sum.rows, sum.cols, delta.rows),
         [&](int64_t begin, int64_t end) {
           const int64_t count = end - begin;
-          const auto part =
-              by_rows ? rows_of(sum, begin, count) : columns_of(sum, begin, count);
-          const auto left = bits(by_rows ? columns_of(delta, begin, count) : delta);
+          const auto part = by_rows ? rows_of(sum, begin, count)
+                                    : columns_of(sum, begin, count);
+          const auto left =
+              bits(by_rows ? columns_of(delta, begin, count) : delta);
           const auto right = bits(by_rows ? a : columns_of(a, begin, count));
           const Buffer<uint32_t> scratch(
               kernels_.packed_size(delta.rows, part.rows) +
@@ -187,11 +195,13 @@ class Bf16Layers {
       kernels_.grad_weight(sum, delta, a, add, scratch);
     } else { // a single block never adds
       kernels_.grad_weight_rounded(
-          {bits(sum.data), sum.rows, sum.cols, sum.row_stride, 1}, delta, a, scratch);
+          {bits(sum.data), sum.rows, sum.cols, sum.row_stride, 1}, delta, a,
+          scratch);
     }
   }
 
-  // Calls f(begin, end) for ranges of [0, count) that begin at a step of columns.
+  // Calls f(begin, end) for ranges of [0, count) that begin at a step of
+  // columns.
   template <typename F>
   void each_range(int64_t count, int64_t work, const F& f) const {
     constexpr int64_t step = Bf16Kernels::column_step;

@@ -1,7 +1,8 @@
-// The backward pass of blocks of rows, by one thread: it owns the memory of one block.
+// The backward pass of blocks of rows, by one thread: it owns the memory of one
+// block.
 //
-// Delta of a block lies in one of two buffers, so no gradient of a hidden layer ever
-// exists whole. Types are those of block_forward.h.
+// Delta of a block lies in one of two buffers, so no gradient of a hidden layer
+// ever exists whole. Types are those of block_forward.h.
 #pragma once
 
 #include <vector>
@@ -30,8 +31,8 @@ class BlockBackward {
         forward_(network, layers, block) {}
 
   // The gradients of the rows [begin, end). Those of weights are written to
-  // grad_weights[l] (out, in), those of biases are added to grad_biases[l] (out), and the
-  // sum of squares of a loss to *squares.
+  // grad_weights[l] (out, in), those of biases are added to grad_biases[l]
+  // (out), and the sum of squares of a loss to *squares.
   void run(
       int64_t begin,
       int64_t end,
@@ -43,8 +44,7 @@ class BlockBackward {
     const std::size_t lowest = needs.lowest_layer();
     const bool widens_grad_x = rounds && needs.x();
     const int64_t delta_size = block_ * network_.widest(widens_grad_x ? 0 : 1);
-    Buffer<C> delta_memory[2] = {
-        Buffer<C>(delta_size), Buffer<C>(delta_size)};
+    Buffer<C> delta_memory[2] = {Buffer<C>(delta_size), Buffer<C>(delta_size)};
     const Buffer<C> scratch(layers_.scratch_size(block_, network_.widest(0)));
     if (pass_.recompute) {
       for (std::size_t l = 1; l <= layers; ++l) {
@@ -119,7 +119,8 @@ class BlockBackward {
     }
     if (pass_.loss) {
       *squares += squared_error(
-          phi, delta, y, rows_of(pass_.target, row, rows), 2 * pass_.loss_scale);
+          phi, delta, y, rows_of(pass_.target, row, rows),
+          2 * pass_.loss_scale);
       return as_const(delta);
     }
     const Matrix<const T> grad = rows_of(pass_.grad_output, row, rows);

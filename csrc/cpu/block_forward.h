@@ -1,8 +1,9 @@
-// The forward pass of blocks of rows, by one thread: it owns the memory of one block.
+// The forward pass of blocks of rows, by one thread: it owns the memory of one
+// block.
 //
-// T is the type of tensors, C that of a block in memory. Where C is float and T has 16
-// bits, blocks are widened, and what the native path rounds to T is rounded here too: y
-// and the hidden activations.
+// T is the type of tensors, C that of a block in memory. Where C is float and T
+// has 16 bits, blocks are widened, and what the native path rounds to T is
+// rounded here too: y and the hidden activations.
 #pragma once
 
 #include <vector>
@@ -32,8 +33,8 @@ class BlockForward {
         rounded_(rounds ? size_ : 0),
         x_(rounds ? block * network.width(0) : 0) {}
 
-  // Computes y (rows, out) of the rows [begin, end), and the hidden activations where
-  // `hidden` names a place for them. Both point to row 0.
+  // Computes y (rows, out) of the rows [begin, end), and the hidden activations
+  // where `hidden` names a place for them. Both point to row 0.
   void run(int64_t begin, int64_t end, const std::vector<T*>& hidden, T* y) {
     const std::size_t layers = network_.layers.size();
     Buffer<C> spare[2];
@@ -57,8 +58,8 @@ class BlockForward {
     }
   }
 
-  // Computes a_1 ... a_{L-1} of `rows` rows from `row` on, each at `computed[l - 1]`, and y
-  // at the last of these if it is needed.
+  // Computes a_1 ... a_{L-1} of `rows` rows from `row` on, each at `computed[l
+  // - 1]`, and y at the last of these if it is needed.
   void recompute(
       int64_t row,
       int64_t rows,
@@ -88,8 +89,8 @@ class BlockForward {
   }
 
  private:
-  // a W_l^T + b_l, with ReLU where the layer has it, at `to` if there is such a place.
-  // Returns the result as it is computed with.
+  // a W_l^T + b_l, with ReLU where the layer has it, at `to` if there is such a
+  // place. Returns the result as it is computed with.
   Matrix<const C> apply(std::size_t l, Matrix<const C> a, C* spare, T* to) {
     const bool relu = l + 1 < network_.layers.size() ||
         network_.output_activation == Activation::relu;
@@ -120,7 +121,8 @@ class BlockForward {
 
   const Network<T>& network_;
   const L& layers_;
-  const int64_t block_, size_; // rows of a block, and its elements after any layer
+  const int64_t block_,
+      size_; // rows of a block, and its elements after any layer
   Buffer<T> rounded_; // for what is rounded to T and widened again
   Buffer<C> x_;
 };

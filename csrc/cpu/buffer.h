@@ -33,9 +33,9 @@ inline AlignedMemory aligned_memory(int64_t bytes) {
   return memory;
 }
 
-// Memory that a thread keeps from call to call. Small networks ask for the same few
-// buffers again and again, and the system takes longer to find aligned memory than they
-// take to compute.
+// Memory that a thread keeps from call to call. Small networks ask for the same
+// few buffers again and again, and the system takes longer to find aligned
+// memory than they take to compute.
 class Scratch {
  public:
   static Scratch& of_this_thread() {
@@ -84,8 +84,8 @@ class Scratch {
   std::vector<Piece> pieces_; // one after another; the last one is in use
 };
 
-// The address sanitizer cannot tell pieces of one memory apart. Under it every buffer has
-// memory of its own.
+// The address sanitizer cannot tell pieces of one memory apart. Under it every
+// buffer has memory of its own.
 #if defined(__has_feature)
 #if __has_feature(address_sanitizer)
 #define RELU_MLP_ADDRESS_SANITIZER

@@ -15,18 +15,22 @@ constexpr Dtype dtype_of = std::is_same_v<T, double> ? Dtype::float64
 
 // What an instruction set offers for numbers stored as T.
 template <typename T>
-Capabilities capabilities_of(const InstructionSet& isa, bool has_half_arithmetic) {
+Capabilities capabilities_of(
+    const InstructionSet& isa,
+    bool has_half_arithmetic) {
   const auto& kernels = kernels_of<T>(isa);
   const bool multiplies_bf16 = std::is_same_v<T, BFloat16> && isa.bf16;
   return {
-      dtype_of<T>, multiplies_bf16 ? isa.bf16->kind : Bf16Kind::none, kernels.panel,
-      kernels.lanes * int64_t(sizeof(compute_t<T>)), has_half_arithmetic};
+      dtype_of<T>, multiplies_bf16 ? isa.bf16->kind : Bf16Kind::none,
+      kernels.panel, kernels.lanes * int64_t(sizeof(compute_t<T>)),
+      has_half_arithmetic};
 }
 
 template <typename T>
 Call call_of(const Network<T>& network) {
   Call call{
-      network.x.rows, {},
+      network.x.rows,
+      {},
       capabilities_of<T>(chosen_instruction_set(), has_half_arithmetic()),
       &processor_tuning()};
   call.layers.reserve(network.layers.size());

@@ -1,5 +1,6 @@
-// The sums of the parameters' gradients. Every chunk of rows has its own, and they are
-// added up in the order of the chunks: so any number of threads gives the same bits.
+// The sums of the parameters' gradients. Every chunk of rows has its own, and
+// they are added up in the order of the chunks: so any number of threads gives
+// the same bits.
 #pragma once
 
 #include <type_traits>
@@ -17,7 +18,10 @@ namespace relu_mlp::cpu {
 template <typename T, typename Sum>
 class ChunkSums {
  public:
-  ChunkSums(const Network<T>& network, const Plan& plan, const BackwardPass<T>& pass)
+  ChunkSums(
+      const Network<T>& network,
+      const Plan& plan,
+      const BackwardPass<T>& pass)
       : pass_(pass),
         layers_(network.layers.size()),
         chunks_(plan.chunks),
@@ -35,8 +39,8 @@ class ChunkSums {
     biases_.resize(chunks_ * bias_count());
   }
 
-  // Where chunk c sums the gradients of every weight: a single chunk in the results, if
-  // their type is that of the sums.
+  // Where chunk c sums the gradients of every weight: a single chunk in the
+  // results, if their type is that of the sums.
   std::vector<Sum*> weights_of(int64_t c) const {
     std::vector<Sum*> sums(layers_);
     for (std::size_t l = 0; l < layers_; ++l) {
@@ -80,8 +84,8 @@ class ChunkSums {
     return bias_at_[layers_];
   }
 
-  // total[i] = the sum over the chunks c of parts[c * step + i], in their order, for
-  // i < count. The first part is overwritten.
+  // total[i] = the sum over the chunks c of parts[c * step + i], in their
+  // order, for i < count. The first part is overwritten.
   template <typename S>
   void add_chunks(T* total, S* parts, int64_t count, int64_t step) const {
     parallel_for(

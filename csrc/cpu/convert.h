@@ -1,6 +1,6 @@
-// Between T, the type that numbers are stored in, and compute_t<T>, the type that this
-// package's products compute in: T itself for float and double, float for bfloat16 and
-// float16.
+// Between T, the type that numbers are stored in, and compute_t<T>, the type
+// that this package's products compute in: T itself for float and double, float
+// for bfloat16 and float16.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>

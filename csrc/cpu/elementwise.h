@@ -1,5 +1,5 @@
-// The first delta of a backward pass, element by element: the gradient of y or of
-// the loss, times the derivative of the output activation.
+// The first delta of a backward pass, element by element: the gradient of y or
+// of the loss, times the derivative of the output activation.
 #pragma once
 
 #include <algorithm>
@@ -8,8 +8,8 @@
 
 namespace relu_mlp::cpu {
 
-// delta = grad_output * phi'(z). delta and y are contiguous. y may be missing where
-// phi is the identity, and grad_output has any strides.
+// delta = grad_output * phi'(z). delta and y are contiguous. y may be missing
+// where phi is the identity, and grad_output has any strides.
 template <typename C, typename T>
 void activation_backward(
     Activation activation,
@@ -28,8 +28,8 @@ void activation_backward(
   });
 }
 
-// squared_error for one row of the table of activations. The compiler vectorizes
-// it because its eight sums are independent.
+// squared_error for one row of the table of activations. The compiler
+// vectorizes it because its eight sums are independent.
 template <typename Row, typename C, typename T>
 double squared_error_through(
     C* delta,
@@ -51,8 +51,7 @@ double squared_error_through(
       sums[u] += double(error[u]) * double(error[u]);
     }
     for (int64_t u = 0; u < together; ++u) {
-      delta[i + u] =
-          C(Row::backward(F(scale) * error[u], output[u]));
+      delta[i + u] = C(Row::backward(F(scale) * error[u], output[u]));
     }
   }
   for (; i < count; ++i) {
@@ -67,7 +66,8 @@ double squared_error_through(
   return sum;
 }
 
-// The same for elements of 16 bits, which are converted to float piece by piece.
+// The same for elements of 16 bits, which are converted to float piece by
+// piece.
 template <typename Row, typename T>
 double squared_error_through(
     T* delta,

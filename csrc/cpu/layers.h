@@ -1,6 +1,7 @@
-// What a way of multiplying has to offer so that the passes (walk.h) can use it for the
-// layers of a network. Three classes do: PackedLayers (packed_layers.h), Bf16Layers
-// (bf16_layers.h) and LibraryLayers (library_layers.h). plan.h says which serves a call.
+// What a way of multiplying has to offer so that the passes (walk.h) can use it
+// for the layers of a network. Three classes do: PackedLayers
+// (packed_layers.h), Bf16Layers (bf16_layers.h) and LibraryLayers
+// (library_layers.h). plan.h says which serves a call.
 #pragma once
 
 #include <concepts>
@@ -10,7 +11,8 @@
 
 namespace relu_mlp::cpu {
 
-// Which products a pass needs: those of its forward pass, and those that propagate delta.
+// Which products a pass needs: those of its forward pass, and those that
+// propagate delta.
 struct PassNeeds {
   bool forward;
   const Needs* gradients; // null if the pass computes no gradients
@@ -22,8 +24,8 @@ struct PassNeeds {
   }
 };
 
-// L does the products of a network whose parameters are stored as T. It is made once for
-// every call, and packs what the plan says is packed once.
+// L does the products of a network whose parameters are stored as T. It is made
+// once for every call, and packs what the plan says is packed once.
 //
 //   L::Element   the type of a block's activations a and deltas
 //   L::Sum       the type that weight gradients are summed in
@@ -41,10 +43,11 @@ struct PassNeeds {
 //   scratch_size(rows, widest)        how many elements of scratch grad_weight needs for a
 //                                     block of `rows` rows of a network that wide
 //
-// z, out and sum are contiguous, or have contiguous rows. A forward pass calls `forward`
-// alone; PassNeeds says what a pass will call.
+// z, out and sum are contiguous, or have contiguous rows. A forward pass calls
+// `forward` alone; PassNeeds says what a pass will call.
 template <typename L, typename T>
-concept Layers = std::constructible_from<L, const Network<T>&, const Plan&, PassNeeds> &&
+concept Layers =
+    std::constructible_from<L, const Network<T>&, const Plan&, PassNeeds> &&
     requires(
         const L layers,
         std::size_t l,
@@ -55,7 +58,9 @@ concept Layers = std::constructible_from<L, const Network<T>&, const Plan&, Pass
         typename L::Element* scratch) {
       { L::takes_any_strides } -> std::convertible_to<bool>;
       { layers.forward(l, out, in, true) } -> std::same_as<void>;
-      { layers.grad_weight(l, sum, in, in, true, scratch) } -> std::same_as<void>;
+      {
+        layers.grad_weight(l, sum, in, in, true, scratch)
+      } -> std::same_as<void>;
       { layers.grad_input(l, out, in, in) } -> std::same_as<void>;
       { layers.grad_bias(sums, in) } -> std::same_as<void>;
       { layers.scratch_size(int64_t(), int64_t()) } -> std::same_as<int64_t>;

@@ -1,6 +1,6 @@
-// A network's layers by PyTorch's own products. For wide layers these run at the machine's
-// limit, in 16-bit formats on its matrix units. Bias, ReLU, masks and sums of columns are
-// done here, while the block is in the cache.
+// A network's layers by PyTorch's own products. For wide layers these run at
+// the machine's limit, in 16-bit formats on its matrix units. Bias, ReLU, masks
+// and sums of columns are done here, while the block is in the cache.
 //
 // Activations, deltas and weight gradients are of type T, as the tensors are.
 #pragma once
@@ -32,7 +32,8 @@ class LibraryLayers {
   // In a 16-bit format the library adds the bias, before it rounds.
   void forward(std::size_t l, Matrix<T> z, Matrix<const T> a, bool relu) const {
     const Matrix<const T> weight = layers_[l].weight;
-    const T* const bias = layers_[l].bias; // Clang 14 captures no structured binding
+    const T* const bias =
+        layers_[l].bias; // Clang 14 captures no structured binding
     const Tensor result = view(z), left = view(a);
     const Tensor right = view(weight.transposed());
     if (is_16bit<T> && bias) {
@@ -40,8 +41,7 @@ class LibraryLayers {
           result.get(), view(contiguous(bias, 1, z.cols)).get(), left.get(),
           right.get(), 1.0, 1.0));
     } else {
-      check_call(
-          aoti_torch_cpu_mm_out(result.get(), left.get(), right.get()));
+      check_call(aoti_torch_cpu_mm_out(result.get(), left.get(), right.get()));
     }
     if (relu || (bias && !is_16bit<T>)) {
       each_rows(z, [&](Matrix<T> part) {
@@ -58,8 +58,8 @@ class LibraryLayers {
     return 0;
   }
 
-  // Nothing adds in a 16-bit format: the plan makes one block of all rows, so that the
-  // library sums them.
+  // Nothing adds in a 16-bit format: the plan makes one block of all rows, so
+  // that the library sums them.
   void grad_weight(
       std::size_t,
       Matrix<T> to,
@@ -72,8 +72,7 @@ class LibraryLayers {
       check_call(aoti_torch_cpu_addmm_out(
           sum.get(), sum.get(), left.get(), view(a).get(), 1.0, 1.0));
     } else {
-      check_call(
-          aoti_torch_cpu_mm_out(sum.get(), left.get(), view(a).get()));
+      check_call(aoti_torch_cpu_mm_out(sum.get(), left.get(), view(a).get()));
     }
   }
 
@@ -102,7 +101,8 @@ class LibraryLayers {
     constexpr int64_t cols_at_once = 64; // the most that Kernels16 takes
     parallel_for(
         ceil_div(delta.cols, cols_at_once),
-        std::max<int64_t>(1, grain_ / std::max<int64_t>(1, delta.rows * cols_at_once)),
+        std::max<int64_t>(
+            1, grain_ / std::max<int64_t>(1, delta.rows * cols_at_once)),
         [&](int64_t first, int64_t last) {
           for (int64_t p = first; p < last; ++p) {
             const int64_t col = p * cols_at_once;

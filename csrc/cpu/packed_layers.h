@@ -1,8 +1,9 @@
-// A network's layers by this package's products in float and double (products.h).
-// Parameters in bfloat16 and float16 are converted once for every call.
+// A network's layers by this package's products in float and double
+// (products.h). Parameters in bfloat16 and float16 are converted once for every
+// call.
 //
-// Stored as T, computed in compute_t<T>. For each layer the plan says how each of its
-// three products gets its right operand (Pack in plan.h).
+// Stored as T, computed in compute_t<T>. For each layer the plan says how each
+// of its three products gets its right operand (Pack in plan.h).
 #pragma once
 
 #include <vector>
@@ -115,7 +116,8 @@ class PackedLayers {
     layer.weight = widened(given.weight, memory(widened_size<T>(out * in)));
     if (needs.forward && given.bias) {
       layer.bias =
-          widened(contiguous(given.bias, 1, out), memory(widened_size<T>(out))).data;
+          widened(contiguous(given.bias, 1, out), memory(widened_size<T>(out)))
+              .data;
     }
     if (needs.forward && packing_[l].forward == Pack::once) {
       layer.transposed = products_.pack(

@@ -4,8 +4,8 @@
 namespace relu_mlp::cpu {
 namespace {
 
-// Whether a matrix with such rows has to be copied for a product with `rows` rows, because
-// its rows compete for the same lines of the cache.
+// Whether a matrix with such rows has to be copied for a product with `rows`
+// rows, because its rows compete for the same lines of the cache.
 bool has_set_conflicts(const Call& call, int64_t row_stride, int64_t rows) {
   const Tuning& t = *call.tuning;
   const Capabilities& has = call.capabilities;
@@ -20,7 +20,10 @@ bool has_set_conflicts(const Call& call, int64_t row_stride, int64_t rows) {
 //   rows that make one panel or less,
 //   and no more of them than of weight    the rows are packed
 //   more rows                             the weight is packed panel by panel
-Pack pack_forward(const Call& call, const LayerShape& layer, bool is_one_block) {
+Pack pack_forward(
+    const Call& call,
+    const LayerShape& layer,
+    bool is_one_block) {
   const Tuning& t = *call.tuning;
   const int64_t size = layer.in * layer.out;
   if (size > 0 && call.rows >= t.min_rows_to_pack &&
@@ -36,7 +39,10 @@ Pack pack_forward(const Call& call, const LayerShape& layer, bool is_one_block) 
 }
 
 // delta W. The rows of W are read where they lie, unless they collide.
-Pack pack_grad_input(const Call& call, const LayerShape& layer, bool is_one_block) {
+Pack pack_grad_input(
+    const Call& call,
+    const LayerShape& layer,
+    bool is_one_block) {
   if (layer.in * layer.out == 0) {
     return Pack::per_use;
   }
@@ -48,19 +54,24 @@ Pack pack_grad_input(const Call& call, const LayerShape& layer, bool is_one_bloc
 
 // delta^T a, with `out` rows.
 Pack pack_grad_weight(const Call& call, const LayerShape& layer) {
-  return has_set_conflicts(call, layer.input_row_stride, layer.out) ? Pack::per_use
-                                                                    : Pack::view;
+  return has_set_conflicts(call, layer.input_row_stride, layer.out)
+      ? Pack::per_use
+      : Pack::view;
 }
 
-LayerPacking pack_gemm(const Call& call, const Plan& plan, const LayerShape& layer) {
+LayerPacking pack_gemm(
+    const Call& call,
+    const Plan& plan,
+    const LayerShape& layer) {
   const bool is_one_block = call.rows <= plan.block;
   return {
       pack_forward(call, layer, is_one_block),
-      pack_grad_input(call, layer, is_one_block), pack_grad_weight(call, layer)};
+      pack_grad_input(call, layer, is_one_block),
+      pack_grad_weight(call, layer)};
 }
 
-// What one core has written comes slowly to another. So where threads share a product,
-// each packs for itself what it needs of a weight.
+// What one core has written comes slowly to another. So where threads share a
+// product, each packs for itself what it needs of a weight.
 LayerPacking pack_bf16(const Plan& plan) {
   const Pack weight = plan.shares_products() ? Pack::per_use : Pack::once;
   return {weight, weight, Pack::per_use};

@@ -1,5 +1,5 @@
-// The passes on the CPU: how a device's results are allocated, how activations are
-// applied, and which layers do the products.
+// The passes on the CPU: how a device's results are allocated, how activations
+// are applied, and which layers do the products.
 #include "passes.h"
 
 #include "../device_passes.h"
@@ -18,8 +18,7 @@ template <typename T>
 void activate(Activation phi, T* z, int64_t count) {
   with_row(phi, [&]<typename Row>() {
     if constexpr (Row::applied_by == AppliedBy::pytorch) {
-      apply_in_place(
-          Row::in_place, z, count, aoti_torch_device_type_cpu(), 0);
+      apply_in_place(Row::in_place, z, count, aoti_torch_device_type_cpu(), 0);
     } else {
       for (int64_t i = 0; i < count; ++i) {
         z[i] = T(Row::forward(compute_t<T>(z[i])));
@@ -28,14 +27,16 @@ void activate(Activation phi, T* z, int64_t count) {
   });
 }
 
-// Refuses matrices that fit into no memory, so that sizes can be multiplied and added
-// without an overflow. (A tensor may be that large: x and a weight may have a stride of 0.)
+// Refuses matrices that fit into no memory, so that sizes can be multiplied and
+// added without an overflow. (A tensor may be that large: x and a weight may
+// have a stride of 0.)
 template <typename T>
 void check_sizes(const Network<T>& network) {
   constexpr double most = double(int64_t(1) << 48);
   const double rows = double(network.x.rows);
   for (const Layer<T>& layer : network.layers) {
-    const double out = double(layer.weight.rows), in = double(layer.weight.cols);
+    const double out = double(layer.weight.rows),
+                 in = double(layer.weight.cols);
     const double largest = std::max({out * in, rows * in, rows * out});
     if (largest > most) {
       fail_to_allocate(largest * sizeof(T));
@@ -98,10 +99,8 @@ class CpuDevice {
         tensor.data<T>(), tensor.numel() * static_cast<int64_t>(sizeof(T)));
     return tensor;
   }
-  void forward(
-      const Network<T>& network,
-      const std::vector<T*>& hidden,
-      T* y) const {
+  void forward(const Network<T>& network, const std::vector<T*>& hidden, T* y)
+      const {
     run_forward(network, hidden, y);
   }
   void backward(const Network<T>& network, const BackwardPass<T>& pass) const {

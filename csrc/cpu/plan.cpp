@@ -1,5 +1,5 @@
-// The rules. `candidates` lists them in order; the first that serves a call makes its
-// plan.
+// The rules. `candidates` lists them in order; the first that serves a call
+// makes its plan.
 #include "plan.h"
 
 #include <algorithm>
@@ -18,7 +18,7 @@ int64_t rows_of(const Call& call) {
   return std::max<int64_t>(1, call.rows);
 }
 
-// -- What the rules ask ----------------------------------------------------------------
+// -- What the rules ask ------------------------------------------------------
 
 bool makes_one_chunk(const Call& call) {
   return rows_of(call) < call.tuning->one_chunk_rows();
@@ -29,14 +29,16 @@ bool multiplies_bf16(const Call& call) {
       rows_of(call) >= call.tuning->min_rows_to_pack;
 }
 
-// Whether the rows fill one panel, so that they are worth packing instead of the weights.
+// Whether the rows fill one panel, so that they are worth packing instead of
+// the weights.
 bool fills_one_panel(const Call& call) {
   const int64_t rows = rows_of(call), panel = call.capabilities.panel;
-  return panel >= call.tuning->wide_panel && rows >= call.tuning->min_rows_for_panel &&
-      rows <= panel;
+  return panel >= call.tuning->wide_panel &&
+      rows >= call.tuning->min_rows_for_panel && rows <= panel;
 }
 
-// Whether this package's products are the faster ones because the network is small.
+// Whether this package's products are the faster ones because the network is
+// small.
 bool is_small_network(const Call& call) {
   const Tuning& t = *call.tuning;
   const int64_t rows = rows_of(call);
@@ -66,14 +68,14 @@ bool outruns_library(const Call& call) {
   return false;
 }
 
-// -- The rules ---------------------------------------------------------------------------
+// -- The rules ---------------------------------------------------------------
 
 Plan one_chunk(const Call& call, LayersKind layers, int64_t block) {
   return {{}, layers, block, rows_of(call), 1, {}, call.tuning};
 }
 
-// Chunks in a number that many numbers of threads divide, in blocks of which the widest
-// layer has `block_elements` elements.
+// Chunks in a number that many numbers of threads divide, in blocks of which
+// the widest layer has `block_elements` elements.
 Plan many_chunks(const Call& call, LayersKind layers, int64_t block_elements) {
   const Tuning& t = *call.tuning;
   const int64_t rows = rows_of(call);
@@ -87,12 +89,13 @@ Plan many_chunks(const Call& call, LayersKind layers, int64_t block_elements) {
   const int64_t block = std::clamp(
       block_elements / call.widest(), t.min_block_rows, t.max_block_rows());
   return {
-      {}, layers, equal_parts(chunk, block), chunk, ceil_div(rows, chunk), {},
-      call.tuning};
+      {}, layers,     equal_parts(chunk, block), chunk, ceil_div(rows, chunk),
+      {}, call.tuning};
 }
 
-// Threads share every product of bfloat16 where rows make one chunk only, or where weights
-// are too many to be kept packed, up to the size from which PyTorch's are better.
+// Threads share every product of bfloat16 where rows make one chunk only, or
+// where weights are too many to be kept packed, up to the size from which
+// PyTorch's are better.
 bool serves_bf16_shared(const Call& call) {
   const Tuning& t = *call.tuning;
   const int64_t parameters = call.parameters();
@@ -106,7 +109,8 @@ bool serves_bf16_shared(const Call& call) {
           (makes_one_chunk(call) || t.amx_shares_many_rows);
 }
 bool serves_bf16_one_block(const Call& call) {
-  return serves_bf16_shared(call) && rows_of(call) <= call.tuning->large_block_rows;
+  return serves_bf16_shared(call) &&
+      rows_of(call) <= call.tuning->large_block_rows;
 }
 Plan bf16_one_block(const Call& call) {
   return one_chunk(call, LayersKind::bf16_one_block, rows_of(call));
@@ -134,8 +138,8 @@ Plan gemm_shared(const Call& call) {
       equal_parts(rows_of(call), call.tuning->gemm_large_block_rows));
 }
 
-// PyTorch's products round sums over several blocks to 16 bits, so those formats make a
-// single block.
+// PyTorch's products round sums over several blocks to 16 bits, so those
+// formats make a single block.
 Plan library(const Call& call) {
   const int64_t rows = rows_of(call);
   return one_chunk(

@@ -1,8 +1,9 @@
-// How a call is served: whose products, in which chunks and blocks of rows, and what is
-// packed when. Only make_plan() decides (plan.cpp, packing.cpp); the passes obey.
+// How a call is served: whose products, in which chunks and blocks of rows, and
+// what is packed when. Only make_plan() decides (plan.cpp, packing.cpp); the
+// passes obey.
 //
-// A plan depends on shapes, on the dtype and on the processor, never on the number of
-// threads. So results do not depend on it.
+// A plan depends on shapes, on the dtype and on the processor, never on the
+// number of threads. So results do not depend on it.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +14,7 @@
 
 namespace relu_mlp::cpu {
 
-// -- The question --------------------------------------------------------------------
+// -- The question ------------------------------------------------------------
 
 enum class Dtype { float32, float64, bfloat16, float16 };
 
@@ -21,7 +22,8 @@ enum class Dtype { float32, float64, bfloat16, float16 };
 struct Capabilities {
   Dtype dtype;
   Bf16Kind bf16; // what multiplies this dtype, if that is bfloat16
-  int64_t panel; // columns of a panel of this package's products in float or double
+  int64_t
+      panel; // columns of a panel of this package's products in float or double
   int64_t vector_bytes;
   bool has_half_arithmetic; // whether the processor computes in float16
 
@@ -30,8 +32,9 @@ struct Capabilities {
   }
 };
 
-// y (rows, out) = x (rows, in) weight (out, in)^T. Strides count elements and are those
-// of what the products read: 16-bit numbers are first converted to contiguous float.
+// y (rows, out) = x (rows, in) weight (out, in)^T. Strides count elements and
+// are those of what the products read: 16-bit numbers are first converted to
+// contiguous float.
 struct LayerShape {
   int64_t in, out;
   int64_t input_row_stride, weight_row_stride;
@@ -47,7 +50,7 @@ struct Call {
   int64_t widest() const; // the largest width, of x and y too; at least 1
 };
 
-// -- The answer ----------------------------------------------------------------------
+// -- The answer --------------------------------------------------------------
 
 // Which class does the products: see layers.h.
 enum class LayersKind {
@@ -57,7 +60,8 @@ enum class LayersKind {
   library, // LibraryLayers: PyTorch's products
 };
 
-// How the right operand of a product gets into the layout that the kernels read.
+// How the right operand of a product gets into the layout that the kernels
+// read.
 enum class Pack {
   none, // not at all: dot products of rows, or the library's own business
   view, // read where it lies; only a ragged last panel is copied

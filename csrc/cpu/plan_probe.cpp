@@ -29,16 +29,17 @@ Capabilities capabilities(
 }
 
 std::string describe(const Plan& plan) {
-  constexpr const char* kinds[] = {"packed", "bf16", "bf16_one_block", "library"};
+  constexpr const char* kinds[] = {
+      "packed", "bf16", "bf16_one_block", "library"};
   constexpr const char* packs[] = {"none", "view", "once", "per_use", "left"};
   constexpr std::pair<const char*, Pack LayerPacking::*> products[] = {
       {"forward", &LayerPacking::forward},
       {"grad_input", &LayerPacking::grad_input},
       {"grad_weight", &LayerPacking::grad_weight}};
   std::ostringstream text;
-  text << "candidate: " << plan.candidate << "\nlayers: " << kinds[int(plan.layers)]
-       << "\nblock: " << plan.block << "\nchunk: " << plan.chunk
-       << "\nchunks: " << plan.chunks;
+  text << "candidate: " << plan.candidate
+       << "\nlayers: " << kinds[int(plan.layers)] << "\nblock: " << plan.block
+       << "\nchunk: " << plan.chunk << "\nchunks: " << plan.chunks;
   for (const auto& [name, member] : products) {
     text << '\n' << name << ':';
     for (const LayerPacking& layer : plan.packing) {
@@ -61,13 +62,15 @@ std::string probe_plan(
   const bool is_here = instruction_set.empty() && family.empty();
   const InstructionSet* const isa =
       is_here ? &chosen_instruction_set() : find_compiled(instruction_set);
-  const Tuning* const tuning = is_here ? &processor_tuning() : find_tuning(family);
+  const Tuning* const tuning =
+      is_here ? &processor_tuning() : find_tuning(family);
   if (is_here) {
     has_half_arithmetic = cpu::has_half_arithmetic();
   }
   if (!isa || !tuning || widths.size() < 2) {
-    fail("no instruction set '", instruction_set, "', no family '", family,
-         "', or no layer");
+    fail(
+        "no instruction set '", instruction_set, "', no family '", family,
+        "', or no layer");
   }
   Call call{rows, {}, capabilities(dtype, *isa, has_half_arithmetic), tuning};
   for (std::size_t l = 0; l + 1 < widths.size(); ++l) {

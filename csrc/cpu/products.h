@@ -1,8 +1,8 @@
-// Matrix products by this package's kernels in float and double: panels, packing, and the
-// threads that share one product.
+// Matrix products by this package's kernels in float and double: panels,
+// packing, and the threads that share one product.
 //
-// C is float or double. A panel is Kernels::panel columns of a right operand, whose rows
-// are contiguous.
+// C is float or double. A panel is Kernels::panel columns of a right operand,
+// whose rows are contiguous.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,8 @@
 
 namespace relu_mlp::cpu {
 
-// A matrix (k, n) as panels. The last one, if it is narrower, may lie elsewhere.
+// A matrix (k, n) as panels. The last one, if it is narrower, may lie
+// elsewhere.
 template <typename C>
 struct Panels {
   const C* data = nullptr;
@@ -46,18 +47,19 @@ class Products {
   // Copies b (k, n), of any strides, to panels at `to`.
   Panels<C> pack(Matrix<const C> b, C* to) const {
     const int64_t panel = kernels_.panel, step = b.rows * panel;
-    each(ceil_div(b.cols, panel), sharing_.work_to_pack(b.rows, b.cols),
-         [&](int64_t p) { pack_panel(b, p, to + p * step); });
-    return {to, b.rows, b.cols, step, panel,
-            to + b.cols / panel * step, panel};
+    each(
+        ceil_div(b.cols, panel), sharing_.work_to_pack(b.rows, b.cols),
+        [&](int64_t p) { pack_panel(b, p, to + p * step); });
+    return {to, b.rows, b.cols, step, panel, to + b.cols / panel * step, panel};
   }
 
-  // Views b (k, n), whose rows are contiguous, as panels. Only a ragged last panel is
-  // copied, to `to`, because kernels read whole vectors.
+  // Views b (k, n), whose rows are contiguous, as panels. Only a ragged last
+  // panel is copied, to `to`, because kernels read whole vectors.
   Panels<C> view_as_panels(Matrix<const C> b, C* to) const {
     const int64_t rest = b.cols % kernels_.panel;
-    Panels<C> view{b.data, b.rows, b.cols, kernels_.panel, b.row_stride,
-                   b.data + b.cols - rest, b.row_stride};
+    Panels<C> view{b.data,         b.rows,       b.cols,
+                   kernels_.panel, b.row_stride, b.data + b.cols - rest,
+                   b.row_stride};
     if (rest % kernels_.lanes != 0) {
       view.last_row = round_up(rest, kernels_.lanes);
       kernels_.pack(
@@ -72,7 +74,8 @@ class Products {
     return k * kernels_.panel;
   }
 
-  // out (m, n) = epilogue(a (m, k) b (k, n)). Rows of out and mask are contiguous.
+  // out (m, n) = epilogue(a (m, k) b (k, n)). Rows of out and mask are
+  // contiguous.
   void multiply(
       Matrix<C> out,
       Matrix<const C> a,
@@ -94,8 +97,8 @@ class Products {
     });
   }
 
-  // The same for b of any strides. Each panel is packed just before its use, into memory
-  // that stays in the cache.
+  // The same for b of any strides. Each panel is packed just before its use,
+  // into memory that stays in the cache.
   void pack_and_multiply(
       Matrix<C> out,
       Matrix<const C> a,
@@ -103,18 +106,21 @@ class Products {
       const EpilogueArgs<C>& args) const {
     const int64_t panel = kernels_.panel;
     sharing_.each_range(
-        ceil_div(b.cols, panel), sharing_.work_of_product(out.rows, b.cols, b.rows),
+        ceil_div(b.cols, panel),
+        sharing_.work_of_product(out.rows, b.cols, b.rows),
         [&](int64_t begin, int64_t end) {
           const Buffer<C> packed(b.rows * panel);
           for (int64_t p = begin; p < end; ++p) {
             pack_panel(b, p, packed.get());
-            multiply_by_panel(out, a, 0, out.rows, p, packed.get(), panel, args);
+            multiply_by_panel(
+                out, a, 0, out.rows, p, packed.get(), panel, args);
           }
         });
   }
 
-  // out (m, n) = a (m, k) weight^T + bias, with ReLU if asked for, by dot products of
-  // rows: weight (n, k) is not packed. Rows are contiguous; bias may be null.
+  // out (m, n) = a (m, k) weight^T + bias, with ReLU if asked for, by dot
+  // products of rows: weight (n, k) is not packed. Rows are contiguous; bias
+  // may be null.
   void linear_unpacked(
       Matrix<C> out,
       Matrix<const C> a,
@@ -122,7 +128,8 @@ class Products {
       const C* bias,
       bool relu) const {
     const int64_t group = tuning_.unpacked_rows_per_group; // of weight
-    const int64_t work = sharing_.work_of_product(a.rows, weight.rows, weight.cols);
+    const int64_t work =
+        sharing_.work_of_product(a.rows, weight.rows, weight.cols);
     each(ceil_div(weight.rows, group), work, [&](int64_t part) {
       const int64_t first = part * group;
       const int64_t rows = std::min(group, weight.rows - first);
@@ -133,9 +140,9 @@ class Products {
     });
   }
 
-  // The same as out^T = weight a^T: the rows of a are packed, which pays where there are
-  // fewer of them than of weight. Every thread packs them for itself, because what another
-  // has just written comes slowly.
+  // The same as out^T = weight a^T: the rows of a are packed, which pays where
+  // there are fewer of them than of weight. Every thread packs them for itself,
+  // because what another has just written comes slowly.
   void linear_packing_rows(
       Matrix<C> out,
       Matrix<const C> a,
@@ -143,9 +150,11 @@ class Products {
       const C* bias,
       bool relu) const {
     const int64_t tile = kernels_.tile_rows, group = most_rows_of_group();
-    const int64_t panel = kernels_.panel, k = a.cols, panels = ceil_div(a.rows, panel);
+    const int64_t panel = kernels_.panel, k = a.cols,
+                  panels = ceil_div(a.rows, panel);
     sharing_.each_range(
-        ceil_div(weight.rows, tile), sharing_.work_of_product(a.rows, weight.rows, k),
+        ceil_div(weight.rows, tile),
+        sharing_.work_of_product(a.rows, weight.rows, k),
         [&](int64_t begin, int64_t end) {
           const Buffer<C> packed(packed_size(k, a.rows));
           const Buffer<C> sums(group * panel), turned(panel * group);
@@ -160,7 +169,8 @@ class Products {
               kernels_.product(
                   {rows, cols, k, weight.row(first), weight.row_stride, 1,
                    packed.get() + p * k * panel, panel, sums.get(), panel});
-              kernels_.pack(turned.get(), group, {sums.get(), cols, rows, 1, panel});
+              kernels_.pack(
+                  turned.get(), group, {sums.get(), cols, rows, 1, panel});
               const Matrix<C> part{
                   out.row(p * panel) + first, cols, rows, out.row_stride, 1};
               for (int64_t i = 0; i < cols; ++i) {
@@ -175,25 +185,29 @@ class Products {
   // sums[j] += the sum of column j of m. Each column is summed by one thread.
   void column_sums(double* sums, Matrix<const C> m) const {
     const int64_t panel = kernels_.panel;
-    each(ceil_div(m.cols, panel), sharing_.work_to_pack(m.rows, m.cols), [&](int64_t p) {
-      Matrix<const C> part = m;
-      part.data += p * panel * m.col_stride;
-      part.cols = std::min(panel, m.cols - p * panel);
-      kernels_.column_sums(sums + p * panel, part);
-    });
+    each(
+        ceil_div(m.cols, panel), sharing_.work_to_pack(m.rows, m.cols),
+        [&](int64_t p) {
+          Matrix<const C> part = m;
+          part.data += p * panel * m.col_stride;
+          part.cols = std::min(panel, m.cols - p * panel);
+          kernels_.column_sums(sums + p * panel, part);
+        });
   }
 
  private:
-  // Rows of a result for which all panels are gone through before the next rows, so that
-  // what is written lies close together: equal parts of whole tiles. Their number does
-  // not change the result, every element of which is one sum in one order.
+  // Rows of a result for which all panels are gone through before the next
+  // rows, so that what is written lies close together: equal parts of whole
+  // tiles. Their number does not change the result, every element of which is
+  // one sum in one order.
   int64_t most_rows_of_group() const {
     return tuning_.tiles_per_group * kernels_.tile_rows;
   }
   int64_t rows_of_group(int64_t rows) const {
     rows = std::max<int64_t>(1, rows);
     return round_up(
-        ceil_div(rows, ceil_div(rows, most_rows_of_group())), kernels_.tile_rows);
+        ceil_div(rows, ceil_div(rows, most_rows_of_group())),
+        kernels_.tile_rows);
   }
 
   // Copies panel p of b, of any strides, to `to`.
@@ -204,7 +218,8 @@ class Products {
     kernels_.pack(to, panel, b);
   }
 
-  // The rows [row, row + rows) of the columns of out that come from panel p of b.
+  // The rows [row, row + rows) of the columns of out that come from panel p of
+  // b.
   void multiply_by_panel(
       Matrix<C> out,
       Matrix<const C> a,

@@ -3,8 +3,8 @@
 namespace relu_mlp::cpu {
 namespace {
 
-// What was measured on a Sapphire Rapids, and serves every processor without a row of
-// its own.
+// What was measured on a Sapphire Rapids, and serves every processor without a
+// row of its own.
 constexpr Tuning generic;
 
 // Measured on Zen 4.

@@ -1,11 +1,12 @@
-// The passes on plain data: chunks of rows are dealt to threads, each chunk goes through
-// the network in blocks of rows.
+// The passes on plain data: chunks of rows are dealt to threads, each chunk
+// goes through the network in blocks of rows.
 //
-// A block goes through all layers while it is in the cache. Forward, it leaves the hidden
-// activations behind if they are to be kept (block_forward.h). Backward, no gradient of a
-// hidden layer ever exists whole (block_backward.h). The number of chunks depends on the
-// plan alone, and each has sums of its own (chunk_sums.h). Where there is only one chunk,
-// threads may share each product instead.
+// A block goes through all layers while it is in the cache. Forward, it leaves
+// the hidden activations behind if they are to be kept (block_forward.h).
+// Backward, no gradient of a hidden layer ever exists whole (block_backward.h).
+// The number of chunks depends on the plan alone, and each has sums of its own
+// (chunk_sums.h). Where there is only one chunk, threads may share each product
+// instead.
 #pragma once
 
 #include <vector>
@@ -21,13 +22,14 @@ template <typename F>
 void each_chunk(const Plan& plan, int64_t rows, const F& f) {
   parallel_for(plan.chunks, 1, [&](int64_t first, int64_t last) {
     for (int64_t c = first; c < last; ++c) {
-      f(c, std::min(rows, c * plan.chunk), std::min(rows, (c + 1) * plan.chunk));
+      f(c, std::min(rows, c * plan.chunk),
+        std::min(rows, (c + 1) * plan.chunk));
     }
   });
 }
 
-// Writes y (rows, out), and the hidden activations a_1 ... a_{L-1} if `hidden` has places
-// for them. All are contiguous.
+// Writes y (rows, out), and the hidden activations a_1 ... a_{L-1} if `hidden`
+// has places for them. All are contiguous.
 template <typename L, typename T>
   requires Layers<L, T>
 void walk_forward(

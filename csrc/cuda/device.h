@@ -1,4 +1,5 @@
-// What plans and passes know of a call and of a device. Plain C++, in every build.
+// What plans and passes know of a call and of a device. Plain C++, in every
+// build.
 #pragma once
 
 #include <cstdint>
@@ -6,7 +7,8 @@
 
 namespace relu_mlp::cuda {
 
-// A cudaStream_t, which can be passed on without the header of the CUDA runtime.
+// A cudaStream_t, which can be passed on without the header of the CUDA
+// runtime.
 using Stream = void*;
 
 // The properties that plans depend on. The numbers of an A100 are 108,

@@ -1,8 +1,8 @@
-// CUDA as this package's kernels use it. All kernels and launches go through this
-// header, which has two forms. Compiled by nvcc it wraps CUDA thinly. Compiled
-// with RELU_MLP_CUDA_ON_HOST it is the emulator in tests/cuda_on_host, which runs
-// the same kernels on the host. Plain C++ that includes it gets what concerns
-// launches, but not the functions for the device.
+// CUDA as this package's kernels use it. All kernels and launches go through
+// this header, which has two forms. Compiled by nvcc it wraps CUDA thinly.
+// Compiled with RELU_MLP_CUDA_ON_HOST it is the emulator in tests/cuda_on_host,
+// which runs the same kernels on the host. Plain C++ that includes it gets what
+// concerns launches, but not the functions for the device.
 //
 // A kernel is written
 //
@@ -50,9 +50,8 @@ constexpr int warp_size = 32;
 #include <string>
 
 // PyTorch without CUDA lacks this symbol, and the library loads there too.
-extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(
-    int32_t device_index,
-    void** stream);
+extern "C" __attribute__((weak)) int32_t
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 namespace relu_mlp::cuda {
 
@@ -173,8 +172,8 @@ RELU_MLP_DEVICE int warp_index() {
 RELU_MLP_DEVICE void sync() {
   __syncthreads();
 }
-// The value of the lane whose index differs in the bits of `mask`. All threads of
-// the warp call it together.
+// The value of the lane whose index differs in the bits of `mask`. All threads
+// of the warp call it together.
 template <typename V>
 RELU_MLP_DEVICE V shuffle_xor(V value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
@@ -198,8 +197,7 @@ RELU_MLP_DEVICE void store16(void* address, const Vector16& v) {
 // 8 m + i gives the address of row i of matrix m: 8 elements, 16 bytes. In
 // word m, lane 4 g + t receives the elements (2 t, g) and (2 t + 1, g).
 RELU_MLP_DEVICE void load_transposed(uint32_t (&words)[4], const void* row) {
-  const unsigned address =
-      static_cast<unsigned>(__cvta_generic_to_shared(row));
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(row));
   asm volatile(
       "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
       : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
@@ -221,14 +219,12 @@ RELU_MLP_DEVICE void mma(
     uint32_t b0,
     uint32_t b1) {
   if constexpr (IsBFloat16) {
-    asm(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
         "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   } else {
-    asm(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
         "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));

@@ -27,7 +27,8 @@ inline bool is_capturing(Stream) {
 
 #else
 
-// For the CUDA runtime that is linked into this library. PyTorch has its own copy.
+// For the CUDA runtime that is linked into this library. PyTorch has its own
+// copy.
 inline void set_device(int device) {
   check(cudaSetDevice(device), "cudaSetDevice");
 }

@@ -1,5 +1,5 @@
-// The passes on a GPU: they ask for the plan of a call and obey it. Kernels run on
-// the device of the tensors, in the order of PyTorch's current stream of it.
+// The passes on a GPU: they ask for the plan of a call and obey it. Kernels run
+// on the device of the tensors, in the order of PyTorch's current stream of it.
 #include "passes.h"
 
 #include "../device_passes.h"
@@ -67,7 +67,8 @@ template <typename T>
 class CudaDevice {
  public:
   static constexpr bool packs_rows = true;
-  static constexpr int64_t unknown_width = 1; // the fused kernels have no width 0
+  static constexpr int64_t unknown_width =
+      1; // the fused kernels have no width 0
   static constexpr Activate<T> activate = nullptr;
 
   explicit CudaDevice(const Tensor& like)
@@ -77,10 +78,8 @@ class CudaDevice {
     return empty<2>({rows, cols}, like_);
   }
 
-  void forward(
-      const Network<T>& network,
-      const std::vector<T*>& hidden,
-      T* y) const {
+  void forward(const Network<T>& network, const std::vector<T*>& hidden, T* y)
+      const {
     const Plan plan = plan_call(
         {network.x.rows, network.widths(), int(sizeof(T)), false, false,
          device_properties()});

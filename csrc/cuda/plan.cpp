@@ -57,8 +57,8 @@ int64_t columns_at_once(
       (recompute ? busy_share_recomputing : busy_share);
   const int64_t tiles_down = std::max<int64_t>(1, ceil_div(rows, product_tile));
   const int64_t tiles = std::max<int64_t>(1, ceil_div(cols, product_tile));
-  const int64_t wanted = std::max(
-      ceil_div(tiles, most_parts), ceil_div(least_tiles, tiles_down));
+  const int64_t wanted =
+      std::max(ceil_div(tiles, most_parts), ceil_div(least_tiles, tiles_down));
   const int64_t parts = ceil_div(tiles, wanted);
   return std::min(cols, product_tile * ceil_div(tiles, parts)); // equal parts
 }
@@ -69,7 +69,8 @@ ColumnReduction plan_reduction(
     int vector,
     const Device& device) {
   using namespace tuning;
-  ColumnReduction plan{vector, ceil_div(cols, reduction_lanes * vector), 1, rows};
+  ColumnReduction plan{
+      vector, ceil_div(cols, reduction_lanes * vector), 1, rows};
   if (rows > 0 && cols > 0) {
     const int64_t wanted = std::max<int64_t>(
         1, reduction_residents * device.multiprocessors / plan.tiles);

@@ -21,11 +21,11 @@ struct Plan {
 // the call. The passes obey it.
 Plan plan_call(const Call& call);
 
-// -- The products of a layered pass ----------------------------------------------
+// -- The products of a layered pass ------------------------------------------
 
-// The shape of one product, y (rows, out) = a (rows, in) w (out, in)^T, or of one
-// of the two that its gradients take: they have the same three sizes and the same
-// leading dimensions. A leading dimension is the distance of two rows.
+// The shape of one product, y (rows, out) = a (rows, in) w (out, in)^T, or of
+// one of the two that its gradients take: they have the same three sizes and
+// the same leading dimensions. A leading dimension is the distance of two rows.
 struct ProductShape {
   int64_t rows, in, out;
   int64_t input_ld, output_ld; // of (rows, in) and of (rows, out)
@@ -44,11 +44,11 @@ struct ProductShape {
 bool is_for_cublaslt(const ProductShape& product);
 
 // The lowest delta that a backward pass computes, (rows, cols), is used only in
-// products that can be split along its columns, unless something below its layer
-// is needed. So it is computed this many columns at a time and never exists
-// whole. Fewer columns take less memory, but the tiles of a product should keep
-// the device busy. A pass that recomputes also computes the activations of these
-// columns, so there memory comes first.
+// products that can be split along its columns, unless something below its
+// layer is needed. So it is computed this many columns at a time and never
+// exists whole. Fewer columns take less memory, but the tiles of a product
+// should keep the device busy. A pass that recomputes also computes the
+// activations of these columns, so there memory comes first.
 int64_t columns_at_once(
     int64_t rows,
     int64_t cols,
@@ -56,9 +56,9 @@ int64_t columns_at_once(
     const Device&);
 
 // How the columns of a matrix are summed: a block has a tile of 32 * vector
-// columns and a chunk of the rows; a second kernel adds the chunks' sums in their
-// order. The chunks are few enough for that kernel to be short, and the blocks
-// enough to fill the device.
+// columns and a chunk of the rows; a second kernel adds the chunks' sums in
+// their order. The chunks are few enough for that kernel to be short, and the
+// blocks enough to fill the device.
 struct ColumnReduction {
   int vector; // elements that a thread loads at once
   int64_t tiles, chunks, chunk_rows;

@@ -7,7 +7,7 @@
 
 namespace relu_mlp::cuda::tuning {
 
-// -- Fused: a whole pass in one kernel ----------------------------------------
+// -- Fused: a whole pass in one kernel ---------------------------------------
 
 // The largest network that the fused kernels take.
 constexpr int max_layers = 16, max_width = 128;
@@ -27,7 +27,7 @@ constexpr int fused_residents_16_bit(bool is_backward, int widest) {
 }
 constexpr int fused_residents_32_bit = 2;
 
-// -- Layered: a product for each layer -----------------------------------------
+// -- Layered: a product for each layer ---------------------------------------
 
 // The rows and columns of a product that a multiprocessor takes at a time.
 constexpr int64_t product_tile = 128;

@@ -31,12 +31,16 @@ void print(const char* name, const torch::Tensor& y) {
 }
 
 int main(int argc, char** argv) try {
-  TORCH_CHECK(argc == 5, "usage: ", argv[0], " LIBRARY TORCHSCRIPT PACKAGE INPUT");
-  TORCH_CHECK(dlopen(argv[1], RTLD_NOW), "cannot load the operators: ", dlerror());
+  TORCH_CHECK(
+      argc == 5, "usage: ", argv[0], " LIBRARY TORCHSCRIPT PACKAGE INPUT");
+  TORCH_CHECK(
+      dlopen(argv[1], RTLD_NOW), "cannot load the operators: ", dlerror());
   c10::InferenceMode no_gradients;
   const torch::Tensor x = read_tensor(argv[4]);
   print("TorchScript", torch::jit::load(argv[2]).forward({x}).toTensor());
-  print("AOTInductor", torch::inductor::AOTIModelPackageLoader(argv[3]).run({x}).at(0));
+  print(
+      "AOTInductor",
+      torch::inductor::AOTIModelPackageLoader(argv[3]).run({x}).at(0));
 } catch (const c10::Error& error) {
   std::cerr << error.what_without_backtrace() << '\n';
   return 1;

@@ -1,7 +1,7 @@
 // A stand-in for cuBLASLt on the host: the functions and epilogues that
-// csrc/cuda/layered/cublaslt.cpp uses, over host memory, one element after the other.
-// It looks at its arguments as the real one does, or more strictly, and says
-// no where the real one may.
+// csrc/cuda/layered/cublaslt.cpp uses, over host memory, one element after the
+// other. It looks at its arguments as the real one does, or more strictly, and
+// says no where the real one may.
 
 #include <cmath>
 #include <cstring>
@@ -221,8 +221,8 @@ EXPORT Status cublasLtMatmulAlgoGetHeuristic(
   const Desc& desc = *static_cast<Desc*>(about);
   const Wishes& wishes = *static_cast<Wishes*>(preference);
   const Layout* of[] = {
-      static_cast<Layout*>(a), static_cast<Layout*>(b),
-      static_cast<Layout*>(c), static_cast<Layout*>(d)};
+      static_cast<Layout*>(a), static_cast<Layout*>(b), static_cast<Layout*>(c),
+      static_cast<Layout*>(d)};
   ++settings.heuristics;
   *found = 0;
   int64_t mnk[3];
@@ -277,7 +277,8 @@ EXPORT Status cublasLtMatmul(
   Choice choice;
   std::memcpy(&choice, algorithm, sizeof(choice));
   const bool is_aligned_as_promised = is_aligned(a, choice.alignments[0]) &&
-      is_aligned(b, choice.alignments[1]) && is_aligned(d, choice.alignments[3]);
+      is_aligned(b, choice.alignments[1]) &&
+      is_aligned(d, choice.alignments[3]);
   if (handle != &settings || *static_cast<const float*>(alpha) != 1 ||
       *static_cast<const float*>(beta) != 0 ||
       sizes(desc, of_a, of_b, of_d, mnk) != success ||

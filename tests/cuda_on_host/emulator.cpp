@@ -222,8 +222,8 @@ void load_transposed(void* const* arguments) {
     for (int m = 0; m < 4; ++m) {
       uint16_t low, high;
       std::memcpy(
-          &low,
-          static_cast<const uint16_t*>(argument(8 * m + 2 * t)->row) + g, 2);
+          &low, static_cast<const uint16_t*>(argument(8 * m + 2 * t)->row) + g,
+          2);
       std::memcpy(
           &high,
           static_cast<const uint16_t*>(argument(8 * m + 2 * t + 1)->row) + g,

@@ -127,8 +127,7 @@ V shuffle_from(V value, int source) {
       [](void* const* arguments) {
         for (int lane = 0; lane < warp_size; ++lane) {
           auto* to = static_cast<Shuffle<V>*>(arguments[lane]);
-          to->received =
-              static_cast<Shuffle<V>*>(arguments[to->source])->given;
+          to->received = static_cast<Shuffle<V>*>(arguments[to->source])->given;
         }
       },
       &mine);

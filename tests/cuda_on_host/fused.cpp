@@ -35,9 +35,8 @@ struct Arguments {
 
 template <typename T>
 void copy(T* to[max_layers], void* const from[max_layers]) {
-  std::transform(from, from + max_layers, to, [](void* p) {
-    return static_cast<T*>(p);
-  });
+  std::transform(
+      from, from + max_layers, to, [](void* p) { return static_cast<T*>(p); });
 }
 template <typename T>
 void copy(const T* to[max_layers], const void* const from[max_layers]) {
@@ -145,8 +144,7 @@ void backward(const Arguments& call) {
   pass.recompute = recomputes(call, needs);
   const FusedPlan plan = plan_of(call, true, pass.recompute);
   const FusedNetwork<T> given = network<T>(call);
-  const int64_t bytes =
-      fused_workspace_bytes(plan);
+  const int64_t bytes = fused_workspace_bytes(plan);
   constexpr uint32_t nans = ~0u, guard = 0xa5a5a5a5u;
   constexpr int64_t guards = 64;
   std::vector<Vector16> memory(
@@ -274,10 +272,14 @@ void plan(
     bool recompute,
     int64_t* result) {
   FusedPlan p{};
-  const bool serves =
-      fused_serves(question(*call, is_backward, recompute), p);
+  const bool serves = fused_serves(question(*call, is_backward, recompute), p);
   const int64_t values[] = {
-      serves, p.threads, p.tile_rows, p.grid, p.sum_floats, p.layout.bytes,
+      serves,
+      p.threads,
+      p.tile_rows,
+      p.grid,
+      p.sum_floats,
+      p.layout.bytes,
       fused_workspace_bytes(p)};
   std::copy(std::begin(values), std::end(values), result);
 }
@@ -287,8 +289,7 @@ int64_t index_of_column(int64_t tile, int64_t n) {
 }
 int64_t index_of_chunk(int64_t row, int64_t chunk, int64_t groups) {
   return chunk_offset(
-      static_cast<int>(row), static_cast<int>(chunk),
-      static_cast<int>(groups));
+      static_cast<int>(row), static_cast<int>(chunk), static_cast<int>(groups));
 }
 int64_t stride_of_floats(int64_t width) {
   return fma_stride(static_cast<int>(width));

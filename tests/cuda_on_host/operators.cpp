@@ -11,7 +11,8 @@ namespace {
 // `seed` shuffles the order in which threads and blocks run.
 void set_machine(int64_t seed, std::vector<int64_t> device) {
   cuda::emulator::settings() = {
-      uint64_t(seed), {int(device.at(0)), int(device.at(1)), int(device.at(2))}};
+      uint64_t(seed),
+      {int(device.at(0)), int(device.at(1)), int(device.at(2))}};
 }
 
 int64_t launches() {

@@ -1,12 +1,14 @@
-// The passes of the CPU on plain data, without PyTorch, for the sanitizers: `make sanitize`.
+// The passes of the CPU on plain data, without PyTorch, for the sanitizers:
+// `make sanitize`.
 //
-// Networks of small integers, whose sums are exact, go through all passes in every dtype on
-// every instruction set. The results must have the bits of plain loops in double precision.
-// PyTorch's own products are left out: this package's take their place.
+// Networks of small integers, whose sums are exact, go through all passes in
+// every dtype on every instruction set. The results must have the bits of plain
+// loops in double precision. PyTorch's own products are left out: this
+// package's take their place.
 //
-// Every operand, result and workspace ends at a page that must not be touched, has a
-// pattern around it, and holds NaN before it is written. That finds accesses that the
-// sanitizers do not see: masked ones and those of AMX.
+// Every operand, result and workspace ends at a page that must not be touched,
+// has a pattern around it, and holds NaN before it is written. That finds
+// accesses that the sanitizers do not see: masked ones and those of AMX.
 
 #include <sys/mman.h>
 
@@ -24,7 +26,7 @@
 #include "../../csrc/cpu/packed_layers.h"
 #include "../../csrc/cpu/walk.h"
 
-// -- Memory ------------------------------------------------------------------------------
+// -- Memory ------------------------------------------------------------------
 
 namespace {
 
@@ -35,14 +37,16 @@ struct Head { // in a page of its own, before the data
 };
 
 char* start_of_page(void* p) {
-  return reinterpret_cast<char*>(reinterpret_cast<std::uintptr_t>(p) / page * page);
+  return reinterpret_cast<char*>(
+      reinterpret_cast<std::uintptr_t>(p) / page * page);
 }
 
 void* guarded(std::size_t bytes) {
   const std::size_t used = (bytes + 63) / 64 * 64;
   const std::size_t data = std::max(page, (used + page - 1) / page * page);
   char* const base = static_cast<char*>(mmap(
-      nullptr, data + 2 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+      nullptr, data + 2 * page, PROT_READ | PROT_WRITE,
+      MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
   if (base == MAP_FAILED) {
     std::abort();
   }
@@ -64,8 +68,9 @@ void release(void* p) {
   const auto check = [&](const char* from, const char* to) {
     for (; from < to; ++from) {
       if (*from != char(0xff)) {
-        std::fprintf(stderr, "written %td bytes behind %zu bytes\n",
-                     from - static_cast<char*>(p), head.bytes);
+        std::fprintf(
+            stderr, "written %td bytes behind %zu bytes\n",
+            from - static_cast<char*>(p), head.bytes);
         std::abort();
       }
     }
@@ -81,7 +86,10 @@ void release(void* p) {
 void* operator new(std::size_t bytes, std::align_val_t) {
   return guarded(bytes);
 }
-void* operator new(std::size_t bytes, std::align_val_t, const std::nothrow_t&) noexcept {
+void* operator new(
+    std::size_t bytes,
+    std::align_val_t,
+    const std::nothrow_t&) noexcept {
   return guarded(bytes);
 }
 void operator delete(void* p, std::align_val_t) noexcept {
@@ -97,13 +105,16 @@ namespace {
 template <typename T>
 class Array { // ends at a guard, but for at most 63 bytes
  public:
-  explicit Array(int64_t count) : data(static_cast<T*>(guarded(count * sizeof(T)))) {
-    // Those bytes would hide an element too many: the data moves up to the guard.
+  explicit Array(int64_t count)
+      : data(static_cast<T*>(guarded(count * sizeof(T)))) {
+    // Those bytes would hide an element too many: the data moves up to the
+    // guard.
     const std::size_t bytes = count * sizeof(T);
     shift_ = bytes ? (bytes + 63) / 64 * 64 - bytes : 64;
     data = reinterpret_cast<T*>(reinterpret_cast<char*>(data) + shift_);
   }
-  Array(Array&& other) noexcept : data(std::exchange(other.data, nullptr)), shift_(other.shift_) {}
+  Array(Array&& other) noexcept
+      : data(std::exchange(other.data, nullptr)), shift_(other.shift_) {}
   ~Array() {
     if (data) {
       char* const p = reinterpret_cast<char*>(data) - shift_;
@@ -134,7 +145,7 @@ double number(T value) {
   return double(compute_t<T>(value));
 }
 
-// -- A network in double precision ---------------------------------------------------------
+// -- A network in double precision -------------------------------------------
 
 using Numbers = std::vector<double>;
 
@@ -172,7 +183,8 @@ struct Plain {
       a.push_back(z);
     }
     Numbers delta = grad;
-    for (std::size_t n = 0; activation == Activation::relu && n < delta.size(); ++n) {
+    for (std::size_t n = 0; activation == Activation::relu && n < delta.size();
+         ++n) {
       delta[n] = a.back()[n] > 0 ? delta[n] : 0;
     }
     grad_weights.resize(layers());
@@ -205,7 +217,7 @@ struct Plain {
   }
 };
 
-// -- One case ------------------------------------------------------------------------------
+// -- One case ----------------------------------------------------------------
 
 struct Random {
   std::mt19937_64 engine;
@@ -230,8 +242,10 @@ struct Random {
 
 Plain random_plain(int64_t number, Random& random) {
   Plain net;
-  const std::vector<int64_t> edges = {0, 1, 3}, few = {0, 1, 2, 3, 5, 7, 8, 9, 15, 16, 17},
-                             more = {31, 32, 33, 47, 49, 63, 64, 65, 96, 97, 130, 200, 256, 300};
+  const std::vector<int64_t> edges = {0, 1, 3},
+                             few = {0, 1, 2, 3, 5, 7, 8, 9, 15, 16, 17},
+                             more = {31, 32, 33, 47,  49,  63,  64,
+                                     65, 96, 97, 130, 200, 256, 300};
   if (number < 108) { // every network of two layers with these sizes
     net.rows = std::vector<int64_t>{0, 1, 3, 97}[number % 4];
     for (int64_t rest = number / 4, l = 0; l < 3; ++l, rest /= 3) {
@@ -241,20 +255,25 @@ Plain random_plain(int64_t number, Random& random) {
     for (int64_t l = 0, layers = 1 + random.below(4); l <= layers; ++l) {
       net.sizes.push_back(random.one_in(3) ? random.of(more) : random.of(few));
     }
-    const int64_t widest = *std::max_element(net.sizes.begin(), net.sizes.end());
+    const int64_t widest =
+        *std::max_element(net.sizes.begin(), net.sizes.end());
     do {
-      net.rows = random.one_in(2) ? random.of(few) : random.of({24, 25, 48, 97, 200, 241, 500});
+      net.rows = random.one_in(2) ? random.of(few)
+                                  : random.of({24, 25, 48, 97, 200, 241, 500});
     } while (net.rows * widest > 45'000);
   }
   net.activation = random.one_in(2) ? Activation::none : Activation::relu;
   net.x = random.integers(net.rows * net.sizes[0], 1);
   for (std::size_t l = 0; l + 1 < net.sizes.size(); ++l) {
     const int64_t in = net.sizes[l], out = net.sizes[l + 1];
-    net.weights.push_back(random.integers(out * in, 6.0 / double(std::max<int64_t>({6, in, out}))));
-    net.biases.push_back(random.one_in(3) ? Numbers{} : random.integers(out, 1));
+    net.weights.push_back(random.integers(
+        out * in, 6.0 / double(std::max<int64_t>({6, in, out}))));
+    net.biases.push_back(
+        random.one_in(3) ? Numbers{} : random.integers(out, 1));
   }
   net.grad = random.integers(
-      net.rows * net.sizes.back(), std::min(1.0, 300.0 / double(std::max<int64_t>(1, net.rows))));
+      net.rows * net.sizes.back(),
+      std::min(1.0, 300.0 / double(std::max<int64_t>(1, net.rows))));
   net.run();
   return net;
 }
@@ -265,7 +284,12 @@ struct Placed {
   Array<T> array;
   Matrix<const T> matrix;
 
-  Placed(const Numbers& numbers, int64_t rows, int64_t cols, int64_t gap, bool is_turned = false)
+  Placed(
+      const Numbers& numbers,
+      int64_t rows,
+      int64_t cols,
+      int64_t gap,
+      bool is_turned = false)
       : array(
             rows == 0 || cols == 0
                 ? 0
@@ -287,7 +311,10 @@ template <typename T>
 class Case {
  public:
   Case(const Plain& plain, Random& random, const std::string& name)
-      : plain_(plain), random_(random), name_(name), is_exact_(plain.largest < 256) {
+      : plain_(plain),
+        random_(random),
+        name_(name),
+        is_exact_(plain.largest < 256) {
     const auto gap = [&] { return random.one_in(2) ? 0 : random.below(9); };
     const int64_t rows = plain.rows;
     x_.emplace_back(plain.x, rows, plain.sizes[0], gap());
@@ -306,7 +333,8 @@ class Case {
       plan_.layers = LayersKind::packed;
     }
     if (random.one_in(2)) { // small blocks and many chunks, where threads meet
-      const int64_t chunks = 1 + random.below(5), some = std::max<int64_t>(1, rows);
+      const int64_t chunks = 1 + random.below(5),
+                    some = std::max<int64_t>(1, rows);
       plan_.chunk = ceil_div(some, chunks);
       plan_.chunks = ceil_div(some, plan_.chunk);
       plan_.block = 1 + random.below(plan_.chunk);
@@ -327,13 +355,19 @@ class Case {
   }
 
  private:
-  void check(const char* what, std::size_t l, const T* found, const Numbers& expected) {
+  void check(
+      const char* what,
+      std::size_t l,
+      const T* found,
+      const Numbers& expected) {
     for (std::size_t n = 0; n < expected.size(); ++n) {
       const double wanted = number(as<T>(expected[n]));
-      if (is_exact_ ? number(found[n]) != wanted : std::isnan(number(found[n]))) {
+      if (is_exact_ ? number(found[n]) != wanted
+                    : std::isnan(number(found[n]))) {
         const std::lock_guard lock(output);
-        std::fprintf(stderr, "%s: %s %zu, number %zu is %g, not %g\n", name_.c_str(), what, l, n,
-                     number(found[n]), wanted);
+        std::fprintf(
+            stderr, "%s: %s %zu, number %zu is %g, not %g\n", name_.c_str(),
+            what, l, n, number(found[n]), wanted);
         std::exit(1);
       }
     }
@@ -397,20 +431,23 @@ class Case {
         network.layers[l].bias = nullptr;
         if (l > 0) {
           saved.emplace_back(plain_.a[l], rows, plain_.sizes[l], 0);
-          pass.hidden.push_back(is_kept ? saved.back().matrix : Matrix<const T>{});
+          pass.hidden.push_back(
+              is_kept ? saved.back().matrix : Matrix<const T>{});
         }
       }
-      saved.emplace_back(plain_.a.back(), rows, plain_.sizes.back(), random_.below(3));
+      saved.emplace_back(
+          plain_.a.back(), rows, plain_.sizes.back(), random_.below(3));
       pass.y = saved.back().matrix;
     }
-    Numbers target = plain_.a.back(); // of 1/2 sum (y - target)^2, whose gradient is grad
+    Numbers target =
+        plain_.a.back(); // of 1/2 sum (y - target)^2, whose gradient is grad
     for (std::size_t n = 0; n < target.size(); ++n) {
       target[n] -= plain_.grad[n];
     }
     const bool is_turned = !by_loss && random_.one_in(3);
     const Placed<T> grad(
-        by_loss ? target : plain_.grad, rows, plain_.sizes.back(), by_loss ? 0 : random_.below(3),
-        is_turned);
+        by_loss ? target : plain_.grad, rows, plain_.sizes.back(),
+        by_loss ? 0 : random_.below(3), is_turned);
     Array<T> loss(1);
     (by_loss ? pass.target : pass.grad_output) = grad.matrix;
     pass.loss_scale = 0.5;
@@ -421,13 +458,14 @@ class Case {
     for (std::size_t l = 0; l < layers; ++l) {
       of_weights.emplace_back(int64_t(plain_.grad_weights[l].size()));
       of_biases.emplace_back(int64_t(plain_.grad_biases[l].size()));
-      pass.grad_weights.push_back(needs.weight(l) ? of_weights[l].data : nullptr);
+      pass.grad_weights.push_back(
+          needs.weight(l) ? of_weights[l].data : nullptr);
       pass.grad_biases.push_back(needs.bias(l) ? of_biases[l].data : nullptr);
     }
-    with_layers([&]<typename L>() {
-      walk_backward<L>(network, plan_, pass);
-    });
-    const char* const what = by_loss ? "grad by loss" : recompute ? "grad, recomputed" : "grad";
+    with_layers([&]<typename L>() { walk_backward<L>(network, plan_, pass); });
+    const char* const what = by_loss ? "grad by loss"
+        : recompute                  ? "grad, recomputed"
+                                     : "grad";
     if (needs.x()) {
       check(what, 999, grad_x.data, plain_.grad_x);
     }
@@ -450,7 +488,11 @@ class Case {
   Plan plan_;
 };
 
-void run_cases(int64_t first, int64_t step, int64_t count, const std::string& set) {
+void run_cases(
+    int64_t first,
+    int64_t step,
+    int64_t count,
+    const std::string& set) {
   for (int64_t number = first; number < count; number += step) {
     Random random{std::mt19937_64(uint64_t(number))};
     const Plain plain = random_plain(number, random);
@@ -475,8 +517,9 @@ int main(int argc, char** argv) {
     std::thread other([&] { run_cases(1, 2, count, set); });
     run_cases(0, 2, count, set);
     other.join();
-    std::printf("%s: %lld networks, each in 4 dtypes and 5 passes\n", set.c_str(),
-                static_cast<long long>(count));
+    std::printf(
+        "%s: %lld networks, each in 4 dtypes and 5 passes\n", set.c_str(),
+        static_cast<long long>(count));
     std::fflush(stdout);
   }
 }

@@ -1,11 +1,12 @@
-// The kernels for AVX-512 with AMX for bfloat16: Intel servers since 2023 (Sapphire
-// Rapids).
+// The kernels for AVX-512 with AMX for bfloat16: Intel servers since 2023
+// (Sapphire Rapids).
 #include "isa.h"
 #ifdef RELU_MLP_X86
 
 #define RELU_MLP_ISA amx
-#define RELU_MLP_TARGET \
-  "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,avx512bf16,amx-tile,amx-bf16"
+#define RELU_MLP_TARGET                                                       \
+  "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,avx512bf16,amx-tile,amx-" \
+  "bf16"
 #define RELU_MLP_VECTOR_BYTES 64
 #define RELU_MLP_VECTOR_REGISTERS 32
 #include "begin_target.h"

@@ -12,7 +12,8 @@
 namespace relu_mlp::cpu {
 
 extern const InstructionSet avx2_set = {
-    "avx2", avx2::kernels<float>, avx2::kernels<double>, avx2::bfloat16, avx2::half};
+    "avx2", avx2::kernels<float>, avx2::kernels<double>, avx2::bfloat16,
+    avx2::half};
 
 } // namespace relu_mlp::cpu
 

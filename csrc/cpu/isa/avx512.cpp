@@ -1,4 +1,5 @@
-// The kernels for AVX-512: Intel servers since 2017 (Skylake), AMD since 2022 (Zen 4).
+// The kernels for AVX-512: Intel servers since 2017 (Skylake), AMD since 2022
+// (Zen 4).
 #include "isa.h"
 #ifdef RELU_MLP_X86
 

@@ -1,10 +1,11 @@
-// The kernels for AVX-512 with dot products of bfloat16: AMD since 2022 (Zen 4), Intel
-// servers since 2020 (Cooper Lake).
+// The kernels for AVX-512 with dot products of bfloat16: AMD since 2022 (Zen
+// 4), Intel servers since 2020 (Cooper Lake).
 #include "isa.h"
 #ifdef RELU_MLP_X86
 
 #define RELU_MLP_ISA avx512_bf16
-#define RELU_MLP_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,avx512bf16"
+#define RELU_MLP_TARGET \
+  "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,avx512bf16"
 #define RELU_MLP_VECTOR_BYTES 64
 #define RELU_MLP_VECTOR_REGISTERS 32
 #include "begin_target.h"

@@ -1,5 +1,5 @@
-// The kernels for the instructions that the compiler may always use: SSE2 on x86-64, NEON
-// on AArch64.
+// The kernels for the instructions that the compiler may always use: SSE2 on
+// x86-64, NEON on AArch64.
 #define RELU_MLP_ISA baseline
 #define RELU_MLP_VECTOR_BYTES 16
 #if defined(__aarch64__)

@@ -5,8 +5,9 @@
 //   RELU_MLP_VECTOR_BYTES       the width of a vector
 //   RELU_MLP_VECTOR_REGISTERS   how many vectors there are
 //
-// Headers whose inline functions must run on every processor are included here, before
-// the instructions change. (No include guard: the compiler's state is what matters.)
+// Headers whose inline functions must run on every processor are included here,
+// before the instructions change. (No include guard: the compiler's state is
+// what matters.)
 #include <immintrin.h>
 
 #include <utility>
@@ -16,8 +17,9 @@
 #define RELU_MLP_PRAGMA(text) _Pragma(#text)
 #define RELU_MLP_PRAGMA_OF(...) RELU_MLP_PRAGMA(__VA_ARGS__)
 #if defined(__clang__)
-RELU_MLP_PRAGMA_OF(clang attribute push( \
-    __attribute__((target(RELU_MLP_TARGET))), apply_to = function))
+RELU_MLP_PRAGMA_OF(clang attribute push(
+    __attribute__((target(RELU_MLP_TARGET))),
+    apply_to = function))
 #else
 RELU_MLP_PRAGMA_OF(GCC target(RELU_MLP_TARGET))
 #endif

@@ -46,7 +46,8 @@ unsigned features_in_edx() {
   return __get_cpuid_count(7, 0, &a, &b, &c, &d) ? d : 0;
 }
 
-// Whether the processor has AMX for bfloat16, and the system lets this process use it.
+// Whether the processor has AMX for bfloat16, and the system lets this process
+// use it.
 bool has_amx() {
 #if defined(__linux__)
   constexpr unsigned needed = 1u << 22 | 1u << 24; // AMX-BF16, AMX-TILE
@@ -76,8 +77,8 @@ void add_x86(std::vector<Compiled>& all) {
 }
 #endif
 
-// The slowest first. What the processor has is asked here, in code that runs on every
-// processor.
+// The slowest first. What the processor has is asked here, in code that runs on
+// every processor.
 const std::vector<Compiled>& compiled() {
   static const std::vector<Compiled> sets = [] {
     std::vector<Compiled> all = {{baseline_set, true}};

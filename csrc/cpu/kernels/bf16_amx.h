@@ -1,14 +1,14 @@
-// Products of bfloat16 with the tiles of AMX, which multiply bfloat16 and sum in float.
-// Operands and results are bfloat16 in memory. They go from there into the tiles and back
-// without a copy in float.
+// Products of bfloat16 with the tiles of AMX, which multiply bfloat16 and sum
+// in float. Operands and results are bfloat16 in memory. They go from there
+// into the tiles and back without a copy in float.
 //
-// A tile is 16 rows of 64 bytes. One product of tiles multiplies 16 rows of a, 32 elements
-// of k each, by a packed tile of b. The rows of a are read where they lie, except for
-// last columns that do not fill a tile.
+// A tile is 16 rows of 64 bytes. One product of tiles multiplies 16 rows of a,
+// 32 elements of k each, by a packed tile of b. The rows of a are read where
+// they lie, except for last columns that do not fill a tile.
 //
-// AMX does 16 times the multiply-adds of AVX-512. So what limits the speed is the work on
-// the sums after a product, and packing. Subnormal numbers count as 0, as they do in
-// PyTorch's products on the same processor.
+// AMX does 16 times the multiply-adds of AVX-512. So what limits the speed is
+// the work on the sums after a product, and packing. Subnormal numbers count as
+// 0, as they do in PyTorch's products on the same processor.
 #pragma once
 
 #include "bf16_vnni.h"
@@ -16,8 +16,8 @@
 namespace relu_mlp::cpu::RELU_MLP_ISA {
 namespace {
 
-// Configures the tile registers for the lifetime of the object: 0 to 3 hold the sums, 4
-// and 5 `rows` rows of a, 6 and 7 tiles of b.
+// Configures the tile registers for the lifetime of the object: 0 to 3 hold the
+// sums, 4 and 5 `rows` rows of a, 6 and 7 tiles of b.
 struct Tiles {
   explicit Tiles(int64_t rows) {
     struct alignas(64) {
@@ -40,9 +40,11 @@ struct Strips {
   const uint16_t* data; // tile (strip, k) at data + strip * step + k * k_step
   int64_t step, k_step, row_bytes;
   int64_t whole_k; // tiles that lie there
-  const uint16_t* last; // one more tile for each strip, 512 elements apart; or null
+  const uint16_t*
+      last; // one more tile for each strip, 512 elements apart; or null
 
-  // Calls f(tile of strip 0, distance to strip 1, bytes from row to row) for every k.
+  // Calls f(tile of strip 0, distance to strip 1, bytes from row to row) for
+  // every k.
   template <typename F>
   RELU_MLP_INLINE void each_k(const F& f) const {
     for (int64_t k = 0; k < whole_k; ++k) {
@@ -54,8 +56,8 @@ struct Strips {
   }
 };
 
-// Four tiles of sums do not wait for each other: 2 x 2, or 4 x 1 where b has only one
-// column of tiles left.
+// Four tiles of sums do not wait for each other: 2 x 2, or 4 x 1 where b has
+// only one column of tiles left.
 constexpr int64_t sum_count = 4 * 256;
 constexpr int64_t tile_columns(int64_t tiles_n) {
   return tiles_n > 1 ? 2 : 1;
@@ -64,8 +66,8 @@ constexpr int64_t tile_strips(int64_t tiles_n) {
   return tiles_n > 1 ? 2 : 4;
 }
 
-// sums (32, 32) = start + 1 or 2 strips of a times 2 columns of tiles of b. All rows start
-// with the same 32 numbers.
+// sums (32, 32) = start + 1 or 2 strips of a times 2 columns of tiles of b. All
+// rows start with the same 32 numbers.
 inline void multiply_square(
     float* sums,
     const float* start,
@@ -184,8 +186,8 @@ inline void multiply_rows(
             _mm512_maskz_loadu_epi16(
                 first_of_32(rest), a + i * p.a_row + p.k - rest));
       }
-      const Strips of_a{a, 16 * p.a_row, tile_k, 2 * p.a_row, p.k / tile_k,
-                        rest ? last[turn] : nullptr};
+      const Strips of_a{a,           16 * p.a_row, tile_k,
+                        2 * p.a_row, p.k / tile_k, rest ? last[turn] : nullptr};
       if (is_tall) {
         multiply_tall(sums[turn], start, of_a, rows / height, b);
       } else {
@@ -197,8 +199,9 @@ inline void multiply_rows(
       if (row + step < end) {
         multiply(row + step, turn ^ 1);
       }
-      (is_tall ? write_tiles<1> : write_tiles<2>)(
-          p, row, least(end - row, step), col, sums[turn]);
+      (is_tall ? write_tiles<1> : write_tiles<2>)(p, row,
+                                                  least(end - row, step), col,
+                                                  sums[turn]);
     }
   }
 }
@@ -213,8 +216,8 @@ inline void product_amx(const Bf16Product& p) {
   }
 }
 
-// The sums of delta^T a go to `to` (m, n) by `write`. Both operands are first packed into
-// `scratch`.
+// The sums of delta^T a go to `to` (m, n) by `write`. Both operands are first
+// packed into `scratch`.
 template <typename S, typename Write>
 void grad_weight_with(
     Matrix<S> to,
@@ -222,8 +225,10 @@ void grad_weight_with(
     Matrix<const uint16_t> a,
     uint32_t* scratch,
     const Write& write) {
-  const int64_t tiles_k = ceil_div(a.rows, tile_k), b_step = tiles_k * tile_words;
-  const int64_t tiles_m = ceil_div(to.rows, 16), tiles_n = ceil_div(to.cols, 16);
+  const int64_t tiles_k = ceil_div(a.rows, tile_k),
+                b_step = tiles_k * tile_words;
+  const int64_t tiles_m = ceil_div(to.rows, 16),
+                tiles_n = ceil_div(to.cols, 16);
   uint32_t* const right = scratch;
   uint32_t* const left = right + tiles_n * b_step;
   pack_vnni_rows<false>(right, a);
@@ -232,13 +237,18 @@ void grad_weight_with(
   alignas(64) const float zeros[32] = {};
   const Tiles tiles(16);
   for (int64_t n = 0; n < tiles_n; n += 2) {
-    const int64_t columns = tile_columns(tiles_n - n), step = tile_strips(tiles_n - n);
+    const int64_t columns = tile_columns(tiles_n - n),
+                  step = tile_strips(tiles_n - n);
     const uint32_t* const b = right + n * b_step;
     for (int64_t m = 0; m < tiles_m; m += step) {
       const int64_t strips = least(tiles_m - m, step);
       const Strips of_delta{
-          reinterpret_cast<const uint16_t*>(left + m * b_step), 2 * b_step, 512,
-          64, tiles_k, nullptr};
+          reinterpret_cast<const uint16_t*>(left + m * b_step),
+          2 * b_step,
+          512,
+          64,
+          tiles_k,
+          nullptr};
       if (columns == 1) {
         multiply_tall(sums, zeros, of_delta, strips, b);
       } else {
@@ -247,8 +257,9 @@ void grad_weight_with(
       for (int64_t i = 0; i < least(16 * strips, to.rows - 16 * m); ++i) {
         for (int64_t j = 0; j < columns; ++j) {
           const int64_t col = 16 * (n + j);
-          write(to.row(16 * m + i) + col, first_of_16(to.cols - col),
-                _mm512_load_ps(sums + 16 * (i * columns + j)));
+          write(
+              to.row(16 * m + i) + col, first_of_16(to.cols - col),
+              _mm512_load_ps(sums + 16 * (i * columns + j)));
         }
       }
     }

@@ -1,14 +1,14 @@
-// Products of bfloat16 with the instruction vdpbf16ps of AVX512-BF16, which adds two
-// products of bfloat16 to a float.
+// Products of bfloat16 with the instruction vdpbf16ps of AVX512-BF16, which
+// adds two products of bfloat16 to a float.
 //
-// As in gemm.h, a tile of `rows` x `vectors` registers of sums is kept while k advances,
-// here by two elements a step. A step loads one row of 32-bit words of b and broadcasts
-// one word, two neighboring elements, of every row of a. For delta^T these words come
-// from a packed matrix.
+// As in gemm.h, a tile of `rows` x `vectors` registers of sums is kept while k
+// advances, here by two elements a step. A step loads one row of 32-bit words
+// of b and broadcasts one word, two neighboring elements, of every row of a.
+// For delta^T these words come from a packed matrix.
 //
-// The dot products limit the speed. Zen 4 begins one in a cycle, as many as it does
-// multiply-adds. Subnormal numbers count as 0, as they do in PyTorch's products on the
-// same processor.
+// The dot products limit the speed. Zen 4 begins one in a cycle, as many as it
+// does multiply-adds. Subnormal numbers count as 0, as they do in PyTorch's
+// products on the same processor.
 #pragma once
 
 #include "bf16_vnni.h"
@@ -17,8 +17,8 @@
 namespace relu_mlp::cpu::RELU_MLP_ISA {
 namespace {
 
-// The operand (rows, k) whose words are broadcast. Distances count elements: word s of
-// row i is at data + i * row + s * word.
+// The operand (rows, k) whose words are broadcast. Distances count elements:
+// word s of row i is at data + i * row + s * word.
 struct Left {
   const uint16_t* data;
   int64_t rows, k;
@@ -42,7 +42,8 @@ RELU_MLP_INLINE __m512bh broadcast_element(const uint16_t* from) {
   return (__m512bh)_mm512_set1_epi32(*from);
 }
 
-// Computes the sums of one tile, which start with `start`, and calls write(row, sums).
+// Computes the sums of one tile, which start with `start`, and calls write(row,
+// sums).
 template <int rows, int vectors, typename F>
 RELU_MLP_INLINE void dot_tile(
     const Left& a,
@@ -74,7 +75,8 @@ RELU_MLP_INLINE void dot_tile(
     RELU_MLP_UNROLL
     for (int i = 0; i < rows; ++i) {
       const uint16_t* const from = of_a[i / 3] + i % 3 * a.row;
-      const __m512bh of_row = is_whole ? broadcast_word(from) : broadcast_element(from);
+      const __m512bh of_row =
+          is_whole ? broadcast_word(from) : broadcast_element(from);
       RELU_MLP_UNROLL
       for (int j = 0; j < vectors; ++j) {
         sums[i][j] = _mm512_dpbf16_ps(sums[i][j], of_row, words[j]);
@@ -89,13 +91,15 @@ RELU_MLP_INLINE void dot_tile(
     }
     of_b += 16;
   }
-  if (a.k % 2 != 0) { // the neighbor of the last element belongs to something else
+  if (a.k % 2 !=
+      0) { // the neighbor of the last element belongs to something else
     add.template operator()<false>();
   }
   write(row, sums);
 }
 
-// All rows of a: first tiles of full height, then lower ones for the remaining rows.
+// All rows of a: first tiles of full height, then lower ones for the remaining
+// rows.
 template <int rows, int vectors, typename F>
 void dot_tiles(
     const Left& a,
@@ -155,8 +159,8 @@ inline void product_dpbf16(const Bf16Product& p) {
   }
 }
 
-// The sums of delta^T a go to `to` (m, n) by `write`. Both operands are first packed into
-// `scratch`.
+// The sums of delta^T a go to `to` (m, n) by `write`. Both operands are first
+// packed into `scratch`.
 template <typename S, typename Write>
 void grad_weight_with(
     Matrix<S> to,
@@ -185,8 +189,9 @@ void grad_weight_with(
               RELU_MLP_UNROLL
               for (int j = 0; j < vectors; ++j) {
                 const int64_t at = col + 16 * j;
-                write(to.row(first + row + i) + at, first_of_16(to.cols - at),
-                      sums[i][j]);
+                write(
+                    to.row(first + row + i) + at, first_of_16(to.cols - at),
+                    sums[i][j]);
               }
             }
           });

@@ -1,11 +1,12 @@
-// What the kernels that multiply bfloat16 have in common: the VNNI layout of packed
-// matrices, what happens to sums after a product, sums of columns, and rounding.
+// What the kernels that multiply bfloat16 have in common: the VNNI layout of
+// packed matrices, what happens to sums after a product, sums of columns, and
+// rounding.
 //
 // A packed matrix (k, n) is the operand b of a product. Elements (2 s, j) and
-// (2 s + 1, j) share one 32-bit word (s, j), the even one in its lower half. 16 rows of
-// words by 16 columns make a tile, so a tile holds 32 rows of b. One column of tiles
-// follows another, and missing elements are 0. All other matrices are read and written
-// where they lie.
+// (2 s + 1, j) share one 32-bit word (s, j), the even one in its lower half. 16
+// rows of words by 16 columns make a tile, so a tile holds 32 rows of b. One
+// column of tiles follows another, and missing elements are 0. All other
+// matrices are read and written where they lie.
 //
 // Shuffles limit the speed of packing, memory that of the rest.
 #pragma once
@@ -32,7 +33,7 @@ constexpr __mmask32 first_of_32(int64_t count) {
   return __mmask32((uint64_t(1) << least(count, 32)) - 1);
 }
 
-// -- Packing -----------------------------------------------------------------------
+// -- Packing -----------------------------------------------------------------
 
 // Two rows of 32 elements as one row of 32 words, in two vectors.
 RELU_MLP_INLINE void interleave(
@@ -54,11 +55,12 @@ RELU_MLP_INLINE void transpose_words(uint32_t* to, const void* from) {
       16);
 }
 
-// Packs b (k, n), whose rows are contiguous. If `transposes`, every tile is turned about
-// its diagonal, which makes it a tile of the operand a = b^T.
+// Packs b (k, n), whose rows are contiguous. If `transposes`, every tile is
+// turned about its diagonal, which makes it a tile of the operand a = b^T.
 template <bool transposes>
 void pack_vnni_rows(uint32_t* to, Matrix<const uint16_t> b) {
-  const int64_t tiles_k = ceil_div(b.rows, tile_k), tiles_n = ceil_div(b.cols, 16);
+  const int64_t tiles_k = ceil_div(b.rows, tile_k),
+                tiles_n = ceil_div(b.cols, 16);
   for (int64_t k = 0; k < tiles_k; ++k) {
     for (int64_t n = 0; n < tiles_n; n += 2) {
       const __mmask32 columns = first_of_32(b.cols - 16 * n);
@@ -70,9 +72,9 @@ void pack_vnni_rows(uint32_t* to, Matrix<const uint16_t> b) {
       for (int64_t s = 0; s < 16; ++s) {
         const int64_t row = k * tile_k + 2 * s;
         const auto load_row = [&](int64_t i) {
-          return i < b.rows ? _mm512_maskz_loadu_epi16(
-                                  columns, b.row(i) + 16 * n)
-                            : _mm512_setzero_si512();
+          return i < b.rows
+              ? _mm512_maskz_loadu_epi16(columns, b.row(i) + 16 * n)
+              : _mm512_setzero_si512();
         };
         __m512i words[2];
         interleave(words, load_row(row), load_row(row + 1));
@@ -91,9 +93,11 @@ void pack_vnni_rows(uint32_t* to, Matrix<const uint16_t> b) {
   }
 }
 
-// Packs b (k, n), whose columns are contiguous: two neighbors of a column are a word.
+// Packs b (k, n), whose columns are contiguous: two neighbors of a column are a
+// word.
 inline void pack_vnni_columns(uint32_t* to, Matrix<const uint16_t> b) {
-  const int64_t tiles_k = ceil_div(b.rows, tile_k), tiles_n = ceil_div(b.cols, 16);
+  const int64_t tiles_k = ceil_div(b.rows, tile_k),
+                tiles_n = ceil_div(b.cols, 16);
   for (int64_t n = 0; n < tiles_n; ++n) {
     for (int64_t k = 0; k < tiles_k; ++k) {
       const uint16_t* const from = &b.at(k * tile_k, 16 * n);
@@ -120,7 +124,7 @@ inline void pack_vnni(uint32_t* to, Matrix<const uint16_t> b) {
   }
 }
 
-// -- After a product ---------------------------------------------------------------
+// -- After a product ---------------------------------------------------------
 
 // Which of 32 numbers are positive or NaN.
 RELU_MLP_INLINE __mmask32 is_on(__m512i numbers) {
@@ -135,8 +139,8 @@ RELU_MLP_INLINE __m512 load_bias(const Bf16Product& p, int64_t col) {
       : _mm512_setzero_ps();
 }
 
-// Rounds two vectors of sums, which include the bias, applies ReLU or the mask, and
-// writes the result to row `row` of out, from column `col` on.
+// Rounds two vectors of sums, which include the bias, applies ReLU or the mask,
+// and writes the result to row `row` of out, from column `col` on.
 RELU_MLP_INLINE void write_row(
     const Bf16Product& p,
     int64_t row,
@@ -155,23 +159,25 @@ RELU_MLP_INLINE void write_row(
   _mm512_mask_storeu_epi16(p.out + row * p.out_row + col, columns, rounded);
 }
 
-// How a weight gradient writes the first `columns` of 16 sums: in float it overwrites or
-// adds, in bfloat16 it rounds.
+// How a weight gradient writes the first `columns` of 16 sums: in float it
+// overwrites or adds, in bfloat16 it rounds.
 struct StoreOrAdd {
   bool add;
-  RELU_MLP_INLINE void operator()(float* to, __mmask16 columns, __m512 sum) const {
+  RELU_MLP_INLINE void operator()(float* to, __mmask16 columns, __m512 sum)
+      const {
     _mm512_mask_storeu_ps(
         to, columns,
         add ? _mm512_add_ps(sum, _mm512_maskz_loadu_ps(columns, to)) : sum);
   }
 };
 struct StoreRounded {
-  RELU_MLP_INLINE void operator()(uint16_t* to, __mmask16 columns, __m512 sum) const {
+  RELU_MLP_INLINE void operator()(uint16_t* to, __mmask16 columns, __m512 sum)
+      const {
     _mm256_mask_storeu_epi16(to, columns, (__m256i)_mm512_cvtneps_pbh(sum));
   }
 };
 
-// -- Sums of columns, and rounding -------------------------------------------------
+// -- Sums of columns, and rounding -------------------------------------------
 
 // Sums 32 rows in float, and those sums in double precision.
 inline void column_sums_bfloat16(double* sums, Matrix<const uint16_t> m) {

@@ -1,7 +1,7 @@
-// Kernels for the 16-bit formats: conversions to and from float, ReLU and its mask, sums
-// of columns. Memory limits them all. They are loops over bits, which the compiler turns
-// into vector code. The including file may define RELU_MLP_HAS_F16C where the processor
-// converts float16 itself (x86.h).
+// Kernels for the 16-bit formats: conversions to and from float, ReLU and its
+// mask, sums of columns. Memory limits them all. They are loops over bits,
+// which the compiler turns into vector code. The including file may define
+// RELU_MLP_HAS_F16C where the processor converts float16 itself (x86.h).
 #pragma once
 
 #include <cstdint>
@@ -40,8 +40,8 @@ void round_to_bfloat16(uint16_t* to, const float* from, int64_t count) {
 }
 
 #if !defined(RELU_MLP_HAS_F16C)
-// After M. Dukhan's FP16 library, as PyTorch's own conversion: a multiplication moves the
-// exponent, which is right for subnormal numbers too.
+// After M. Dukhan's FP16 library, as PyTorch's own conversion: a multiplication
+// moves the exponent, which is right for subnormal numbers too.
 void widen_half(float* to, const uint16_t* from, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
     const uint32_t w = uint32_t(from[i]) << 16, sign = w & 0x80000000;
@@ -49,8 +49,7 @@ void widen_half(float* to, const uint16_t* from, int64_t count) {
     const float normal =
         from_bits((twice >> 4) + (0xe0u << 23)) * from_bits(0x07800000);
     const float subnormal = from_bits((twice >> 17) | (126u << 23)) - 0.5f;
-    to[i] = from_bits(
-        sign | to_bits(twice < (1u << 27) ? subnormal : normal));
+    to[i] = from_bits(sign | to_bits(twice < (1u << 27) ? subnormal : normal));
   }
 }
 
@@ -70,7 +69,8 @@ void round_to_half(uint16_t* to, const float* from, int64_t count) {
 }
 #endif
 
-// Whether the number is 0 or negative, and not NaN. `infinity` is that of the format.
+// Whether the number is 0 or negative, and not NaN. `infinity` is that of the
+// format.
 template <uint16_t infinity>
 inline bool is_off(uint16_t bits) {
   const uint16_t magnitude = bits & 0x7fff;
@@ -96,8 +96,7 @@ template <void (*widen)(float*, const uint16_t*, int64_t)>
 void column_sums_16bit(double* sums, Matrix<const uint16_t> m) {
   constexpr int64_t most_cols = 64, most_rows = 32;
   for (int64_t first = 0; first < m.rows; first += most_rows) {
-    const int64_t end =
-        first + most_rows < m.rows ? first + most_rows : m.rows;
+    const int64_t end = first + most_rows < m.rows ? first + most_rows : m.rows;
     float part[most_cols] = {}, row[most_cols];
     for (int64_t i = first; i < end; ++i) {
       widen(row, m.row(i), m.cols);

@@ -1,11 +1,12 @@
-// A linear layer without a packed copy of its weight. Every element of the result is
-// the dot product of a row of a and a row of weight, with vectors along both.
+// A linear layer without a packed copy of its weight. Every element of the
+// result is the dot product of a row of a and a row of weight, with vectors
+// along both.
 //
-// A tile has as many dot products as a vector has lanes, so that adding up its sums over
-// their lanes gives one vector of results. That costs as much as 3 or 4 steps along the
-// rows. It pays where rows are long, or where there are too few of them for a packed
-// copy. Loads limit the speed, one for each multiply-add; with few rows the bandwidth to
-// the weight does.
+// A tile has as many dot products as a vector has lanes, so that adding up its
+// sums over their lanes gives one vector of results. That costs as much as 3 or
+// 4 steps along the rows. It pays where rows are long, or where there are too
+// few of them for a packed copy. Loads limit the speed, one for each
+// multiply-add; with few rows the bandwidth to the weight does.
 #pragma once
 
 #include "kernels.h"
@@ -24,8 +25,8 @@ RELU_MLP_INLINE void sums_over_lanes(C* to, Vec<C>* v) {
   for (int64_t half = W / 2; half > 0; half /= 2) {
     RELU_MLP_UNROLL
     for (int64_t i = 0; i < half; ++i) {
-      v[i] = zip_lower(v[i], v[i + half], all) +
-          zip_upper(v[i], v[i + half], all);
+      v[i] =
+          zip_lower(v[i], v[i + half], all) + zip_upper(v[i], v[i + half], all);
     }
   }
   store(to, v[0]);
@@ -41,9 +42,10 @@ RELU_MLP_INLINE void sums_over_lanes(C* to, Vec<C>* v) {
 #endif
 }
 
-// A tile of `rows` rows of a by lanes / rows rows of weight. An index beyond the last row
-// reads the last row again, and its result is not written. A sum over more than 64
-// vectors is a sum of sums, which keeps its rounding error small.
+// A tile of `rows` rows of a by lanes / rows rows of weight. An index beyond
+// the last row reads the last row again, and its result is not written. A sum
+// over more than 64 vectors is a sum of sums, which keeps its rounding error
+// small.
 template <int rows, typename C>
 void dots_tile(
     Matrix<C> out,

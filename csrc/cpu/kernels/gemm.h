@@ -1,14 +1,14 @@
 // The matrix product of all passes: out (m, n) = epilogue(a (m, k) b (k, n)).
 //
-// A tile of `rows` x `vectors` vector registers of out is summed over k. Each step loads
-// one row of the panel b and broadcasts one element of every row of a. Rows of b are
-// contiguous. a has any strides, so delta^T needs no copy. Bias, ReLU and mask are
-// applied while the tile is in registers.
+// A tile of `rows` x `vectors` vector registers of out is summed over k. Each
+// step loads one row of the panel b and broadcasts one element of every row of
+// a. Rows of b are contiguous. a has any strides, so delta^T needs no copy.
+// Bias, ReLU and mask are applied while the tile is in registers.
 //
-// With enough rows the fused multiply-add units limit the speed: a step of the 6 x 4
-// tile of AVX-512 has 24 multiply-adds for 10 loads. With few rows the latency of the
-// multiply-add does. The caller must see to it that b lies in the first- or second-level
-// cache.
+// With enough rows the fused multiply-add units limit the speed: a step of the
+// 6 x 4 tile of AVX-512 has 24 multiply-adds for 10 loads. With few rows the
+// latency of the multiply-add does. The caller must see to it that b lies in
+// the first- or second-level cache.
 //
 // The order of every sum depends on k alone.
 #pragma once
@@ -23,8 +23,9 @@ constexpr int64_t registers = RELU_MLP_VECTOR_REGISTERS;
 // The widest tile, in vectors.
 constexpr int max_vectors = registers >= 32 ? 4 : 2;
 
-// The rows of the tallest tile `vectors` wide whose sums, one row of b and one broadcast
-// fit into the registers. All divide 48 (or 24), so groups of 48 rows leave no rest.
+// The rows of the tallest tile `vectors` wide whose sums, one row of b and one
+// broadcast fit into the registers. All divide 48 (or 24), so groups of 48 rows
+// leave no rest.
 constexpr int max_rows(int vectors) {
   if (registers >= 32) {
     constexpr int rows[] = {24, 12, 8, 6};
@@ -93,7 +94,8 @@ void tile(const Product<C>& p, int64_t row) {
   Vec<C> sums[rows][vectors] = {};
   const C* b = p.b;
   const int64_t a_row = p.a_row, a_col = p.a_col, b_row = p.b_row;
-  // One pointer serves three rows of a: x86 adds 0, 1 or 2 strides to it for free.
+  // One pointer serves three rows of a: x86 adds 0, 1 or 2 strides to it for
+  // free.
   const C* a[(rows + 2) / 3];
   RELU_MLP_UNROLL
   for (int g = 0; g < (rows + 2) / 3; ++g) {
@@ -123,15 +125,15 @@ void tile(const Product<C>& p, int64_t row) {
   write_tile<rows, vectors>(p, row, sums);
 }
 
-// All rows of a panel that is `vectors` wide: first tiles of full height, then lower
-// ones for the remaining rows.
+// All rows of a panel that is `vectors` wide: first tiles of full height, then
+// lower ones for the remaining rows.
 template <int rows, int vectors, typename C>
 int64_t tiles(const Product<C>& p, int64_t row) {
   for (; row + rows <= p.m; row += rows) {
     tile<rows, vectors>(p, row);
   }
   if constexpr (rows > 1) {
-    return tiles<rows == 6 ? 4 : rows / 2, vectors>(p, row);
+    return tiles < rows == 6 ? 4 : rows / 2, vectors > (p, row);
   }
   return row;
 }
@@ -154,9 +156,9 @@ void product_over_k_block(const Product<C>& p) {
   }
 }
 
-// Sums over more than 128 elements are sums of sums. Their rounding errors then grow
-// with the square root of k, as those of a library's products do. The 128 fixes the bits
-// of a result, so it is no tuned number.
+// Sums over more than 128 elements are sums of sums. Their rounding errors then
+// grow with the square root of k, as those of a library's products do. The 128
+// fixes the bits of a result, so it is no tuned number.
 template <typename C>
 void product(const Product<C>& p) {
   constexpr int64_t block = 128;

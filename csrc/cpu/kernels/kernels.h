@@ -1,8 +1,9 @@
 // The kernels of one instruction set as tables of plain functions.
 //
-// Each header beside this one is compiled once for every instruction set, in a namespace
-// of its own (isa/). Which table a call uses is decided when the first call asks for it
-// (isa/isa.cpp). Nothing here knows PyTorch: bfloat16 and float16 are given as their bits.
+// Each header beside this one is compiled once for every instruction set, in a
+// namespace of its own (isa/). Which table a call uses is decided when the
+// first call asks for it (isa/isa.cpp). Nothing here knows PyTorch: bfloat16
+// and float16 are given as their bits.
 #pragma once
 
 #include <cstdint>
@@ -19,8 +20,8 @@ enum class Epilogue {
   mask, // out = product where mask > 0 or is NaN, else 0
 };
 
-// out (m, n) = epilogue(a (m, k) b (k, n)) for one panel of columns. If it continues a
-// sum, out = epilogue(out + a b).
+// out (m, n) = epilogue(a (m, k) b (k, n)) for one panel of columns. If it
+// continues a sum, out = epilogue(out + a b).
 template <typename C>
 struct Product {
   int64_t m, n, k; // n <= panel
@@ -44,19 +45,19 @@ struct Kernels {
   int64_t panel; // columns that one product may have at most
   int64_t tile_rows; // rows of the tile that a whole panel is computed in
   void (*product)(const Product<C>&);
-  // to (k, n) = b (k, n) of any strides. Rows of `to` are contiguous and to_row apart.
-  // Columns from n to the next multiple of `lanes` get 0.
+  // to (k, n) = b (k, n) of any strides. Rows of `to` are contiguous and to_row
+  // apart. Columns from n to the next multiple of `lanes` get 0.
   void (*pack)(C* to, int64_t to_row, Matrix<const C> b);
-  // out (m, n) = bias + a (m, k) weight^T, with ReLU if asked for, without a packed copy
-  // of weight (n, k). All rows are contiguous; bias may be null.
+  // out (m, n) = bias + a (m, k) weight^T, with ReLU if asked for, without a
+  // packed copy of weight (n, k). All rows are contiguous; bias may be null.
   void (*linear_by_dots)(
       Matrix<C> out,
       Matrix<const C> a,
       Matrix<const C> weight,
       const C* bias,
       bool relu);
-  // sums[j] += sum_i m(i, j). Any strides. Up to eight rows are summed in C, and such
-  // sums in double precision.
+  // sums[j] += sum_i m(i, j). Any strides. Up to eight rows are summed in C,
+  // and such sums in double precision.
   void (*column_sums)(double* sums, Matrix<const C> m);
   // z += bias, then ReLU if asked for, in place; bias may be null.
   void (*bias_relu)(Matrix<C> z, const C* bias, bool relu);
@@ -64,8 +65,8 @@ struct Kernels {
   void (*mask)(C* delta, const C* a, int64_t count);
 };
 
-// Kernels for a 16-bit format, bfloat16 or float16. Rounding is to the nearest, ties to
-// even; NaN stays NaN.
+// Kernels for a 16-bit format, bfloat16 or float16. Rounding is to the nearest,
+// ties to even; NaN stays NaN.
 struct Kernels16 {
   void (*widen)(float* to, const uint16_t* from, int64_t count);
   void (*round)(uint16_t* to, const float* from, int64_t count);
@@ -76,8 +77,9 @@ struct Kernels16 {
   void (*column_sums)(double* sums, Matrix<const uint16_t> m);
 };
 
-// out (m, n) = epilogue(a (m, k) b (k, n)) in bfloat16, summed in float. Rows of a, out
-// and mask are contiguous. b is packed in the VNNI layout (bf16_vnni.h).
+// out (m, n) = epilogue(a (m, k) b (k, n)) in bfloat16, summed in float. Rows
+// of a, out and mask are contiguous. b is packed in the VNNI layout
+// (bf16_vnni.h).
 struct Bf16Product {
   int64_t m, n, k;
   const uint16_t* a;
@@ -101,24 +103,24 @@ struct Bf16Kernels {
   static constexpr int64_t column_step = 32;
 
   Bf16Kind kind;
-  // How many 32-bit words a packed matrix (k, n) takes: whole tiles of 32 rows by 16
-  // columns.
+  // How many 32-bit words a packed matrix (k, n) takes: whole tiles of 32 rows
+  // by 16 columns.
   static int64_t packed_size(int64_t k, int64_t n) {
     return (k + 31) / 32 * ((n + 15) / 16) * 256;
   }
   // Packs b (k, n), one of whose strides is 1, for use in a product.
   void (*pack)(uint32_t* to, Matrix<const uint16_t> b);
   void (*product)(const Bf16Product&);
-  // to (m, n) = delta (rows, m)^T a (rows, n), or to += that. All rows are contiguous.
-  // scratch has packed_size(rows, m) + packed_size(rows, n) words.
+  // to (m, n) = delta (rows, m)^T a (rows, n), or to += that. All rows are
+  // contiguous. scratch has packed_size(rows, m) + packed_size(rows, n) words.
   void (*grad_weight)(
       Matrix<float> to,
       Matrix<const uint16_t> delta,
       Matrix<const uint16_t> a,
       bool add,
       uint32_t* scratch);
-  // The same for a single block of rows: `to` is overwritten with the sums, rounded to
-  // bfloat16.
+  // The same for a single block of rows: `to` is overwritten with the sums,
+  // rounded to bfloat16.
   void (*grad_weight_rounded)(
       Matrix<uint16_t> to,
       Matrix<const uint16_t> delta,

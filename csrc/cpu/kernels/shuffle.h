@@ -1,5 +1,6 @@
-// The two ways to zip a pair of vectors. Transposition and sums over lanes are built from
-// them. Without __builtin_shufflevector those use plain loops instead.
+// The two ways to zip a pair of vectors. Transposition and sums over lanes are
+// built from them. Without __builtin_shufflevector those use plain loops
+// instead.
 #pragma once
 
 #include "vec.h"

@@ -1,4 +1,5 @@
-// The tables of one instruction set, filled with the kernels of the headers below.
+// The tables of one instruction set, filled with the kernels of the headers
+// below.
 #pragma once
 
 #include "convert16.h"
@@ -11,8 +12,9 @@ namespace {
 
 template <typename C>
 constexpr Kernels<C> kernels = {
-    lanes<C>, max_vectors * lanes<C>, max_rows(max_vectors), product<C>, pack<C>,
-    linear_by_dots<C>, column_sums<C>, bias_relu<C>, mask<C>};
+    lanes<C>, max_vectors* lanes<C>, max_rows(max_vectors), product<C>,
+    pack<C>,  linear_by_dots<C>,     column_sums<C>,        bias_relu<C>,
+    mask<C>};
 
 constexpr Kernels16 bfloat16 = {
     widen_bfloat16, round_to_bfloat16, relu<0x7f80>, mask<0x7f80>,

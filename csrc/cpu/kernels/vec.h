@@ -1,16 +1,17 @@
-// Vectors of the width that the including file asks for, with the operators of GCC's and
-// Clang's vector types. With another compiler a vector is one number: slow but right.
+// Vectors of the width that the including file asks for, with the operators of
+// GCC's and Clang's vector types. With another compiler a vector is one number:
+// slow but right.
 //
 // The including file defines
 //   RELU_MLP_ISA                the namespace that all of this lies in
 //   RELU_MLP_VECTOR_BYTES       the width of a vector
 //   RELU_MLP_VECTOR_REGISTERS   how many there are
-// and may define RELU_MLP_MASKED_ACCESS if it declares better versions of load_some and
-// store_some (x86.h).
+// and may define RELU_MLP_MASKED_ACCESS if it declares better versions of
+// load_some and store_some (x86.h).
 //
-// Code that is compiled for one instruction set must not use an inline function of the
-// standard library: the linker keeps one copy of it for all callers, and that copy might
-// need instructions that the processor lacks.
+// Code that is compiled for one instruction set must not use an inline function
+// of the standard library: the linker keeps one copy of it for all callers, and
+// that copy might need instructions that the processor lacks.
 #pragma once
 
 #include <cstdint>
@@ -61,7 +62,8 @@ RELU_MLP_INLINE Vec<C> broadcast(C value) {
 }
 
 #if !defined(RELU_MLP_MASKED_ACCESS)
-// Access to the first `count` < lanes elements. Those that are not loaded are 0.
+// Access to the first `count` < lanes elements. Those that are not loaded are
+// 0.
 template <typename C>
 RELU_MLP_INLINE Vec<C> load_some(const C* from, int64_t count) {
   C buffer[lanes<C>] = {};

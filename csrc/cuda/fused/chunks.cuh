@@ -51,8 +51,7 @@ RELU_MLP_DEVICE Vector16 load_chunk(const View16& m, int64_t row, int column) {
   RELU_MLP_UNROLL
   for (int i = 0; i < chunk_width; ++i) {
     if (column + i < m.columns) {
-      chunk.word[i / 2] |= uint32_t(first[i * m.column_stride])
-          << (i % 2 * 16);
+      chunk.word[i / 2] |= uint32_t(first[i * m.column_stride]) << (i % 2 * 16);
     }
   }
   return chunk;

@@ -19,7 +19,9 @@
 namespace relu_mlp::cuda {
 
 // The forward pass of a network of any widths.
-RELU_MLP_KERNEL void RELU_MLP_BOUNDS(tuning::fused_threads, tuning::fused_residents_32_bit)
+RELU_MLP_KERNEL void RELU_MLP_BOUNDS(
+    tuning::fused_threads,
+    tuning::fused_residents_32_bit)
     fma_forward(RELU_MLP_PARAMETER ForwardParameters<float> p) {
   unsigned char* const shared = shared_memory();
   const FusedNetwork<float>& network = p.network;
@@ -189,8 +191,8 @@ struct FmaBackward {
     }
   }
 
-  // Computes delta_{l-1} from delta_l and puts it into its tile. Below the first
-  // layer it is the gradient of x, which goes to memory.
+  // Computes delta_{l-1} from delta_l and puts it into its tile. Below the
+  // first layer it is the gradient of x, which goes to memory.
   RELU_MLP_DEVICE void propagate(int l) const {
     const Tile from = delta(l), w = weight(l), a = input(l);
     const Tile to = tile(shared, p.layout.deltas[(l + 1) % 2], a.columns);
@@ -251,10 +253,13 @@ struct FmaBackward {
   }
 };
 
-RELU_MLP_KERNEL void RELU_MLP_BOUNDS(tuning::fused_threads, tuning::fused_residents_32_bit)
+RELU_MLP_KERNEL void RELU_MLP_BOUNDS(
+    tuning::fused_threads,
+    tuning::fused_residents_32_bit)
     fma_backward(RELU_MLP_PARAMETER BackwardParameters<float> p) {
   FmaBackward work{p, shared_memory(), 0};
-  for (int l = p.pass.recompute ? 0 : p.pass.lowest; l < p.network.layers; ++l) {
+  for (int l = p.pass.recompute ? 0 : p.pass.lowest; l < p.network.layers;
+       ++l) {
     if (p.pass.recompute || propagates_through(p, l)) {
       stage_layer(p.network, l, work.shared, p.layout, p.pass.recompute);
     }
@@ -263,7 +268,8 @@ RELU_MLP_KERNEL void RELU_MLP_BOUNDS(tuning::fused_threads, tuning::fused_reside
   sync();
   double squares = 0;
   RELU_MLP_NO_UNROLL
-  for (work.first = int64_t(block_index()) * p.tile_rows; work.first < p.pass.rows;
+  for (work.first = int64_t(block_index()) * p.tile_rows;
+       work.first < p.pass.rows;
        work.first += int64_t(grid_size()) * p.tile_rows) {
     work.run_tile(squares);
   }

@@ -1,5 +1,5 @@
-// One layer of float32 on plain FMAs: rows and weights in shared memory, and their
-// product.
+// One layer of float32 on plain FMAs: rows and weights in shared memory, and
+// their product.
 #pragma once
 
 #include "parameters.cuh"

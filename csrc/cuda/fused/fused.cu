@@ -77,13 +77,13 @@ void fused_backward(
       SumParameters<T>{p, static_cast<int>(plan.grid)});
 }
 
-#define RELU_MLP_INSTANTIATE(T)                               \
-  template void fused_forward(                                \
-      const FusedNetwork<T>&, const FusedForward<T>&,         \
-      const FusedPlan&, Stream);                              \
-  template void fused_backward(                               \
-      const FusedNetwork<T>&, const FusedBackward<T>&,        \
-      const FusedPlan&, void*, Stream);
+#define RELU_MLP_INSTANTIATE(T)                                          \
+  template void fused_forward(                                           \
+      const FusedNetwork<T>&, const FusedForward<T>&, const FusedPlan&,  \
+      Stream);                                                           \
+  template void fused_backward(                                          \
+      const FusedNetwork<T>&, const FusedBackward<T>&, const FusedPlan&, \
+      void*, Stream);
 RELU_MLP_INSTANTIATE(float)
 RELU_MLP_INSTANTIATE(BFloat16)
 RELU_MLP_INSTANTIATE(Half)

@@ -38,11 +38,11 @@ struct FusedForward {
   T* y;
 };
 
-// The gradients of sum(grad_output * y) or, where `squares` is not null, those of
-// loss_scale * sum (y - target)^2. Then that sum goes to *squares, on the device,
-// and grad_output is not read. A gradient that is null is not needed. With
-// `recompute` y and the hidden activations are computed from x. y, target, hidden
-// and the gradients are contiguous.
+// The gradients of sum(grad_output * y) or, where `squares` is not null, those
+// of loss_scale * sum (y - target)^2. Then that sum goes to *squares, on the
+// device, and grad_output is not read. A gradient that is null is not needed.
+// With `recompute` y and the hidden activations are computed from x. y, target,
+// hidden and the gradients are contiguous.
 template <typename T>
 struct FusedBackward {
   int64_t rows;
@@ -69,8 +69,8 @@ void fused_forward(
     const FusedPlan& plan,
     Stream stream);
 
-// `workspace` has fused_workspace_bytes(plan), is aligned to 16 bytes, and is not
-// initialized.
+// `workspace` has fused_workspace_bytes(plan), is aligned to 16 bytes, and is
+// not initialized.
 template <typename T>
 void fused_backward(
     const FusedNetwork<T>& network,

@@ -21,9 +21,7 @@ inline int widest_of(const Call& call) {
   return int(*std::max_element(call.widths.begin(), call.widths.end()));
 }
 
-inline FusedLayout fused_layout(
-    const Call& call,
-    int tile_rows) {
+inline FusedLayout fused_layout(const Call& call, int tile_rows) {
   FusedLayout layout{};
   const int layers = int(call.widths.size()) - 1;
   const auto width = [&](int l) { return int(call.widths[l]); };
@@ -68,9 +66,9 @@ inline FusedLayout fused_layout(
   return layout;
 }
 
-// Fills `plan` if the fused kernels serve the call. It takes the largest tile for
-// which a block's shared memory suffices, and as many blocks as are resident on
-// the device at a time.
+// Fills `plan` if the fused kernels serve the call. It takes the largest tile
+// for which a block's shared memory suffices, and as many blocks as are
+// resident on the device at a time.
 inline bool fused_serves(const Call& call, FusedPlan& plan) {
   const int layers = int(call.widths.size()) - 1;
   const auto [narrowest, widest] =
@@ -89,11 +87,10 @@ inline bool fused_serves(const Call& call, FusedPlan& plan) {
   // A 16-bit tile of half the rows has half the threads; a 32-bit one has all.
   for (const int threads : {tuning::fused_threads, tuning::fused_threads / 2}) {
     plan.threads = is_16_bit ? threads : tuning::fused_threads;
-    plan.tile_rows = is_16_bit
-        ? threads / 32 * 16 *
+    plan.tile_rows = is_16_bit ? threads / 32 * 16 *
             (call.is_backward ? tuning::backward_row_tiles
                               : tuning::forward_row_tiles)
-        : threads / 4;
+                               : threads / 4;
     plan.layout = fused_layout(call, plan.tile_rows);
     if (plan.layout.bytes <= call.device.shared_per_block) {
       break;
@@ -115,8 +112,8 @@ inline bool fused_serves(const Call& call, FusedPlan& plan) {
 }
 
 // The workspace of a backward pass: for each block the sums of all layers one
-// after the other, then for each block a double, the sum of squares. It does not
-// grow with the rows once there is work for every multiprocessor.
+// after the other, then for each block a double, the sum of squares. It does
+// not grow with the rows once there is work for every multiprocessor.
 inline int64_t fused_squares_offset(const FusedPlan& plan) {
   return ceil_div(plan.grid * plan.sum_floats * 4, 16) * 16;
 }

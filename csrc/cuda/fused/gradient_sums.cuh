@@ -68,8 +68,8 @@ struct SumParameters {
 
 // Each thread adds up one element of the workspace's sums over the blocks, in a
 // fixed order, and rounds it to T once. The first warp adds up the squares. The
-// limit is the second-level cache, which holds the workspace: 4 * blocks bytes for
-// each element, 7 MB in all for 64 -> 64 -> 64 -> 64 on an H200.
+// limit is the second-level cache, which holds the workspace: 4 * blocks bytes
+// for each element, 7 MB in all for 64 -> 64 -> 64 -> 64 on an H200.
 template <typename T>
 RELU_MLP_KERNEL void RELU_MLP_BOUNDS(tuning::fused_threads)
     sum_blocks(RELU_MLP_PARAMETER SumParameters<T> parameters) {
@@ -100,8 +100,8 @@ RELU_MLP_KERNEL void RELU_MLP_BOUNDS(tuning::fused_threads)
   const int out = p.network.widths[l + 1], in = p.network.widths[l];
   const SumPlace place = sizeof(T) == 2 ? mma_sum_place(index, out, in)
                                         : fma_sum_place(index, out, in);
-  T* const to = place.column < 0 ? p.pass.grad_biases[l]
-                                 : p.pass.grad_weights[l];
+  T* const to =
+      place.column < 0 ? p.pass.grad_biases[l] : p.pass.grad_weights[l];
   if (place.row < 0 || !to) {
     return;
   }

@@ -1,5 +1,6 @@
-// What lies where in a block's shared memory and in the workspace, and the index
-// arithmetic of the fused kernels. Plain functions, the same on host and device.
+// What lies where in a block's shared memory and in the workspace, and the
+// index arithmetic of the fused kernels. Plain functions, the same on host and
+// device.
 #pragma once
 
 #include "../../arithmetic.h"
@@ -41,8 +42,7 @@ RELU_MLP_HOST_DEVICE int row_offset(int row, int groups) {
   return row * groups * group_width * 2;
 }
 RELU_MLP_HOST_DEVICE int chunk_offset(int row, int chunk, int groups) {
-  const int place =
-      (row >> 1 & 3) | (groups % 2 == 0 ? (row & 1) << 2 : 0);
+  const int place = (row >> 1 & 3) | (groups % 2 == 0 ? (row & 1) << 2 : 0);
   return row_offset(row, groups) + (chunk ^ place) * 16;
 }
 

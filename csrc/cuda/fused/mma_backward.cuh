@@ -1,11 +1,11 @@
 // The fused backward pass for bfloat16 and float16.
 //
-// A block takes a tile of rows at a time, 16 rows for each warp. A warp puts the
-// inputs of the layers into shared memory, read from memory or recomputed from x,
-// and propagates delta through its rows. At each layer the warps synchronize and
-// divide the product delta^T a over the whole tile among them; it is added to
-// float32 sums in shared memory. In the end a block writes its sums to the
-// workspace, and gradient_sums.cuh adds up the sums of the blocks.
+// A block takes a tile of rows at a time, 16 rows for each warp. A warp puts
+// the inputs of the layers into shared memory, read from memory or recomputed
+// from x, and propagates delta through its rows. At each layer the warps
+// synchronize and divide the product delta^T a over the whole tile among them;
+// it is added to float32 sums in shared memory. In the end a block writes its
+// sums to the workspace, and gradient_sums.cuh adds up the sums of the blocks.
 //
 // From x, grad_output and the weights alone the pass reads
 // 2 (widths[0] + widths[L]) bytes a row, and writes 2 widths[0] if the gradient
@@ -104,8 +104,8 @@ struct MmaBackward {
     }
   }
 
-  // Puts the needed ones of a_0 ... a_{L-1} into their tiles. Returns a_{L-1} if
-  // all were computed from x.
+  // Puts the needed ones of a_0 ... a_{L-1} into their tiles. Returns a_{L-1}
+  // if all were computed from x.
   RELU_MLP_DEVICE WarpRows put_inputs() const {
     const int layers = p.network.layers;
     WarpRows a{};
@@ -121,8 +121,7 @@ struct MmaBackward {
             bias(l - 1));
       } else if (l >= p.pass.lowest && p.pass.hidden[l - 1]) {
         a = load_rows<Groups, Tiles>(
-            contiguous_view(p.pass.hidden[l - 1], p.pass.rows, width(l)),
-            row);
+            contiguous_view(p.pass.hidden[l - 1], p.pass.rows, width(l)), row);
       } else {
         continue;
       }
@@ -132,10 +131,8 @@ struct MmaBackward {
   }
 
   // 8 elements of y, rounded to T, or zeros where it is not needed.
-  RELU_MLP_DEVICE void get_y(
-      const WarpRows& a,
-      int q,
-      float (&y)[Tiles][2][8]) const {
+  RELU_MLP_DEVICE void get_y(const WarpRows& a, int q, float (&y)[Tiles][2][8])
+      const {
     const int l = p.network.layers - 1, columns = width(l + 1);
     const int column = group_width * q + chunk_width * t;
     if (p.recompute_y) {
@@ -255,8 +252,7 @@ struct MmaBackward {
         }
       }
       const int across = sum_tiles_across(width(l));
-      float* const sums =
-          reinterpret_cast<float*>(shared + p.layout.sums[l]) +
+      float* const sums = reinterpret_cast<float*>(shared + p.layout.sums[l]) +
           down * across * tile_floats + 4 * lane;
       if (has_weight) {
         RELU_MLP_UNROLL
@@ -270,8 +266,8 @@ struct MmaBackward {
     }
   }
 
-  // Computes delta_{l-1} from delta_l and puts it into its tile. Below the first
-  // layer it is the gradient of x, which goes to memory.
+  // Computes delta_{l-1} from delta_l and puts it into its tile. Below the
+  // first layer it is the gradient of x, which goes to memory.
   RELU_MLP_DEVICE WarpRows propagate(int l, const WarpRows& delta) const {
     const int columns = width(l), groups = groups_of(columns);
     const int tile = p.layout.deltas[(l + 1) % 2];
@@ -306,8 +302,8 @@ struct MmaBackward {
     return l == 0 ? delta : get(tile, columns);
   }
 
-  // All layers for the block's current tile. Two tiles hold the deltas in turn, so
-  // one barrier for each layer is enough.
+  // All layers for the block's current tile. Two tiles hold the deltas in turn,
+  // so one barrier for each layer is enough.
   RELU_MLP_DEVICE void run_tile(double& squares) const {
     const WarpRows a = put_inputs();
     WarpRows delta = put_last_delta(a, squares);
@@ -328,7 +324,7 @@ struct MmaBackward {
 template <typename T, int Groups, int Tiles>
 RELU_MLP_KERNEL void RELU_MLP_BOUNDS(
     tuning::fused_threads,
-    tuning::fused_residents_16_bit(true, group_width * Groups))
+    tuning::fused_residents_16_bit(true, group_width* Groups))
     mma_backward(RELU_MLP_PARAMETER BackwardParameters<T> p) {
   const int warps = block_size() / warp_size, lane = lane_index();
   MmaBackward<T, Groups, Tiles> work{

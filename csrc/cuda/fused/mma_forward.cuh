@@ -24,7 +24,7 @@ namespace relu_mlp::cuda {
 template <typename T, int Groups, int Tiles>
 RELU_MLP_KERNEL void RELU_MLP_BOUNDS(
     tuning::fused_threads,
-    tuning::fused_residents_16_bit(false, group_width * Groups))
+    tuning::fused_residents_16_bit(false, group_width* Groups))
     mma_forward(RELU_MLP_PARAMETER ForwardParameters<T> p) {
   constexpr bool is_bf16 = is_bfloat16<T>;
   unsigned char* const shared = shared_memory();

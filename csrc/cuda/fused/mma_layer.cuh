@@ -125,8 +125,7 @@ RELU_MLP_DEVICE Rows<Groups, Tiles> hidden_layer(
   for (int p = 0; p < Groups; ++p) {
     if (p < groups_of(width_out)) {
       float z[Tiles][2][8];
-      pre_activations<IsBFloat16>(
-          in, width_in, width_out, weight, bias, p, z);
+      pre_activations<IsBFloat16>(in, width_in, width_out, weight, bias, p, z);
       RELU_MLP_UNROLL
       for (int m = 0; m < Tiles; ++m) {
         RELU_MLP_UNROLL

@@ -1,5 +1,5 @@
-// What the fused kernels share: a network and a pass as their parameters, and the
-// output activation with its derivative.
+// What the fused kernels share: a network and a pass as their parameters, and
+// the output activation with its derivative.
 #pragma once
 
 #include "../machine.h"

@@ -1,5 +1,6 @@
-// A matrix that a kernel makes element by element and sums down its columns in the
-// same pass over memory. Memory limits it: it reads and writes every element once.
+// A matrix that a kernel makes element by element and sums down its columns in
+// the same pass over memory. Memory limits it: it reads and writes every
+// element once.
 #pragma once
 
 #include "../../activation.h"
@@ -8,7 +9,8 @@
 
 namespace relu_mlp::cuda {
 
-constexpr int reduction_threads = reduction_lanes * reduction_rows; // of a block
+constexpr int reduction_threads =
+    reduction_lanes * reduction_rows; // of a block
 
 // `vector` elements from or to memory: 16 bytes at once, or a single one.
 template <int vector, typename T>
@@ -34,8 +36,7 @@ RELU_MLP_DEVICE void store(T* to, const T (&from)[vector]) {
 // grad * phi'(z), for an activation that is known at run time.
 template <typename C>
 RELU_MLP_DEVICE C times_derivative(Activation phi, C grad, C y) {
-  return with_row(
-      phi, [=]<typename Row>() { return Row::backward(grad, y); });
+  return with_row(phi, [=]<typename Row>() { return Row::backward(grad, y); });
 }
 
 // The sources of a matrix's elements: `get` returns those at (i, j) and, to
@@ -83,8 +84,11 @@ struct Error {
   double scale;
 
   template <int vector, typename C>
-  RELU_MLP_DEVICE void
-  get(C (&to)[vector], int64_t i, int64_t j, double& squares) const {
+  RELU_MLP_DEVICE void get(
+      C (&to)[vector],
+      int64_t i,
+      int64_t j,
+      double& squares) const {
     const C output = C(y[i * cols + j]);
     const C error = output - C(target[i * cols + j]);
     squares += double(error) * double(error);
@@ -111,8 +115,8 @@ struct Reduction {
   int64_t rows, cols;
   ColumnReduction plan;
   T* delta; // where the elements go, or null
-  // Where the sums go: those of a chunk to a row of `parts` or, if there is only
-  // one chunk, to `total`. Null where they are not needed.
+  // Where the sums go: those of a chunk to a row of `parts` or, if there is
+  // only one chunk, to `total`. Null where they are not needed.
   compute_t<T>* parts;
   T* total;
   double* squares; // those of a block, or null
@@ -202,13 +206,15 @@ RELU_MLP_KERNEL void RELU_MLP_BOUNDS(reduction_threads)
 // The shared memory of a block: 8 rows of 32 * 16 bytes of T in compute_t,
 // at most twice as wide, or a double for each thread.
 constexpr int64_t reduction_shared = reduction_threads * 8 * sizeof(float);
-static_assert(reduction_shared >= reduction_threads * 2 * int64_t(sizeof(double)));
+static_assert(
+    reduction_shared >= reduction_threads * 2 * int64_t(sizeof(double)));
 
 template <typename T, int vector, typename Source>
 void launch_reduction(const Reduction<T, Source>& reduction, Stream stream) {
   launch(
       reduce_kernel<T, Source, vector>,
-      {reduction.plan.blocks(), reduction_threads, reduction_shared}, stream, reduction);
+      {reduction.plan.blocks(), reduction_threads, reduction_shared}, stream,
+      reduction);
 }
 
 // Reduces the matrix, and then the sums of its chunks if there are several.
@@ -223,7 +229,8 @@ ColumnReduction make_and_sum(
     bool has_squares,
     Stream stream) {
   using C = compute_t<T>;
-  const ColumnReduction plan = plan_reduction(rows, cols, vector, device_properties());
+  const ColumnReduction plan =
+      plan_reduction(rows, cols, vector, device_properties());
   if (cols == 0) {
     return plan;
   }
@@ -237,10 +244,17 @@ ColumnReduction make_and_sum(
       stream);
   if (several) {
     // A single chunk, whatever the number of its rows.
-    const ColumnReduction all{1, ceil_div(cols, reduction_lanes), 1, plan.chunks};
+    const ColumnReduction all{
+        1, ceil_div(cols, reduction_lanes), 1, plan.chunks};
     launch_reduction<T, 1>(
         Reduction<T, Parts<C>>{
-            {parts, cols}, plan.chunks, cols, all, nullptr, nullptr, sums.total,
+            {parts, cols},
+            plan.chunks,
+            cols,
+            all,
+            nullptr,
+            nullptr,
+            sums.total,
             nullptr},
         stream);
   }

@@ -123,7 +123,8 @@ Object description(const Problem& p, const void* bias) {
   return result;
 }
 
-// What is cached for a problem: the layouts and, if there is one, the algorithm.
+// What is cached for a problem: the layouts and, if there is one, the
+// algorithm.
 struct Chosen {
   Object a, b, d;
   bool has_algorithm;
@@ -137,7 +138,10 @@ Chosen choose(Handle handle, const Problem& p, const void* bias) {
                      : layout(p.type, p.m, p.k, p.lda),
       p.transposes_b ? layout(p.type, p.n, p.k, p.ldb)
                      : layout(p.type, p.k, p.n, p.ldb),
-      layout(p.type, p.m, p.n, p.ldd), false, {}, 0};
+      layout(p.type, p.m, p.n, p.ldd),
+      false,
+      {},
+      0};
   Object preference;
   RELU_MLP_CALL(
       MatmulPreferenceCreate,
@@ -170,8 +174,8 @@ Chosen choose(Handle handle, const Problem& p, const void* bias) {
   return chosen;
 }
 
-// What is cached for a device. It is never destroyed, because the library may be
-// unloaded first when a process ends.
+// What is cached for a device. It is never destroyed, because the library may
+// be unloaded first when a process ends.
 struct OfDevice {
   Handle handle;
   std::map<Problem, Chosen> chosen; // entries stay where they are
@@ -201,19 +205,18 @@ std::pair<Handle, const Chosen*> find(const Problem& p, const void* bias) {
   OfDevice& known = of_device();
   auto entry = known.chosen.find(p);
   if (entry == known.chosen.end()) {
-    entry =
-        known.chosen.emplace(p, choose(known.handle, p, bias)).first;
+    entry = known.chosen.emplace(p, choose(known.handle, p, bias)).first;
   }
   return {known.handle, &entry->second};
 }
 
-// The largest power of 2 that divides the addresses of all operands, but at most
-// 256, which is the library's default.
+// The largest power of 2 that divides the addresses of all operands, but at
+// most 256, which is the library's default.
 uint32_t common_alignment(const Buffers& operands) {
   uintptr_t all = 256;
-  for (const void* pointer : {operands.a, operands.b,
-                              static_cast<const void*>(operands.d),
-                              operands.bias}) {
+  for (const void* pointer :
+       {operands.a, operands.b, static_cast<const void*>(operands.d),
+        operands.bias}) {
     all |= reinterpret_cast<uintptr_t>(pointer);
   }
   return uint32_t(all & -all);

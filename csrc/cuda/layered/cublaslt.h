@@ -32,9 +32,9 @@ struct Buffers {
 };
 
 // Computes it on a stream of the current device. Returns false and does nothing
-// where cuBLASLt has no algorithm for the problem. Throws what the library reports
-// of other failures. `like` is a tensor on that device: PyTorch's allocator
-// provides the workspace for the duration of the call.
+// where cuBLASLt has no algorithm for the problem. Throws what the library
+// reports of other failures. `like` is a tensor on that device: PyTorch's
+// allocator provides the workspace for the duration of the call.
 bool multiply(
     Problem problem,
     const Buffers& operands,

@@ -56,24 +56,24 @@ struct HeuristicResult {
 };
 
 // X(name, arguments) for every function; all but the last return a Status.
-#define RELU_MLP_CUBLASLT_FUNCTIONS(X)                                        \
-  X(Create, (Handle*))                                                        \
-  X(MatmulDescCreate, (MatmulDesc*, int compute_type, int scale_type))        \
-  X(MatmulDescDestroy, (MatmulDesc))                                          \
-  X(MatmulDescSetAttribute, (MatmulDesc, int, const void*, std::size_t))      \
-  X(MatrixLayoutCreate,                                                       \
-    (MatrixLayout*, int type, uint64_t rows, uint64_t cols, int64_t ld))      \
-  X(MatrixLayoutDestroy, (MatrixLayout))                                      \
-  X(MatmulPreferenceCreate, (Preference*))                                    \
-  X(MatmulPreferenceDestroy, (Preference))                                    \
+#define RELU_MLP_CUBLASLT_FUNCTIONS(X)                                         \
+  X(Create, (Handle*))                                                         \
+  X(MatmulDescCreate, (MatmulDesc*, int compute_type, int scale_type))         \
+  X(MatmulDescDestroy, (MatmulDesc))                                           \
+  X(MatmulDescSetAttribute, (MatmulDesc, int, const void*, std::size_t))       \
+  X(MatrixLayoutCreate,                                                        \
+    (MatrixLayout*, int type, uint64_t rows, uint64_t cols, int64_t ld))       \
+  X(MatrixLayoutDestroy, (MatrixLayout))                                       \
+  X(MatmulPreferenceCreate, (Preference*))                                     \
+  X(MatmulPreferenceDestroy, (Preference))                                     \
   X(MatmulPreferenceSetAttribute, (Preference, int, const void*, std::size_t)) \
-  X(MatmulAlgoGetHeuristic,                                                   \
-    (Handle, MatmulDesc, MatrixLayout a, MatrixLayout b, MatrixLayout c,      \
-     MatrixLayout d, Preference, int wanted, HeuristicResult*, int* found))   \
-  X(Matmul,                                                                   \
-    (Handle, MatmulDesc, const void* alpha, const void* a, MatrixLayout,      \
-     const void* b, MatrixLayout, const void* beta, const void* c,            \
-     MatrixLayout, void* d, MatrixLayout, const Algorithm*, void* workspace,  \
+  X(MatmulAlgoGetHeuristic,                                                    \
+    (Handle, MatmulDesc, MatrixLayout a, MatrixLayout b, MatrixLayout c,       \
+     MatrixLayout d, Preference, int wanted, HeuristicResult*, int* found))    \
+  X(Matmul,                                                                    \
+    (Handle, MatmulDesc, const void* alpha, const void* a, MatrixLayout,       \
+     const void* b, MatrixLayout, const void* beta, const void* c,             \
+     MatrixLayout, void* d, MatrixLayout, const Algorithm*, void* workspace,   \
      std::size_t workspace_bytes, void* stream))
 
 } // namespace relu_mlp::cuda::cublaslt

@@ -19,8 +19,8 @@ struct Elements {
   int64_t count;
 };
 
-// Memory limits it: it reads and writes 2 * count * sizeof(T) bytes. A thread has
-// 16 bytes; a shorter rest goes element by element.
+// Memory limits it: it reads and writes 2 * count * sizeof(T) bytes. A thread
+// has 16 bytes; a shorter rest goes element by element.
 template <typename T, typename Row>
 RELU_MLP_KERNEL void RELU_MLP_BOUNDS(activation_threads)
     activation_kernel(RELU_MLP_PARAMETER Elements<T> p) {
@@ -69,8 +69,9 @@ RELU_MLP_KERNEL void RELU_MLP_BOUNDS(reduction_threads)
 template <typename T>
 void launch_loss(const Squares<T>& squares, Stream stream) {
   launch(
-      loss_kernel<T>, {1, reduction_threads, reduction_threads * int64_t(sizeof(double))}, stream,
-      squares);
+      loss_kernel<T>,
+      {1, reduction_threads, reduction_threads * int64_t(sizeof(double))},
+      stream, squares);
 }
 
 } // namespace
@@ -86,7 +87,8 @@ int64_t reduction_workspace(int64_t rows, int64_t cols, const Device& device) {
 
 template <typename T>
 void apply_activation(Activation phi, T* z, int64_t count, Stream stream) {
-  constexpr int64_t elements = activation_threads * 16 / sizeof(T); // of a block
+  constexpr int64_t elements =
+      activation_threads * 16 / sizeof(T); // of a block
   if (count == 0) {
     return;
   }
@@ -147,8 +149,8 @@ void loss_delta(
       Error<T>{phi, y, target, cols, scale}, delta, rows, cols, sums, true,
       stream);
   launch_loss<T>(
-      {static_cast<const double*>(sums.workspace),
-       cols > 0 ? plan.blocks() : 0, scale, loss},
+      {static_cast<const double*>(sums.workspace), cols > 0 ? plan.blocks() : 0,
+       scale, loss},
       stream);
 }
 
@@ -157,16 +159,16 @@ void write_loss(T* loss, const double* squares, double scale, Stream stream) {
   launch_loss<T>({squares, 1, scale, loss}, stream);
 }
 
-#define RELU_MLP_INSTANTIATE(T)                                              \
-  template void apply_activation(Activation, T*, int64_t, Stream);           \
-  template void mask_delta(                                                  \
-      T*, const Matrix<const T>&, const ColumnSums<T>&, Stream);             \
-  template void output_delta(                                                \
+#define RELU_MLP_INSTANTIATE(T)                                               \
+  template void apply_activation(Activation, T*, int64_t, Stream);            \
+  template void mask_delta(                                                   \
+      T*, const Matrix<const T>&, const ColumnSums<T>&, Stream);              \
+  template void output_delta(                                                 \
       Activation, T*, const Matrix<const T>&, const T*, const ColumnSums<T>&, \
-      Stream);                                                               \
-  template void loss_delta(                                                  \
-      Activation, T*, const T*, const T*, int64_t, int64_t, double, T*,      \
-      const ColumnSums<T>&, Stream);                                         \
+      Stream);                                                                \
+  template void loss_delta(                                                   \
+      Activation, T*, const T*, const T*, int64_t, int64_t, double, T*,       \
+      const ColumnSums<T>&, Stream);                                          \
   template void write_loss(T*, const double*, double, Stream);
 
 RELU_MLP_INSTANTIATE(float)

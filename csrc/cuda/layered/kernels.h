@@ -1,8 +1,8 @@
-// The kernels between the products of a layered pass. Each function enqueues its
-// kernels on a stream of the current device and returns.
+// The kernels between the products of a layered pass. Each function enqueues
+// its kernels on a stream of the current device and returns.
 //
-// T is float, double, BFloat16 or Half. Matrices given by a pointer are contiguous
-// and start at an address divisible by 16.
+// T is float, double, BFloat16 or Half. Matrices given by a pointer are
+// contiguous and start at an address divisible by 16.
 #pragma once
 
 #include "../../mlp.h"

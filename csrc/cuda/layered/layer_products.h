@@ -35,7 +35,8 @@ template <typename T>
 class LayerProducts {
  public:
   // On a stream of the current device; `like` is a tensor there.
-  LayerProducts(const Tensor& like, Stream stream) : like_(like), stream_(stream) {}
+  LayerProducts(const Tensor& like, Stream stream)
+      : like_(like), stream_(stream) {}
 
   // out = a w^T + bias, then ReLU if `relu`. out: (rows, out),
   // a: (rows, in), w: (out, in); bias may be null.
@@ -57,19 +58,21 @@ class LayerProducts {
                ld(out), epilogue},
               {w.data, a.data, out.data, bias}, like_, stream_)) {
         if (relu && !fuses) {
-          apply_activation(Activation::relu, out.data, out.rows * out.cols, stream_);
+          apply_activation(
+              Activation::relu, out.data, out.rows * out.cols, stream_);
         }
         return;
       }
     }
     multiply(out, a, w.transposed(), bias);
     if (relu) {
-      apply_activation(Activation::relu, out.data, out.rows * out.cols, stream_);
+      apply_activation(
+          Activation::relu, out.data, out.rows * out.cols, stream_);
     }
   }
 
-  // to = delta^T a, (out, in). Returns whether it also wrote the sums of delta's
-  // columns to `grad_bias`, which may be null.
+  // to = delta^T a, (out, in). Returns whether it also wrote the sums of
+  // delta's columns to `grad_bias`, which may be null.
   bool grad_weight(
       Matrix<T> to,
       Matrix<const T> delta,
@@ -118,8 +121,8 @@ class LayerProducts {
     return m.rows == 1 ? m.cols : m.row_stride;
   }
 
-  // The shape of a product of y (rows, out), a (rows, in) and w (out, in). One of
-  // them is its result.
+  // The shape of a product of y (rows, out), a (rows, in) and w (out, in). One
+  // of them is its result.
   template <typename Y, typename A, typename W>
   static ProductShape shape_of(
       const Matrix<Y>& y,
@@ -128,11 +131,16 @@ class LayerProducts {
       const T* bias) {
     const bool is_row_major =
         y.col_stride == 1 && a.col_stride == 1 && w.col_stride == 1;
-    const uintptr_t bits = address(y.data) | address(a.data) |
-        address(w.data) | address(bias) | uintptr_t(ld(w) * sizeof(T));
+    const uintptr_t bits = address(y.data) | address(a.data) | address(w.data) |
+        address(bias) | uintptr_t(ld(w) * sizeof(T));
     const bool available = sizeof(T) == 2 && cublaslt::is_available();
     return {
-        a.rows, a.cols, y.cols, ld(a), ld(y), int(sizeof(T)),
+        a.rows,
+        a.cols,
+        y.cols,
+        ld(a),
+        ld(y),
+        int(sizeof(T)),
         available && is_row_major && bits % 16 == 0};
   }
   static uintptr_t address(const void* pointer) {

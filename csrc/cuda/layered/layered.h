@@ -22,8 +22,9 @@ class LayeredPasses {
         stream_(stream),
         products_(like, stream) {}
 
-  // Computes the hidden activations, and y unless it is null. Hidden activations
-  // that `hidden` has no place for live until the next layer has read them.
+  // Computes the hidden activations, and y unless it is null. Hidden
+  // activations that `hidden` has no place for live until the next layer has
+  // read them.
   void forward(const std::vector<T*>& hidden, T* y) {
     const std::size_t layers = network_.layers.size();
     Matrix<const T> a = network_.x;
@@ -92,8 +93,7 @@ class LayeredPasses {
       const auto out = contiguous(to, delta.rows, network_.width(l));
       products_.grad_input(out, delta, network_.layers[l].weight);
       if (l > 0) {
-        mask_delta(
-            to, input(l, pass), sums(pass.grad_biases[l - 1]), stream_);
+        mask_delta(to, input(l, pass), sums(pass.grad_biases[l - 1]), stream_);
         if (pass.recompute) {
           recomputed[l - 1] = Tensor(); // no longer read
         }
@@ -104,10 +104,11 @@ class LayeredPasses {
   }
 
  private:
-  // The gradients of the layers `low` and low + 1, where nothing below is needed.
-  // delta_{low+1}, and a_{low+1} if it is recomputed, exist only a few columns at
-  // a time. Every sum still runs over all rows at once. `delta` is that of the
-  // layer above; `has_sums` is whether its bias gradient is computed already.
+  // The gradients of the layers `low` and low + 1, where nothing below is
+  // needed. delta_{low+1}, and a_{low+1} if it is recomputed, exist only a few
+  // columns at a time. Every sum still runs over all rows at once. `delta` is
+  // that of the layer above; `has_sums` is whether its bias gradient is
+  // computed already.
   void lowest_layers(
       std::size_t low,
       const Matrix<const T>& delta,
@@ -115,8 +116,8 @@ class LayeredPasses {
       const BackwardPass<T>& pass) {
     const Needs& needs = pass.needs;
     const int64_t width = network_.width(low + 1);
-    const int64_t most = columns_at_once(
-        delta.rows, width, pass.recompute, device_properties());
+    const int64_t most =
+        columns_at_once(delta.rows, width, pass.recompute, device_properties());
     const bool is_saved = low + 1 <= pass.hidden.size();
     const Tensor a_memory =
         is_saved ? Tensor() : empty<1>({delta.rows * most}, like_);
@@ -127,11 +128,12 @@ class LayeredPasses {
       if (is_saved) {
         a = columns_of(input(low + 1, pass), first, count);
       } else {
-        const auto to = contiguous(
-            a_memory.template data<T>(), delta.rows, count);
+        const auto to =
+            contiguous(a_memory.template data<T>(), delta.rows, count);
         const T* const bias = network_.layers[low].bias;
         products_.linear(
-            to, input(low, pass), rows_of(network_.layers[low].weight, first, count),
+            to, input(low, pass),
+            rows_of(network_.layers[low].weight, first, count),
             bias ? bias + first : nullptr, true);
         a = as_const(to);
       }
@@ -140,13 +142,13 @@ class LayeredPasses {
             columns_of(grad_weight(low + 1, pass), first, count), delta, a,
             has_sums ? nullptr : pass.grad_biases[low + 1]);
       }
-      const auto out = contiguous(
-          out_memory.template data<T>(), delta.rows, count);
+      const auto out =
+          contiguous(out_memory.template data<T>(), delta.rows, count);
       products_.grad_input(
-          out, delta, columns_of(network_.layers[low + 1].weight, first, count));
+          out, delta,
+          columns_of(network_.layers[low + 1].weight, first, count));
       T* const total = pass.grad_biases[low];
-      mask_delta(
-          out.data, a, sums(total ? total + first : nullptr), stream_);
+      mask_delta(out.data, a, sums(total ? total + first : nullptr), stream_);
       if (needs.weight(low)) {
         products_.grad_weight(
             rows_of(grad_weight(low, pass), first, count), as_const(out),
@@ -173,8 +175,8 @@ class LayeredPasses {
         pass.grad_weights[l], network_.width(l + 1), network_.width(l));
   }
 
-  // Enough for the sums of any delta, whole or a few columns of it. They share it,
-  // one after the other.
+  // Enough for the sums of any delta, whole or a few columns of it. They share
+  // it, one after the other.
   Tensor new_workspace(const BackwardPass<T>& pass) const {
     const Device device = device_properties();
     int64_t bytes = 0;
@@ -185,15 +187,16 @@ class LayeredPasses {
         const int64_t some =
             columns_at_once(network_.x.rows, cols, pass.recompute, device);
         for (const int64_t count : {cols, some, some ? cols % some : 0}) {
-          bytes = std::max(bytes, reduction_workspace(network_.x.rows, count, device));
+          bytes = std::max(
+              bytes, reduction_workspace(network_.x.rows, count, device));
         }
       }
     }
     return empty<1>({bytes / int64_t(sizeof(T)) + 1}, like_);
   }
 
-  // Computes the hidden activations and, if it is needed, y, and enters them into
-  // `pass`. Leaves out what lowest_layers can compute itself.
+  // Computes the hidden activations and, if it is needed, y, and enters them
+  // into `pass`. Leaves out what lowest_layers can compute itself.
   std::vector<Tensor> recompute(BackwardPass<T>& pass) {
     const std::size_t layers = network_.layers.size();
     const bool needs_y = pass.reads_y(network_.output_activation);
@@ -212,7 +215,8 @@ class LayeredPasses {
     places.resize(layers - 1);
     forward(places, y);
     for (std::size_t l = 1; l < layers; ++l) {
-      pass.hidden.push_back(as_const(contiguous(places[l - 1], network_.x.rows, network_.width(l))));
+      pass.hidden.push_back(as_const(
+          contiguous(places[l - 1], network_.x.rows, network_.width(l))));
     }
     if (y) {
       pass.y = as_const(contiguous(y, network_.x.rows, network_.width(layers)));
@@ -244,8 +248,8 @@ class LayeredPasses {
     T* const delta = memory.template data<T>();
     if (pass.loss) {
       loss_delta(
-          phi, delta, pass.y.data, pass.target.data, count, cols, pass.loss_scale,
-          pass.loss, sums(total), stream_);
+          phi, delta, pass.y.data, pass.target.data, count, cols,
+          pass.loss_scale, pass.loss, sums(total), stream_);
     } else {
       relu_mlp::cuda::output_delta(
           phi, delta, grad, phi == Activation::none ? nullptr : pass.y.data,
@@ -263,8 +267,7 @@ class LayeredPasses {
             Row::in_place, y.data, count, like_.device_type(),
             like_.device_index());
       } else {
-        apply_activation(
-            network_.output_activation, y.data, count, stream_);
+        apply_activation(network_.output_activation, y.data, count, stream_);
       }
     });
   }

@@ -1,5 +1,5 @@
-// What csrc/parallel.h needs of PyTorch, in threads of our own: it stands before PyTorch's
-// header of this name for tests/sanitize/driver.cpp.
+// What csrc/parallel.h needs of PyTorch, in threads of our own: it stands
+// before PyTorch's header of this name for tests/sanitize/driver.cpp.
 #pragma once
 
 #include <algorithm>
@@ -7,7 +7,8 @@
 #include <thread>
 #include <vector>
 
-// Like PyTorch's, equal parts of at least `grain`; within one of them there are no others.
+// Like PyTorch's, equal parts of at least `grain`; within one of them there are
+// no others.
 inline int32_t torch_parallel_for(
     int64_t begin,
     int64_t end,
@@ -17,8 +18,8 @@ inline int32_t torch_parallel_for(
   constexpr int64_t most_threads = 3;
   thread_local bool is_within = false;
   const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-  const int64_t parts =
-      std::min(most_threads, ceil_div(end - begin, std::max<int64_t>(1, grain)));
+  const int64_t parts = std::min(
+      most_threads, ceil_div(end - begin, std::max<int64_t>(1, grain)));
   if (is_within || parts < 2) {
     f(begin, end, context);
     return 0;
