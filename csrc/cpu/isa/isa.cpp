@@ -164,8 +164,14 @@ bool choose_instruction_set(const std::string& name) {
 
 bool has_half_arithmetic() {
 #ifdef RELU_MLP_X86
-  constexpr unsigned avx512_fp16 = 1u << 23; // Clang 14 has no name for it
-  return __builtin_cpu_supports("avx512f") && features_in_edx() & avx512_fp16;
+  // Asked once: in a virtual machine cpuid takes microseconds. Clang 14 has no
+  // name for this feature, so __builtin_cpu_supports cannot be asked.
+  static const bool has = [] {
+    constexpr unsigned avx512_fp16 = 1u << 23;
+    return __builtin_cpu_supports("avx512f") &&
+        (features_in_edx() & avx512_fp16);
+  }();
+  return has;
 #else
   return false;
 #endif
