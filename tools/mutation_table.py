@@ -193,7 +193,7 @@ MUTATIONS = [
         "relu_mlp/functional.py",
         "if (KNOWS_TRANSFORMS and are_functorch_transforms_active()) or (",
         "if False or (",
-        "errors loss_and_grads",
+        "jacobian linearization",
     ),
     Mutation(
         "functional: recompute is ignored",
