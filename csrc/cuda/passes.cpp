@@ -66,7 +66,7 @@ FusedNetwork<T> fused_network(const Network<T>& network, std::size_t first) {
 template <typename T>
 class CudaDevice {
  public:
-  static constexpr bool packs_rows = true;
+  static constexpr bool needs_contiguous = true;
   static constexpr int64_t unknown_width =
       1; // the fused kernels have no width 0
   static constexpr Activate<T> activate = nullptr;
