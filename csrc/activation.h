@@ -1,7 +1,7 @@
-// The output activations: the one table of what there is, how it is computed,
-// and its derivative. The operators, the CPU and CUDA all read it. Python has a
-// table of its own, in relu_mlp/activations.py, and compares the names when it
-// loads the library (relu_mlp/ops/library.py).
+// The table of output activations: their names, how each is computed, and its
+// derivative. The operators, the CPU and CUDA read this table. Python has its
+// own table in relu_mlp/activations.py. It compares the names when it loads the
+// library (relu_mlp/ops/library.py).
 //
 // To add an activation, add its name to the list and define its row.
 #pragma once
@@ -20,28 +20,28 @@ namespace relu_mlp {
 enum class Activation { RELU_MLP_ACTIVATIONS(RELU_MLP_ENUMERATOR) };
 #undef RELU_MLP_ENUMERATOR
 
-// What the operators call them, in the order of the enumerators.
+// The names that the operators accept, in the order of the enumerators.
 #define RELU_MLP_NAME(name) #name,
 inline constexpr std::string_view activation_names[] = {
     RELU_MLP_ACTIVATIONS(RELU_MLP_NAME)};
 #undef RELU_MLP_NAME
 
-// What computes y = phi(z) for a whole layer.
+// How y = phi(z) is computed for a whole layer.
 enum class AppliedBy {
-  epilogue, // the product that computes z, while it writes it
-  pytorch, // the in-place operator of PyTorch that the row names
-  elementwise, // the row's own `forward`, after the product
+  epilogue, // by the product that computes z, as it writes z
+  pytorch, // by the in-place PyTorch operator that the row names
+  elementwise, // by the row's `forward`, after the product
 };
 
 // A row of the table. It has these members:
-//   applied_by         what computes a whole layer
+//   applied_by         how a whole layer is computed
 //   in_place           PyTorch's operator for AppliedBy::pytorch, else null
 //   forward(z)         phi(z). CUDA's fused kernels always call this
 //   backward(grad, y)  grad * phi'(z), with phi' as a function of y = phi(z)
-// `backward` multiplies in PyTorch's order, so that 0 * inf occurs in the same
-// places. The arithmetic is in float or double.
+// `backward` multiplies in PyTorch's order. Thus 0 * inf occurs in the same
+// places. C is float or double.
 //
-// There is no definition for the general case: a name without a row does not
+// The primary template has no definition, so a name without a row does not
 // compile.
 template <Activation phi>
 struct ActivationRow;
@@ -61,9 +61,9 @@ struct ActivationRow<Activation::none> {
   }
 };
 
-// NaN passes: in `forward` as itself, in `backward` it lets the gradient
-// through. `backward` selects and does not multiply, so an infinite gradient at
-// a unit that is off gives 0.
+// `forward` returns NaN for NaN. `backward` passes the gradient where y is NaN.
+// It selects instead of multiplying, so an infinite gradient at an inactive
+// unit gives 0.
 template <>
 struct ActivationRow<Activation::relu> {
   static constexpr AppliedBy applied_by = AppliedBy::epilogue;
@@ -109,7 +109,8 @@ struct ActivationRow<Activation::tanh> {
   }
 };
 
-// Returns f<ActivationRow<phi>>() for an activation that is known at run time.
+// Calls f<ActivationRow<phi>>() for an activation chosen at run time, and
+// returns its result.
 #ifdef __CUDACC__
 #pragma nv_exec_check_disable
 #endif
@@ -127,7 +128,7 @@ RELU_MLP_HOST_DEVICE auto with_row(Activation phi, const F& f) {
 #endif
 }
 
-// What computes phi for a whole layer.
+// How phi is computed for a whole layer.
 inline AppliedBy applied_by(Activation phi) {
   return with_row(phi, []<typename Row>() { return Row::applied_by; });
 }

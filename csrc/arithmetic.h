@@ -1,10 +1,10 @@
-// Arithmetic that the CPU, CUDA's kernels and its launches share.
+// Arithmetic shared by the CPU, CUDA kernels and kernel launches.
 #pragma once
 
 #include <cstdint>
 #include <type_traits>
 
-// For functions that kernels on a GPU and plain C++ share.
+// Marks functions that both GPU kernels and plain C++ call.
 #ifdef __CUDACC__
 #define RELU_MLP_HOST_DEVICE __host__ __device__ __forceinline__
 #else
@@ -13,7 +13,7 @@
 
 namespace relu_mlp {
 
-// The type that elements of type T are computed with.
+// The type in which elements of type T are computed.
 template <typename T>
 using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 

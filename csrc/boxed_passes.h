@@ -1,6 +1,6 @@
-// The operators as the dispatcher calls them: arguments are taken from the
-// stack and checked, the passes of a device compute, and the results go to the
-// stack.
+// The boxed kernels that the dispatcher calls. Each takes its arguments from
+// the stack, checks them, calls a pass of the device, and puts the results on
+// the stack.
 #pragma once
 
 #include "checks.h"
@@ -9,7 +9,7 @@
 
 namespace relu_mlp {
 
-template <const Passes& on>
+template <const Passes& passes>
 ForwardResult checked_forward(
     const Tensor& x,
     const std::vector<Tensor>& weights,
@@ -17,42 +17,42 @@ ForwardResult checked_forward(
     const std::string& output_activation,
     bool save_hidden) {
   check_layers(x, weights, biases);
-  if (on.checks_devices) {
+  if (passes.checks_devices) {
     check_devices(x, weights, biases);
   }
   Tensor holder;
-  ForwardResult result = on.forward(
+  ForwardResult result = passes.forward(
       as_matrix(x, holder), weights, biases,
       parse_activation(output_activation), save_hidden);
   result.y = with_leading_sizes(std::move(result.y), x);
   return result;
 }
 
-template <const Passes& on>
+template <const Passes& passes>
 void forward(StableIValue* stack) {
   const auto x = take<Tensor>(stack[0]);
   const auto weights = take<std::vector<Tensor>>(stack[1]);
   const auto biases = take<std::vector<Tensor>>(stack[2]);
   const auto output_activation = take<std::string>(stack[3]);
   const bool save_hidden = take<bool>(stack[4]);
-  ForwardResult result =
-      checked_forward<on>(x, weights, biases, output_activation, save_hidden);
+  ForwardResult result = checked_forward<passes>(
+      x, weights, biases, output_activation, save_hidden);
   stack[0] = give(std::move(result.y));
   stack[1] = give(std::move(result.hidden));
 }
 
 // The operator `relu_mlp`; its derivative is registered in Python.
-template <const Passes& on>
+template <const Passes& passes>
 void differentiable(StableIValue* stack) {
   const auto x = take<Tensor>(stack[0]);
   const auto weights = take<std::vector<Tensor>>(stack[1]);
   const auto biases = take<std::vector<Tensor>>(stack[2]);
   const auto output_activation = take<std::string>(stack[3]);
-  stack[0] =
-      give(checked_forward<on>(x, weights, biases, output_activation, false).y);
+  stack[0] = give(
+      checked_forward<passes>(x, weights, biases, output_activation, false).y);
 }
 
-// The needed gradients, that of x in the shape of x.
+// Returns the needed gradients. The gradient of x has the shape of x.
 inline StableIValue give_needed(
     Gradients gradients,
     const Needs& needs,
@@ -64,7 +64,7 @@ inline StableIValue give_needed(
   return give(std::move(gradients));
 }
 
-template <const Passes& on>
+template <const Passes& passes>
 void backward(StableIValue* stack) {
   const auto grad_output = take<Tensor>(stack[0]);
   const auto saved = take<std::vector<Tensor>>(stack[1]);
@@ -78,7 +78,7 @@ void backward(StableIValue* stack) {
   }
   check_storage(grad_output, "relu_mlp::backward: grad_output");
   for (std::size_t n = 0; n < saved.size(); ++n) {
-    if (on.checks_devices && !are_together(saved[n], grad_output)) {
+    if (passes.checks_devices && !are_on_same_device(saved[n], grad_output)) {
       fail(
           "relu_mlp::backward: saved[", n, "] must be on ",
           device_name(grad_output), " like grad_output, got ",
@@ -92,11 +92,11 @@ void backward(StableIValue* stack) {
   const Saved operands =
       unpack(saved, grad_matrix, activation, needs, x_holder, y_holder);
   stack[0] = give_needed(
-      on.backward(grad_matrix, operands, activation, needs), needs,
+      passes.backward(grad_matrix, operands, activation, needs), needs,
       grad_output);
 }
 
-template <const Passes& on>
+template <const Passes& passes>
 void recompute_backward(StableIValue* stack) {
   const auto grad_output = take<Tensor>(stack[0]);
   const auto x = take<Tensor>(stack[1]);
@@ -113,19 +113,19 @@ void recompute_backward(StableIValue* stack) {
         1 + 2 * weights.size(), " characters, got '", flags, "'");
   }
   check_output_like("grad_output", grad_output, x, weights);
-  if (on.checks_devices) {
+  if (passes.checks_devices) {
     check_devices(x, weights, biases);
     check_device(grad_output, x, "grad_output");
   }
   Tensor grad_holder, x_holder;
   stack[0] = give_needed(
-      on.recompute_backward(
+      passes.recompute_backward(
           as_matrix(grad_output, grad_holder), as_matrix(x, x_holder), weights,
           biases, parse_activation(output_activation), needs),
       needs, grad_output);
 }
 
-template <const Passes& on>
+template <const Passes& passes>
 void loss_and_grads(StableIValue* stack) {
   const auto x = take<Tensor>(stack[0]);
   const auto target = take<Tensor>(stack[1]);
@@ -135,18 +135,18 @@ void loss_and_grads(StableIValue* stack) {
   const auto output_activation = take<std::string>(stack[5]);
   check_layers(x, weights, biases);
   check_output_like("target", target, x, weights);
-  if (on.checks_devices) {
+  if (passes.checks_devices) {
     check_devices(x, weights, biases);
     check_device(target, x, "target");
   }
 
   Tensor x_holder, target_holder;
-  LossAndGradients result = on.loss_and_grads(
+  LossAndGradients result = passes.loss_and_grads(
       as_matrix(x, x_holder), as_matrix(target, target_holder), weights, biases,
       parse_loss(loss), parse_activation(output_activation));
 
   std::vector<Tensor>& gradients = result.gradients;
-  gradients.erase(gradients.begin()); // that of x
+  gradients.erase(gradients.begin()); // the gradient of x
   gradients.resize(weights.size() + biases.size());
   for (Tensor& gradient : gradients) {
     if (!gradient.get()) {
@@ -157,7 +157,7 @@ void loss_and_grads(StableIValue* stack) {
   stack[1] = give(std::move(gradients));
 }
 
-// The same operator, which returns its tensor at the head of its list.
+// The same operator, but it returns one list: its tensor, then its list.
 template <void (*pass)(StableIValue*)>
 void as_list(StableIValue* stack) {
   pass(stack);

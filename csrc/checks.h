@@ -1,5 +1,5 @@
-// Checks of the operators' arguments. relu_mlp/checks.py makes the same checks
-// in the same words where this library is not used.
+// Checks of the operators' arguments. Where this library is not used,
+// relu_mlp/checks.py makes the same checks with the same messages.
 #pragma once
 
 #include <algorithm>
@@ -74,22 +74,22 @@ inline std::string device_name(const Tensor& tensor) {
                                               : "another device";
 }
 
-inline bool are_together(const Tensor& a, const Tensor& b) {
+inline bool are_on_same_device(const Tensor& a, const Tensor& b) {
   return a.device_type() == b.device_type() &&
       a.device_index() == b.device_index();
 }
 
 template <typename... Name>
 void check_device(const Tensor& tensor, const Tensor& x, const Name&... name) {
-  if (!are_together(tensor, x)) {
+  if (!are_on_same_device(tensor, x)) {
     fail(
         name..., " must be on ", device_name(x), " like x, got ",
         device_name(tensor));
   }
 }
 
-// A missing bias may be on the device of x or on the CPU. On any other device
-// it may be why the dispatcher sends the call there, although x is elsewhere.
+// A missing bias may be on the device of x or on the CPU. A missing bias on
+// another device may have sent the call to that device although x is elsewhere.
 inline void check_devices(
     const Tensor& x,
     const std::vector<Tensor>& weights,
@@ -106,7 +106,7 @@ inline void check_devices(
 
 template <typename... Name>
 void check_storage(const Tensor& tensor, const Name&... name) {
-  if (!is_covered(tensor)) {
+  if (!storage_covers(tensor)) {
     fail(
         name..., " must have a storage with all its elements: shape ",
         shape(tensor), ", strides ",
@@ -166,7 +166,7 @@ inline void check_layers(
   }
 }
 
-// 'a', 'b' or 'c'.
+// Formats names as 'a', 'b' or 'c'.
 template <std::size_t N>
 std::string alternatives(const std::string_view (&names)[N]) {
   std::string text;
@@ -177,7 +177,8 @@ std::string alternatives(const std::string_view (&names)[N]) {
   return text;
 }
 
-// The enumerator of this name, where `names` has one for each, in their order.
+// The enumerator with this name. `names` has the names of all enumerators, in
+// order.
 template <typename Enum, std::size_t N>
 Enum parse_name(
     const char* argument,

@@ -1,13 +1,13 @@
-// The passes of any device: the way from tensors to plain data and back, which
-// is the same everywhere. What differs is a class Device<T>, made for one call
-// with elements of type T:
+// The passes of any device. The conversion from tensors to plain data and back
+// is the same on every device. A class Device<T> provides the rest. An object
+// of it serves one call with elements of type T:
 //
-//   Device(const Tensor& like)  `like` is on the device; the device is in use
-//                               while the object lives
-//   packs_rows                  see Operands
+//   Device(const Tensor& like)  `like` is on the device. The device is current
+//                               for the lifetime of the object
+//   needs_contiguous            see Operands
 //   unknown_width               see saved_network
 //   activate                    see Network
-//   new_matrix(rows, cols)      a new tensor, contiguous, not filled
+//   new_matrix(rows, cols)      a new contiguous tensor, not initialized
 //   forward(network, hidden, y)
 //   backward(network, pass)
 #pragma once
@@ -26,7 +26,7 @@ struct PassesOf {
       bool save_hidden) {
     return dispatch(x.dtype(), [&]<typename T>() {
       Device<T> device(x);
-      Operands<T> operands(1 + 2 * weights.size(), device.packs_rows);
+      Operands<T> operands(1 + 2 * weights.size(), device.needs_contiguous);
       const Network<T> network = whole_network<T>(
           x, weights, biases, output_activation, device.activate, operands);
       const int64_t rows = x.size(0);
@@ -51,7 +51,7 @@ struct PassesOf {
       const Needs& needs) {
     return dispatch(grad_output.dtype(), [&]<typename T>() {
       Device<T> device(grad_output);
-      Operands<T> operands(2 * needs.layers() + 1, device.packs_rows);
+      Operands<T> operands(2 * needs.layers() + 1, device.needs_contiguous);
       BackwardPass<T> pass{needs};
       const Network<T> network = saved_network<T>(
           grad_output, saved, output_activation, device.activate,
@@ -69,7 +69,7 @@ struct PassesOf {
       const Needs& needs) {
     return dispatch(x.dtype(), [&]<typename T>() {
       Device<T> device(x);
-      Operands<T> operands(1 + 2 * weights.size(), device.packs_rows);
+      Operands<T> operands(1 + 2 * weights.size(), device.needs_contiguous);
       const Network<T> network = whole_network<T>(
           x, weights, biases, output_activation, device.activate, operands);
       BackwardPass<T> pass{needs};
@@ -88,7 +88,7 @@ struct PassesOf {
       Activation output_activation) {
     return dispatch(x.dtype(), [&]<typename T>() {
       Device<T> device(x);
-      Operands<T> operands(2 + 2 * weights.size(), device.packs_rows);
+      Operands<T> operands(2 + 2 * weights.size(), device.needs_contiguous);
       const Network<T> network = whole_network<T>(
           x, weights, biases, output_activation, device.activate, operands);
       const std::string flags = needs_of_loss(network);
@@ -104,7 +104,7 @@ struct PassesOf {
   }
 
  private:
-  // `pass` lacks nothing but the places of its results.
+  // Runs `pass`, which is complete except for the pointers to its results.
   template <typename T>
   static Gradients run(
       Device<T>& device,
@@ -120,7 +120,7 @@ struct PassesOf {
   }
 };
 
-// `checks_devices` is as in Passes.
+// For `checks_devices` see Passes.
 template <template <typename> class Device>
 constexpr Passes passes_of(bool checks_devices) {
   using Of = PassesOf<Device>;

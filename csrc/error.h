@@ -1,6 +1,5 @@
-// Errors. Python sees a RuntimeError whose text is the message alone. (The
-// macros of LibTorch's headers add source files, lines and paths of the machine
-// that compiled them.)
+// Errors. Python sees a RuntimeError with the message alone. (The macros in
+// LibTorch's headers add source files, lines and paths of the build machine.)
 #pragma once
 
 #include <cstdint>
@@ -9,7 +8,8 @@
 #include <stdexcept>
 
 // PyTorch's message about the last call of its C interface that failed in this
-// thread. PyTorch has it since 2.13; the library loads on older ones, too.
+// thread. PyTorch has this function since 2.13. The symbol is weak because the
+// library also loads with older versions.
 #if defined(__GNUC__)
 extern "C" __attribute__((weak)) const char*
 torch_exception_get_what_without_backtrace();
@@ -41,7 +41,7 @@ inline void fail_with_reason() {
 #endif
 }
 
-// Checks what a function of PyTorch's C interface returns.
+// Checks the error code of a function of PyTorch's C interface.
 inline void check_call(int32_t error) {
   if (error != 0) [[unlikely]] {
     fail_with_reason();

@@ -1,5 +1,5 @@
-// What the arguments of an operator say, as plain data: matrices, which
-// gradients are needed, and the loss. Nothing here knows PyTorch.
+// The arguments of an operator as plain data: matrices, the needed gradients,
+// and the loss. Nothing here depends on PyTorch.
 #pragma once
 
 #include <cstdint>
@@ -9,9 +9,9 @@
 
 namespace relu_mlp {
 
-// A matrix in memory that somebody else owns. Element (i, j) is
-// data[i * row_stride + j * col_stride]; strides count elements and may be 0,
-// as they are in the gradient that y.sum() sends back.
+// A view of a matrix in memory that the view does not own. Element (i, j) is
+// data[i * row_stride + j * col_stride]. Strides count elements and may be 0,
+// for example in the gradient that y.sum() sends back.
 template <typename T>
 struct Matrix {
   T* data;
@@ -53,8 +53,8 @@ Matrix<const T> as_const(Matrix<T> m) {
   return {m.data, m.rows, m.cols, m.row_stride, m.col_stride};
 }
 
-// Which gradients are needed, as one character '0' or '1' for x, for every
-// weight and for every bias, in that order. Layers are counted from 0.
+// The needed gradients, as one character '0' or '1' for x, for every weight and
+// for every bias, in that order. Layers are counted from 0.
 struct Needs {
   std::string_view flags;
 
@@ -71,7 +71,7 @@ struct Needs {
     return flags[1 + layers() + l] == '1';
   }
 
-  // The lowest layer that has a gradient to compute, or the number of layers if
+  // The lowest layer with a gradient to compute, or the number of layers if
   // there is none. Nothing is propagated below it. (reference.lowest_layer)
   std::size_t lowest_layer() const {
     std::size_t l = 0;
@@ -85,8 +85,8 @@ struct Needs {
     return x() || l > lowest_layer();
   }
 
-  // What the needed gradients are computed from, and so what a forward pass
-  // saves for them. (reference.is_kept)
+  // The operands that the needed gradients are computed from. A forward pass
+  // saves these. (reference.is_kept)
   bool reads_y(Activation output_activation) const {
     return lowest_layer() < layers() && output_activation != Activation::none;
   }

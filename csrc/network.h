@@ -1,6 +1,6 @@
-// A call of an operator as plain data: the network, and what its backward pass
-// computes. The passes of every device work on this and know nothing of
-// PyTorch.
+// A call of an operator as plain data: the network, and the operands and
+// results of its backward pass. The passes of every device work on this data.
+// Nothing here depends on PyTorch.
 #pragma once
 
 #include <algorithm>
@@ -10,8 +10,8 @@
 
 namespace relu_mlp {
 
-// An operand that a pass does not read has no data, but where its width is
-// known it has that.
+// An operand that a pass does not read has no data. It has its width if the
+// width is known.
 template <typename T>
 struct Layer {
   Matrix<const T> weight; // (out_features, in_features), rows contiguous
@@ -28,13 +28,13 @@ struct Network {
   Matrix<const T> x; // (rows, in_features), rows contiguous
   std::vector<Layer<T>> layers;
   Activation output_activation;
-  Activate<T> activate; // null on devices whose passes have their own way
+  Activate<T> activate; // null if the device applies activations itself
 
   int64_t width(std::size_t l) const { // of the input of layer l, or of y
     return l < layers.size() ? layers[l].weight.cols
                              : layers.back().weight.rows;
   }
-  // Those of the inputs of the layers from `first` on, and of y.
+  // The widths of the inputs of the layers from `first` on, and of y.
   std::vector<int64_t> widths(std::size_t first = 0) const {
     std::vector<int64_t> all;
     all.reserve(layers.size() + 1 - first);
@@ -53,26 +53,26 @@ struct Network {
   }
 };
 
-// What the backward pass is asked for. An operand that `needs` makes
-// superfluous has no data.
+// The operands and results of a backward pass. An operand that `needs` does not
+// require has no data.
 template <typename T>
 struct BackwardPass {
   Needs needs;
 
-  // a_1 ... a_{L-1}, contiguous, and y. With `recompute` they are not given:
-  // the pass computes them again.
+  // a_1 ... a_{L-1}, contiguous, and y. With `recompute` they are missing, and
+  // the pass recomputes them.
   bool recompute = false;
   std::vector<Matrix<const T>> hidden = {};
   Matrix<const T> y = {};
 
-  // Either the gradient of y, of any strides, or, where `loss` is not null, the
-  // target, contiguous, of *loss = loss_scale * sum (y - target)^2.
+  // If `loss` is null: the gradient of y, of any strides. Otherwise: the
+  // contiguous target of *loss = loss_scale * sum (y - target)^2.
   Matrix<const T> grad_output = {};
   Matrix<const T> target = {};
   double loss_scale = 0;
   T* loss = nullptr;
 
-  // The results, contiguous; null where not needed.
+  // The results, contiguous; null if not needed.
   T* grad_x = nullptr;
   std::vector<T*> grad_weights = {}, grad_biases = {};
 

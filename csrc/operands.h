@@ -1,4 +1,4 @@
-// Tensors as the plain data of network.h, and new tensors for the results.
+// Converts tensors to the plain data of network.h, and allocates the results.
 #pragma once
 
 #include "network.h"
@@ -6,14 +6,16 @@
 
 namespace relu_mlp {
 
-// Makes plain data of tensors, and keeps the copies that this takes.
+// Converts tensors to plain data, and owns the copies that this needs.
 template <typename T>
 class Operands {
  public:
-  // At most `most` tensors are given. `packs_rows` is whether the device's
-  // passes want weights and y contiguous; else rows may lie apart.
-  Operands(std::size_t most, bool packs_rows) : packs_rows_(packs_rows) {
-    copies_.reserve(most);
+  // At most `max_tensors` tensors will be converted. `needs_contiguous` says
+  // whether the passes of the device need contiguous weights and y. Otherwise
+  // only each row must be contiguous.
+  Operands(std::size_t max_tensors, bool needs_contiguous)
+      : needs_contiguous_(needs_contiguous) {
+    copies_.reserve(max_tensors);
   }
 
   // A contiguous matrix, or vector.
@@ -25,19 +27,19 @@ class Operands {
     return as_contiguous(tensor, copies_.emplace_back())
         .template data<const T>();
   }
-  // A matrix with contiguous rows, which may lie apart.
+  // A matrix with contiguous rows and any row stride.
   Matrix<const T> rows(const Tensor& tensor) {
     const auto m = matrix<const T>(tensor);
     return m.col_stride == 1 ? m : whole(tensor);
   }
   // A weight or y.
   Matrix<const T> parameter(const Tensor& tensor) {
-    return packs_rows_ ? whole(tensor) : rows(tensor);
+    return needs_contiguous_ ? whole(tensor) : rows(tensor);
   }
 
  private:
   std::vector<Tensor> copies_;
-  const bool packs_rows_;
+  const bool needs_contiguous_;
 };
 
 // The network of a forward pass, or of a backward pass that recomputes.
@@ -60,10 +62,10 @@ Network<T> whole_network(
   return network;
 }
 
-// The network of a backward pass, as far as `saved` has it; hidden activations
-// and y are entered into `pass`, which has `needs`. An operand that is not
-// saved leaves its width, if a neighbor tells it. A width that nobody tells,
-// and that no result depends on, is `unknown_width`.
+// The network of a backward pass, with the operands in `saved`. Sets the hidden
+// activations and y of `pass`, whose `needs` are set. An operand that is not
+// saved still has its width if a neighbor determines it. Any other width is
+// `unknown_width`, and no result depends on it.
 template <typename T>
 Network<T> saved_network(
     const Tensor& grad_output,
@@ -103,8 +105,8 @@ Network<T> saved_network(
   return network;
 }
 
-// New tensors for the gradients that are needed, entered into `pass`.
-// new_matrix(rows, cols) makes a tensor.
+// Allocates the needed gradients and sets their pointers in `pass`.
+// new_matrix(rows, cols) allocates a tensor.
 template <typename T, typename NewMatrix>
 Gradients new_gradients(
     const Network<T>& network,
@@ -134,8 +136,8 @@ Gradients new_gradients(
   return gradients;
 }
 
-// The `Needs` of a pass from the loss: all weights and all biases that are
-// there.
+// The flags of `Needs` for a pass with a loss: all weights, and all biases that
+// exist.
 template <typename T>
 std::string needs_of_loss(const Network<T>& network) {
   std::string flags = "0" + std::string(network.layers.size(), '1');
@@ -146,7 +148,7 @@ std::string needs_of_loss(const Network<T>& network) {
 }
 
 // z = phi(z) for `count` contiguous elements by PyTorch's in-place operator,
-// which has its accuracy and its speed.
+// with PyTorch's accuracy and speed.
 template <typename T>
 void apply_in_place(
     const char* in_place,

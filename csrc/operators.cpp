@@ -1,4 +1,4 @@
-// torch.ops.relu_mlp: what the library says of itself, and the registration of
+// torch.ops.relu_mlp: information about this library, and the registration of
 // the operators for each device.
 
 #include "operators.h"
@@ -20,9 +20,9 @@ namespace {
 #define RELU_MLP_TEXT(names) RELU_MLP_TEXT_OF(names)
 #define RELU_MLP_TEXT_OF(names) #names
 
-// How this library was built and what it has, as lines of "key: value". For
-// relu_mlp.build_info(); relu_mlp/ops/library.py compares the activations with
-// those of relu_mlp/activations.py.
+// Describes how this library was built and what it contains, as lines of "key:
+// value". relu_mlp.build_info() returns this. relu_mlp/ops/library.py compares
+// the activations with those of relu_mlp/activations.py.
 std::string build_info() {
   std::ostringstream text;
 #if defined(__clang__)
@@ -55,9 +55,9 @@ std::string build_info() {
   return text.str();
 }
 
-// Which of the compiled instruction sets is in use, counted from 0. It can
-// change, so it is not part of build_info. (A number and no name: LibTorch
-// leaks the strings that it takes over from an operator.)
+// The index of the instruction set in use among the compiled ones. It can
+// change, so build_info does not report it. This is a number and not a name
+// because LibTorch leaks the strings that operators return.
 int64_t instruction_set() {
   const std::vector<std::string> names = cpu::compiled_instruction_sets();
   const std::string chosen = cpu::chosen_instruction_set().name;

@@ -1,6 +1,6 @@
 // The operators of torch.ops.relu_mlp: their schemas, and their registration
-// for the passes of a device. relu_mlp/ops/library.py has the same schemas, for
-// processes without this library, and compares them with these.
+// for the passes of a device. relu_mlp/ops/library.py has the same schemas for
+// processes without this library. It compares them with these.
 #pragma once
 
 #include "boxed_passes.h"
@@ -14,27 +14,28 @@ inline void define_operators(torch::stable::detail::StableLibrary& m) {
   m.def(
       "forward(Tensor x, Tensor[] weights, Tensor[] biases, "
       "str output_activation, bool save_hidden) -> (Tensor, Tensor[])");
-  // saved: those of x, y, the weights and the hidden activations, in this
-  // order, that the needed gradients depend on. needs: '0' or '1' for x, every
-  // weight and every bias. Returns the needed gradients alone, in that order.
+  // saved: the operands that the needed gradients depend on, among x, y, the
+  // weights and the hidden activations, in this order. needs: '0' or '1' for x,
+  // every weight and every bias. Returns only the needed gradients, in that
+  // order.
   m.def(
       "backward(Tensor grad_output, Tensor[] saved, str output_activation, "
       "str needs) -> Tensor[]");
-  // The same from x and the parameters, where nothing else was saved.
+  // The same from x and the parameters, if nothing else was saved.
   m.def(
       "recompute_backward(Tensor grad_output, Tensor x, Tensor[] weights, "
       "Tensor[] biases, str output_activation, str needs) -> Tensor[]");
-  // Returns the loss and the gradients of the weights, then one for every entry
-  // of biases: without elements where the entry has none.
+  // Returns the loss, the gradients of the weights, then one gradient for every
+  // entry of biases. It is empty if the entry is empty.
   m.def(
       "loss_and_grads(Tensor x, Tensor target, Tensor[] weights, "
       "Tensor[] biases, str loss, str output_activation) "
       "-> (Tensor, Tensor[])");
-  // Graphs that Inductor writes in C++ call these instead
-  // (relu_mlp/ops/cpp_graphs.py). They have no kernel in Python on the Autograd
-  // key: a package of AOTInductor holds a lock while it calls them, and would
-  // deadlock with a thread that holds Python's lock and waits for the
-  // package's. Such graphs cannot return a tensor and a list, so these return
+  // C++ code that Inductor generates calls these operators instead
+  // (relu_mlp/ops/cpp_graphs.py). They have no Python kernel on the Autograd
+  // key. A package of AOTInductor holds a lock while it calls them, and would
+  // deadlock with a thread that holds the GIL and waits for that lock.
+  // Generated code cannot return a tensor and a list, so these operators return
   // one list of both.
   m.def(
       "_relu_mlp_in_cpp(Tensor x, Tensor[] weights, Tensor[] biases, "
@@ -54,18 +55,18 @@ inline void define_operators(torch::stable::detail::StableLibrary& m) {
       "Tensor[] biases, str loss, str output_activation) -> Tensor[]");
 }
 
-template <const Passes& on>
+template <const Passes& passes>
 void register_operators(torch::stable::detail::StableLibrary& m) {
-  m.impl("relu_mlp", &guarded<&differentiable<on>>);
-  m.impl("forward", &guarded<&forward<on>>);
-  m.impl("backward", &guarded<&backward<on>>);
-  m.impl("recompute_backward", &guarded<&recompute_backward<on>>);
-  m.impl("loss_and_grads", &guarded<&loss_and_grads<on>>);
-  m.impl("_relu_mlp_in_cpp", &guarded<&differentiable<on>>);
-  m.impl("_forward_in_cpp", &guarded<&as_list<forward<on>>>);
-  m.impl("_backward_in_cpp", &guarded<&backward<on>>);
-  m.impl("_recompute_backward_in_cpp", &guarded<&recompute_backward<on>>);
-  m.impl("_loss_and_grads_in_cpp", &guarded<&as_list<loss_and_grads<on>>>);
+  m.impl("relu_mlp", &guarded<&differentiable<passes>>);
+  m.impl("forward", &guarded<&forward<passes>>);
+  m.impl("backward", &guarded<&backward<passes>>);
+  m.impl("recompute_backward", &guarded<&recompute_backward<passes>>);
+  m.impl("loss_and_grads", &guarded<&loss_and_grads<passes>>);
+  m.impl("_relu_mlp_in_cpp", &guarded<&differentiable<passes>>);
+  m.impl("_forward_in_cpp", &guarded<&as_list<forward<passes>>>);
+  m.impl("_backward_in_cpp", &guarded<&backward<passes>>);
+  m.impl("_recompute_backward_in_cpp", &guarded<&recompute_backward<passes>>);
+  m.impl("_loss_and_grads_in_cpp", &guarded<&as_list<loss_and_grads<passes>>>);
 }
 
 } // namespace relu_mlp

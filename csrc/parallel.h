@@ -1,4 +1,4 @@
-// PyTorch's own threads.
+// Parallel loops on PyTorch's own threads.
 #pragma once
 
 #include <torch/csrc/stable/c/shim.h>
@@ -11,35 +11,36 @@
 
 namespace relu_mlp {
 
-// Calls f(begin, end) for ranges that cover [0, count), on PyTorch's threads
-// if there are more than `grain` elements. An exception of f must not cross
-// PyTorch's C interface, so it is caught in its thread and rethrown here.
+// Calls f(begin, end) for ranges that cover [0, count), on PyTorch's threads if
+// there are more than `grain` elements. An exception must not cross PyTorch's C
+// interface. So each thread catches what f throws, and this function rethrows
+// the first exception.
 template <typename F>
 void parallel_for(int64_t count, int64_t grain, const F& f) {
   if (count <= grain) {
     f(int64_t(0), count);
     return;
   }
-  struct Call {
+  struct State {
     const F& f;
     std::atomic_flag has_failed;
     std::exception_ptr error;
-  } call{f, {}, {}};
+  } state{f, {}, {}};
   check_call(torch_parallel_for(
       0, count, grain,
       [](int64_t begin, int64_t end, void* context) {
-        Call& call = *static_cast<Call*>(context);
+        State& state = *static_cast<State*>(context);
         try {
-          call.f(begin, end);
+          state.f(begin, end);
         } catch (...) {
-          if (!call.has_failed.test_and_set()) {
-            call.error = std::current_exception();
+          if (!state.has_failed.test_and_set()) {
+            state.error = std::current_exception();
           }
         }
       },
-      &call));
-  if (call.error) {
-    std::rethrow_exception(call.error);
+      &state));
+  if (state.error) {
+    std::rethrow_exception(state.error);
   }
 }
 

@@ -1,6 +1,7 @@
-// The passes that every device has: the whole forward pass, the whole backward
-// pass, and both with a loss in between. The operators call them with arguments
-// that are checked; x, y, the gradient of y and the target are matrices.
+// The passes that every device implements: the whole forward pass, the whole
+// backward pass, and both with a loss in between. The operators check the
+// arguments before they call a pass. x, y, the gradient of y and the target are
+// matrices.
 #pragma once
 
 #include <string>
@@ -16,14 +17,14 @@ struct ForwardResult {
 };
 
 // The operands of the backward pass. `inputs[l]` is the input of layer l: x,
-// a_1, ... a_{L-1}. An operand that `needs` makes superfluous is null.
+// a_1, ... a_{L-1}. An operand that `needs` does not require is null.
 struct Saved {
   std::vector<const Tensor*> inputs, weights;
   const Tensor* y;
 };
 
-// The gradients of x, of every weight and of every bias, in that order. Those
-// that are not needed have no handle.
+// The gradients of x, of every weight and of every bias, in that order. A
+// gradient that is not needed has no handle.
 using Gradients = std::vector<Tensor>;
 
 struct LossAndGradients {
@@ -48,8 +49,8 @@ struct Passes {
       Activation output_activation,
       const Needs& needs);
 
-  // The same from x and the parameters alone. It computes the hidden
-  // activations again.
+  // The same from x and the parameters alone: it recomputes the hidden
+  // activations.
   Gradients (*recompute_backward)(
       const Tensor& grad_output,
       const Tensor& x,
@@ -66,9 +67,9 @@ struct Passes {
       Loss loss,
       Activation output_activation);
 
-  // Whether the operators have to check devices. The dispatcher sends a call to
-  // the CPU only if all of its tensors are there; other devices may get tensors
-  // of several.
+  // Whether the operators must check devices. The dispatcher calls the CPU
+  // kernel only if all tensors are on the CPU. The kernels of another device
+  // may get tensors on several devices.
   bool checks_devices;
 };
 

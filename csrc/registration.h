@@ -9,26 +9,26 @@
 
 namespace relu_mlp {
 
-// Registers operators as long as it lives, unless the namespace is there
-// already: from another copy of this library, or from Python. Then this copy
-// serves nothing. (STABLE_TORCH_LIBRARY ignores the error code and would go on
-// with a handle that is not initialized.)
+// Registers operators for the lifetime of this object. If the namespace already
+// exists, from another copy of this library or from Python, this copy registers
+// nothing. (STABLE_TORCH_LIBRARY ignores the error code and would continue with
+// an uninitialized handle.)
 class Registration {
  public:
   using Library = torch::stable::detail::StableLibrary;
 
-  // What to register, on which key of the dispatcher.
-  struct Kernels {
+  // A dispatch key, and the function that adds its kernels.
+  struct KeyKernels {
     const char* key;
     void (*add)(Library&);
   };
 
-  // `file` is where PyTorch says that the operators come from.
+  // `file` is the source that PyTorch reports for the operators.
   Registration(
       const char* name,
       const char* file,
       void (*define)(Library&),
-      std::initializer_list<Kernels> kernels)
+      std::initializer_list<KeyKernels> kernels)
       : name_(name), file_(file) {
     if (aoti_torch_library_init_def(name, file, 0, &name_space_) !=
         TORCH_SUCCESS) {
@@ -37,7 +37,7 @@ class Registration {
     }
     try {
       define(open(Library::Kind::FRAGMENT, nullptr));
-      for (const Kernels& k : kernels) {
+      for (const KeyKernels& k : kernels) {
         k.add(open(Library::Kind::IMPL, k.key));
       }
     } catch (const std::exception&) {

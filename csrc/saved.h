@@ -1,5 +1,5 @@
-// The list `saved` of the operator `backward`: its tensors are assigned to the
-// operands that they are, and checked.
+// Unpacks the list `saved` of the operator `backward` into named operands, and
+// checks them.
 #pragma once
 
 #include "checks.h"
@@ -23,11 +23,11 @@ inline void check_operand(
   }
 }
 
-// The tensors of `saved` as the operands that they are. Needs says which
-// operands are saved; their order is x, y, the weights, a_1 ... a_{L-1}. Only
-// autograd.py calls the operator, with what it saved. The checks keep a mistake
-// there from reading foreign memory. The holders keep what had to be made a
-// matrix.
+// Returns the tensors of `saved` as named operands. Needs says which operands
+// are saved. Their order is x, y, the weights, a_1 ... a_{L-1}. Only
+// autograd.py calls the operator, with the tensors that it saved. The checks
+// keep a mistake there from reading out of bounds. The holders own x and y if
+// these had to be reshaped.
 inline Saved unpack(
     const std::vector<Tensor>& saved,
     const Tensor& grad_output,

@@ -1,7 +1,7 @@
 // The dispatcher's stack: operators take their arguments from it and give it
-// their results. A kernel owns what is on the stack when it is called, and
-// takes all of it before it does anything that can fail. (TORCH_BOX does this
-// too, with torch::stable::Tensor; see tensor.h.)
+// their results. A kernel owns the arguments on the stack. It takes all of them
+// before it does anything that can fail. (TORCH_BOX does the same with
+// torch::stable::Tensor; see tensor.h.)
 #pragma once
 
 #include <memory>
@@ -49,8 +49,8 @@ struct Take<std::vector<T>> {
   }
 };
 
-// LibTorch's own conversion leaks: it makes a string with `new` and returns a
-// copy.
+// LibTorch's own conversion leaks: it allocates a string with `new` and returns
+// a copy.
 template <>
 struct Take<std::string> {
   static std::string from(StableIValue value) {
@@ -90,9 +90,10 @@ StableIValue give(std::vector<T> items) {
 }
 
 // A function that the dispatcher calls.
-using Kernel = void (*)(StableIValue* stack, uint64_t inputs, uint64_t outputs);
+using BoxedKernel =
+    void (*)(StableIValue* stack, uint64_t inputs, uint64_t outputs);
 
-// `kernel`, but whatever it throws is a RuntimeError in Python.
+// `kernel`, but every exception becomes a RuntimeError in Python.
 template <void (*kernel)(StableIValue*)>
 void guarded(StableIValue* stack, uint64_t, uint64_t) {
   try {
@@ -125,9 +126,9 @@ struct Boxed {
 template <typename Result, typename... Arguments>
 Boxed<Result, Arguments...> boxed_like(Result (*)(Arguments...));
 
-// A kernel made of a plain function.
+// A boxed kernel that calls a plain function.
 template <auto function>
-constexpr Kernel boxed =
+constexpr BoxedKernel boxed =
     &guarded<&decltype(boxed_like(function))::template kernel<function>>;
 
 } // namespace relu_mlp

@@ -1,8 +1,8 @@
-// What the operators need of a tensor, on LibTorch's stable ABI.
+// The tensor operations that the operators need, on LibTorch's stable ABI.
 //
-// torch::stable::Tensor would work, but it shares ownership: every argument and
-// every result costs two more allocations, which for small sizes take longer
-// than the arithmetic. A Tensor here has one owner.
+// torch::stable::Tensor would work, but it shares ownership: it costs two more
+// allocations for every argument and every result. For small sizes these take
+// longer than the arithmetic. A Tensor here has one owner.
 #pragma once
 
 #include <torch/csrc/stable/c/shim.h>
@@ -26,7 +26,7 @@ namespace relu_mlp {
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
-// The number of the dtype that T is stored as.
+// PyTorch's number for the dtype of T.
 template <typename T>
 int32_t dtype_number() {
   if constexpr (std::is_same_v<T, float>) {
@@ -62,8 +62,8 @@ class Tensor {
     return std::exchange(handle_, nullptr);
   }
 
-  // A request for memory to write to makes PyTorch perform a lazy copy
-  // (torch._lazy_clone). So a const T requests memory to read.
+  // A request for a mutable pointer makes PyTorch materialize a lazy copy
+  // (torch._lazy_clone). A const T therefore requests a const pointer.
   template <typename T>
   T* data() const {
     std::conditional_t<std::is_const_v<T>, const void*, void*> pointer;
@@ -83,7 +83,7 @@ class Tensor {
   int64_t numel() const {
     return ask(aoti_torch_get_numel);
   }
-  // dim() numbers each, in the tensor's own memory.
+  // Each has dim() entries and belongs to the tensor.
   const int64_t* sizes() const {
     return ask(aoti_torch_get_sizes);
   }
@@ -102,7 +102,7 @@ class Tensor {
   bool is_contiguous() const {
     return ask(aoti_torch_is_contiguous);
   }
-  // One of the numbers that aoti_torch_dtype_float32() and its like return.
+  // A dtype number such as aoti_torch_dtype_float32() returns.
   int32_t dtype() const {
     return ask(aoti_torch_get_dtype);
   }
@@ -114,7 +114,7 @@ class Tensor {
   }
 
  private:
-  // The value that a function of PyTorch's C interface writes to its last
+  // Returns the value that a getter of PyTorch's C interface writes to its last
   // argument.
   template <typename Value>
   Value ask(AOTITorchError (*getter)(AtenTensorHandle, Value*)) const {
@@ -126,13 +126,13 @@ class Tensor {
   AtenTensorHandle handle_ = nullptr;
 };
 
-// Whether the storage has memory for all elements. resize_ may have freed or
-// shrunk it, and the tensor keeps its sizes.
-inline bool is_covered(const Tensor& tensor) {
+// Whether the storage has memory for all elements of the tensor. resize_ may
+// have freed or shrunk the storage while the tensor kept its sizes.
+inline bool storage_covers(const Tensor& tensor) {
   const int64_t dim = tensor.dim();
   const int64_t *sizes = tensor.sizes(), *strides = tensor.strides();
-  // Elements from the first of the tensor to the end of the storage. Quotients
-  // are compared, because products could overflow.
+  // The number of elements from the tensor's first one to the end of the
+  // storage. The loop compares quotients because products could overflow.
   const int64_t bytes = int64_t(aoti_torch_dtype_element_size(tensor.dtype()));
   int64_t left = tensor.storage_size() / bytes - tensor.storage_offset();
   bool is_within = true;
@@ -178,7 +178,7 @@ Sizes contiguous_strides(const Sizes& sizes) {
   fail_to_allocate(bytes);
 }
 
-// A new tensor with the dtype and device of `like`, contiguous, not filled.
+// A new contiguous tensor with the dtype and device of `like`, not initialized.
 template <std::size_t N>
 Tensor empty(const std::array<int64_t, N>& sizes, const Tensor& like) {
   const std::array<int64_t, N> strides = contiguous_strides(sizes);
@@ -191,8 +191,9 @@ Tensor empty(const std::array<int64_t, N>& sizes, const Tensor& like) {
   return Tensor(handle);
 }
 
-// The same memory under other sizes and strides, without a trip through the
-// dispatcher. The last argument of the shim is added to the tensor's offset.
+// A view of the tensor's memory with other sizes and strides, made without the
+// dispatcher. The shim adds its offset argument, here 0, to the tensor's own
+// offset.
 template <typename Sizes>
 Tensor reinterpret(
     const Tensor& tensor,
@@ -205,8 +206,7 @@ Tensor reinterpret(
   return Tensor(handle);
 }
 
-// Memory that somebody else owns as a tensor. T's dtype has to be one that
-// dtype_number knows.
+// A tensor over memory that the caller owns. dtype_number must know T.
 template <typename T, std::size_t N>
 Tensor from_blob(
     const T* data,
@@ -238,8 +238,9 @@ inline const Tensor& as_contiguous(const Tensor& tensor, Tensor& holder) {
   return holder;
 }
 
-// (*, features) as (rows, features): the tensor itself if it is a matrix, else
-// a view, and where no view will do a copy, which `holder` keeps.
+// (*, features) as (rows, features). Returns the tensor itself if it is a
+// matrix, else a view, or a copy if no view is possible. `holder` owns the view
+// or the copy.
 inline const Tensor& as_matrix(const Tensor& tensor, Tensor& holder) {
   const int64_t dim = tensor.dim();
   if (dim == 2) {
@@ -268,8 +269,8 @@ inline Tensor with_leading_sizes(Tensor matrix, const Tensor& like) {
   return reinterpret(matrix, sizes, contiguous_strides(sizes));
 }
 
-// A 2-D tensor as plain data. A size of 1 makes its stride irrelevant, and 1
-// is the value that suits the kernels.
+// A 2-D tensor as plain data. With at most one column the column stride is
+// irrelevant, and the kernels expect 1.
 template <typename T>
 Matrix<T> matrix(const Tensor& tensor) {
   const int64_t *sizes = tensor.sizes(), *strides = tensor.strides();
@@ -278,7 +279,7 @@ Matrix<T> matrix(const Tensor& tensor) {
       sizes[1] <= 1 ? 1 : strides[1]};
 }
 
-// Calls f<T>() with the C++ type that `dtype` stands for.
+// Calls f<T>() with the C++ type of `dtype`.
 template <typename F>
 auto dispatch(int32_t dtype, const F& f) {
   if (dtype == aoti_torch_dtype_float32()) {

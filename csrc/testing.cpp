@@ -1,5 +1,5 @@
-// torch.ops.relu_mlp_testing: what tests ask the library, and set in it.
-// Nothing in the package calls these.
+// torch.ops.relu_mlp_testing: operators with which tests query the library and
+// change its settings. Nothing in the package calls them.
 
 #include <algorithm>
 
@@ -29,7 +29,7 @@ void choose_instruction_set(std::string name) {
   }
 }
 
-// How CUDA serves a pass on a device with these properties: the number of
+// CUDA's plan of a pass on a device with these properties: the number of
 // multiprocessors, and bytes of shared memory per block and per multiprocessor.
 std::string cuda_plan(
     int64_t rows,
@@ -41,7 +41,7 @@ std::string cuda_plan(
   if (widths.size() < 2 || device.size() != 3) {
     fail("widths must have two entries or more, and device three");
   }
-  const cuda::Plan plan = cuda::plan_call(
+  const cuda::PassPlan plan = cuda::plan_pass(
       {rows,
        widths,
        int(element_size),
@@ -64,8 +64,8 @@ std::string cuda_plan(
   return text.str();
 }
 
-// Of layered passes: who computes a product, how columns are summed, and how
-// many columns of the lowest delta are computed at a time.
+// The plans of layered passes: whether cuBLASLt computes a product, how columns
+// are summed, and how many columns of the lowest delta are computed at a time.
 bool is_for_cublaslt(
     int64_t rows,
     int64_t in,

@@ -1,14 +1,14 @@
-// A network's layers in bfloat16 by products of bfloat16 (dpbf16 or AMX).
+// The layers of a bfloat16 network with products of bfloat16 (dpbf16 or AMX).
 // Activations and deltas stay in bfloat16, as on the native path.
 //
 // S is the type that weight gradients are summed in: float, or bfloat16 for a
 // single block of rows, which writes every weight gradient once.
 //
-// Either each chunk of rows has a thread, and weights are packed once for many
-// blocks (Pack::once). Or threads share every product by its columns, and each
-// packs what it needs of the weight (Pack::per_use), because what one core has
-// written comes slowly to another. How columns are dealt out does not change
-// the bits.
+// There are two ways to use threads. Each chunk of rows has a thread, and
+// weights are packed once for many blocks (Pack::once). Or threads share every
+// product by its columns, and each thread packs its own columns of the weight
+// (Pack::per_use), because a core reads data slowly that another core has just
+// written. The split of the columns does not change the bits.
 #pragma once
 
 #include <type_traits>
@@ -60,7 +60,7 @@ class Bf16Layers {
       Matrix<Element> z,
       Matrix<const Element> a,
       bool relu) const {
-    Bf16Product product = product_of(z, a);
+    Bf16ProductArgs product = product_of(z, a);
     product.epilogue = relu ? Epilogue::bias_relu : Epilogue::bias;
     product.bias = packed_[l].bias;
     multiply(
@@ -68,8 +68,8 @@ class Bf16Layers {
         bits(layers_[l].weight).transposed());
   }
 
-  // For both operands of grad_weight. Where threads share it, each has memory
-  // of its own.
+  // Scratch for both packed operands of grad_weight. If threads share the
+  // product, each thread allocates its own.
   int64_t scratch_size(int64_t rows, int64_t widest) const {
     constexpr int64_t operands = 2, elements_of_word = 2;
     return sharing_.is_shared()
@@ -97,7 +97,7 @@ class Bf16Layers {
       Matrix<Element> out,
       Matrix<const Element> delta,
       Matrix<const Element> mask) const {
-    Bf16Product product = product_of(out, delta);
+    Bf16ProductArgs product = product_of(out, delta);
     product.epilogue = mask.data ? Epilogue::mask : Epilogue::store;
     product.mask = bits(mask.data);
     product.mask_row = mask.row_stride;
@@ -106,17 +106,17 @@ class Bf16Layers {
         bits(layers_[l].weight));
   }
 
-  // Each column is summed by one thread.
+  // One thread sums each column.
   void grad_bias(double* sums, Matrix<const Element> delta) const {
     const int64_t work = sharing_.work_to_pack(delta.rows, delta.cols);
-    each_range(delta.cols, work, [&](int64_t begin, int64_t end) {
+    for_each_range(delta.cols, work, [&](int64_t begin, int64_t end) {
       kernels_.column_sums(
           sums + begin, bits(columns_of(delta, begin, end - begin)));
     });
   }
 
  private:
-  struct Packed { // null where not packed once
+  struct PackedLayer { // null pointers if not packed once
     const uint32_t* transposed = nullptr; // weight^T (in, out), for a W^T
     const uint32_t* plain = nullptr; // weight (out, in), for delta W
     const float* bias = nullptr; // (out)
@@ -130,14 +130,16 @@ class Bf16Layers {
   }
 
   // A product without its right operand and epilogue.
-  static Bf16Product product_of(Matrix<Element> out, Matrix<const Element> a) {
+  static Bf16ProductArgs product_of(
+      Matrix<Element> out,
+      Matrix<const Element> a) {
     return {out.rows,     out.cols, a.cols,         bits(a.data),
             a.row_stride, nullptr,  bits(out.data), out.row_stride};
   }
 
-  // The product with b, of which there is a packed copy if `pack` is `once`.
+  // Multiplies by b. `packed` is the packed copy of b if `pack` is Pack::once.
   void multiply(
-      Bf16Product product,
+      Bf16ProductArgs product,
       Pack pack,
       const uint32_t* packed,
       Matrix<const uint16_t> b) const {
@@ -147,10 +149,10 @@ class Bf16Layers {
       return;
     }
     const int64_t work = sharing_.work_of_product(product.m, b.cols, b.rows);
-    each_range(b.cols, work, [&](int64_t begin, int64_t end) {
+    for_each_range(b.cols, work, [&](int64_t begin, int64_t end) {
       const Buffer<uint32_t> words(kernels_.packed_size(b.rows, end - begin));
       kernels_.pack(words.get(), columns_of(b, begin, end - begin));
-      Bf16Product part = product;
+      Bf16ProductArgs part = product;
       part.n = end - begin;
       part.b = words.get();
       part.out += begin;
@@ -160,15 +162,15 @@ class Bf16Layers {
     });
   }
 
-  // Of the operands, the one of the larger width is dealt out, and packed once;
-  // every thread packs the other one.
+  // Splits the wider operand among the threads, so it is packed once. Every
+  // thread packs the whole of the other operand.
   void share_grad_weight(
       Matrix<Sum> sum,
       Matrix<const Element> delta,
       Matrix<const Element> a,
       bool add) const {
     const bool by_rows = sum.rows > sum.cols;
-    each_range(
+    for_each_range(
         by_rows ? sum.rows : sum.cols,
         sharing_.work_of_product(sum.rows, sum.cols, delta.rows),
         [&](int64_t begin, int64_t end) {
@@ -200,12 +202,12 @@ class Bf16Layers {
     }
   }
 
-  // Calls f(begin, end) for ranges of [0, count) that begin at a step of
-  // columns.
+  // Calls f(begin, end) for ranges of [0, count) that begin at a multiple of
+  // column_step.
   template <typename F>
-  void each_range(int64_t count, int64_t work, const F& f) const {
+  void for_each_range(int64_t count, int64_t work, const F& f) const {
     constexpr int64_t step = Bf16Kernels::column_step;
-    sharing_.each_range(
+    sharing_.for_each_range(
         ceil_div(count, step), work, [&](int64_t first, int64_t last) {
           f(first * step, std::min(last * step, count));
         });
@@ -215,7 +217,7 @@ class Bf16Layers {
   const Sharing sharing_;
   const std::vector<Layer<Element>>& layers_;
   const std::vector<LayerPacking>& packing_;
-  std::vector<Packed> packed_;
+  std::vector<PackedLayer> packed_;
   std::vector<Buffer<uint32_t>> words_;
   std::vector<Buffer<float>> biases_;
 };

@@ -1,8 +1,8 @@
-// The backward pass of blocks of rows, by one thread: it owns the memory of one
-// block.
+// The backward pass of one thread over blocks of rows. The object owns the
+// memory of one block.
 //
-// Delta of a block lies in one of two buffers, so no gradient of a hidden layer
-// ever exists whole. Types are those of block_forward.h.
+// The delta of a block is in one of two buffers, so the gradient of a hidden
+// layer never exists whole. For the types see block_forward.h.
 #pragma once
 
 #include <vector>
@@ -30,9 +30,9 @@ class BlockBackward {
         block_(block),
         forward_(network, layers, block) {}
 
-  // The gradients of the rows [begin, end). Those of weights are written to
-  // grad_weights[l] (out, in), those of biases are added to grad_biases[l]
-  // (out), and the sum of squares of a loss to *squares.
+  // Computes the gradients of the rows [begin, end). Writes those of weights to
+  // grad_weights[l] (out, in), adds those of biases to grad_biases[l] (out),
+  // and adds the sum of squares of a loss to *squares.
   void run(
       int64_t begin,
       int64_t end,
@@ -55,7 +55,7 @@ class BlockBackward {
     }
 
     int64_t row = begin;
-    do { // once for an empty batch too, whose gradients are 0
+    do { // also once for an empty batch, whose gradients are 0
       const int64_t rows = std::min(block_, end - row);
       if (pass_.recompute) {
         forward_.recompute(
@@ -102,7 +102,8 @@ class BlockBackward {
         widened_.get(), rows_of(pass_.hidden[l - 1], row, rows));
   }
 
-  // delta_L (rows, out), at `to` unless it can be read where it lies.
+  // delta_L (rows, out): grad_output itself if it can be used in place, else at
+  // `to`.
   Matrix<const C> output_delta(
       int64_t row,
       int64_t rows,

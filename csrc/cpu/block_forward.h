@@ -1,9 +1,9 @@
-// The forward pass of blocks of rows, by one thread: it owns the memory of one
-// block.
+// The forward pass of one thread over blocks of rows. The object owns the
+// memory of one block.
 //
-// T is the type of tensors, C that of a block in memory. Where C is float and T
-// has 16 bits, blocks are widened, and what the native path rounds to T is
-// rounded here too: y and the hidden activations.
+// T is the type of the tensors, C the type of a block in memory. If C is float
+// and T has 16 bits, blocks are widened to float. The values that the native
+// path rounds to T are then rounded here too: y and the hidden activations.
 #pragma once
 
 #include <vector>
@@ -33,8 +33,8 @@ class BlockForward {
         rounded_(rounds ? size_ : 0),
         x_(rounds ? block * network.width(0) : 0) {}
 
-  // Computes y (rows, out) of the rows [begin, end), and the hidden activations
-  // where `hidden` names a place for them. Both point to row 0.
+  // Computes the rows [begin, end) of y (rows, out), and of the hidden
+  // activations that have a pointer in `hidden`. All pointers point to row 0.
   void run(int64_t begin, int64_t end, const std::vector<T*>& hidden, T* y) {
     const std::size_t layers = network_.layers.size();
     Buffer<C> spare[2];
@@ -58,8 +58,8 @@ class BlockForward {
     }
   }
 
-  // Computes a_1 ... a_{L-1} of `rows` rows from `row` on, each at `computed[l
-  // - 1]`, and y at the last of these if it is needed.
+  // Computes a_1 ... a_{L-1} of `rows` rows, starting at `row`: a_l at
+  // computed[l - 1]. Computes y at computed.back() if it is needed.
   void recompute(
       int64_t row,
       int64_t rows,
@@ -79,7 +79,7 @@ class BlockForward {
     return widen_to(x_.get(), rows_of(network_.x, row, rows));
   }
 
-  // m itself, or a copy at `memory` if it has to be widened.
+  // m itself, or a copy at `memory` if m must be widened.
   static Matrix<const C> widen_to(C* memory, Matrix<const T> m) {
     if constexpr (rounds) {
       return widened(m, memory);
@@ -89,8 +89,8 @@ class BlockForward {
   }
 
  private:
-  // a W_l^T + b_l, with ReLU where the layer has it, at `to` if there is such a
-  // place. Returns the result as it is computed with.
+  // Computes a W_l^T + b_l, with ReLU if the layer has one. The result goes to
+  // `to` unless that is null. Returns the result in type C.
   Matrix<const C> apply(std::size_t l, Matrix<const C> a, C* spare, T* to) {
     const bool relu = l + 1 < network_.layers.size() ||
         network_.output_activation == Activation::relu;
@@ -108,7 +108,7 @@ class BlockForward {
     return as_const(z);
   }
 
-  // y = phi(y), rounded where T is.
+  // y = phi(y), rounded to T if that has 16 bits.
   void activate(C* y, int64_t count) {
     if constexpr (rounds) {
       round_to(rounded_.get(), y, count);
@@ -121,9 +121,9 @@ class BlockForward {
 
   const Network<T>& network_;
   const L& layers_;
-  const int64_t block_,
-      size_; // rows of a block, and its elements after any layer
-  Buffer<T> rounded_; // for what is rounded to T and widened again
+  const int64_t block_; // rows of a block
+  const int64_t size_; // elements of a block after the widest layer
+  Buffer<T> rounded_; // values that are rounded to T and widened again
   Buffer<C> x_;
 };
 

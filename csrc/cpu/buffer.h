@@ -1,4 +1,4 @@
-// Uninitialized memory for the time of a call, aligned for vectors.
+// Uninitialized memory for the duration of a call, aligned for vectors.
 #pragma once
 
 #include <cstdint>
@@ -33,16 +33,17 @@ inline AlignedMemory aligned_memory(int64_t bytes) {
   return memory;
 }
 
-// Memory that a thread keeps from call to call. Small networks ask for the same
-// few buffers again and again, and the system takes longer to find aligned
-// memory than they take to compute.
+// Memory that a thread keeps between calls. Small networks need the same few
+// buffers in every call, and allocating aligned memory takes longer than
+// computing such a network.
 class Scratch {
  public:
   static Scratch& of_this_thread() {
     static thread_local Scratch scratch;
     return scratch;
   }
-  // Memory that has to be given back, or null if there is not enough left.
+  // Returns memory that the caller must give back, or null if too little is
+  // left.
   void* take(int64_t bytes) {
     const int64_t begin = pieces_.empty() ? 0 : pieces_.back().end;
     const int64_t end = begin + round_up(bytes, alignment);
@@ -55,7 +56,7 @@ class Scratch {
     pieces_.push_back({start() + begin, end, false});
     return pieces_.back().data;
   }
-  // In any order; usually the piece that was taken last comes first.
+  // Pieces may be given back in any order. Usually the last piece is the first.
   void give_back(const void* data) {
     auto piece = pieces_.rbegin();
     while (piece->data != data) {
@@ -84,8 +85,8 @@ class Scratch {
   std::vector<Piece> pieces_; // one after another; the last one is in use
 };
 
-// The address sanitizer cannot tell pieces of one memory apart. Under it every
-// buffer has memory of its own.
+// The address sanitizer cannot tell pieces of one allocation apart. Under it
+// every buffer has its own allocation.
 #if defined(__has_feature)
 #if __has_feature(address_sanitizer)
 #define RELU_MLP_ADDRESS_SANITIZER

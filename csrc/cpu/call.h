@@ -1,4 +1,4 @@
-// The call that a network makes, as plan.cpp judges it.
+// Describes a network's call for make_plan().
 #pragma once
 
 #include "convert.h"
@@ -13,7 +13,7 @@ constexpr Dtype dtype_of = std::is_same_v<T, double> ? Dtype::float64
     : std::is_same_v<T, Half>                        ? Dtype::float16
                                                      : Dtype::float32;
 
-// What an instruction set offers for numbers stored as T.
+// What an instruction set offers for elements of type T.
 template <typename T>
 Capabilities capabilities_of(
     const InstructionSet& isa,
@@ -37,7 +37,7 @@ Call call_of(const Network<T>& network) {
   for (std::size_t l = 0; l < network.layers.size(); ++l) {
     const Matrix<const T>& weight = network.layers[l].weight;
     const int64_t in = network.width(l);
-    // Hidden activations are contiguous, as is what was converted.
+    // Hidden activations and converted operands are contiguous.
     const bool is_x = l == 0 && !is_16bit<T>;
     call.layers.push_back(
         {in, network.width(l + 1), is_x ? network.x.row_stride : in,

@@ -1,6 +1,6 @@
-// The sums of the parameters' gradients. Every chunk of rows has its own, and
-// they are added up in the order of the chunks: so any number of threads gives
-// the same bits.
+// The sums of the parameters' gradients. Every chunk of rows has its own sums.
+// They are added in the order of the chunks, so any number of threads gives the
+// same bits.
 #pragma once
 
 #include <type_traits>
@@ -39,8 +39,8 @@ class ChunkSums {
     biases_.resize(chunks_ * bias_count());
   }
 
-  // Where chunk c sums the gradients of every weight: a single chunk in the
-  // results, if their type is that of the sums.
+  // Where chunk c sums the gradients of every weight. A single chunk sums
+  // directly into the results if these have type Sum.
   std::vector<Sum*> weights_of(int64_t c) const {
     std::vector<Sum*> sums(layers_);
     for (std::size_t l = 0; l < layers_; ++l) {
@@ -60,8 +60,8 @@ class ChunkSums {
     return sums;
   }
 
-  // Adds up the chunks into the results of the pass.
-  void finish() {
+  // Adds up the chunks and writes the results of the pass.
+  void write_results() {
     for (std::size_t l = 0; l < layers_; ++l) {
       if (pass_.needs.weight(l) && !in_place_) {
         add_chunks(
@@ -84,8 +84,8 @@ class ChunkSums {
     return bias_at_[layers_];
   }
 
-  // total[i] = the sum over the chunks c of parts[c * step + i], in their
-  // order, for i < count. The first part is overwritten.
+  // total[i] = the sum over the chunks c of parts[c * step + i], in order, for
+  // i < count. The first part is overwritten.
   template <typename S>
   void add_chunks(T* total, S* parts, int64_t count, int64_t step) const {
     parallel_for(
@@ -110,7 +110,7 @@ class ChunkSums {
   const std::size_t layers_;
   const int64_t chunks_, elements_per_task_;
   const bool in_place_;
-  // Where the sums of layer l start within those of a chunk.
+  // The offsets of the sums of layer l within the sums of a chunk.
   std::vector<int64_t> weight_at_, bias_at_;
   Buffer<Sum> weights_;
   std::vector<double> biases_;

@@ -1,6 +1,6 @@
-// Between T, the type that numbers are stored in, and compute_t<T>, the type
-// that this package's products compute in: T itself for float and double, float
-// for bfloat16 and float16.
+// Conversions between T, the type in which numbers are stored, and
+// compute_t<T>, the type in which this package's products compute: T itself for
+// float and double, float for bfloat16 and float16.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -51,14 +51,14 @@ void round_to(T* to, const float* from, int64_t count) {
   kernels16<T>().round(bits(to), from, count);
 }
 
-// How much memory `widened` needs for `count` elements.
+// How many elements `widened` needs at `to` for `count` elements of m.
 template <typename T>
 int64_t widened_size(int64_t count) {
   return is_16bit<T> ? count : 0;
 }
 
-// m, whose rows are contiguous, in the type that is computed in: m itself, or a
-// contiguous copy at `to`.
+// m as compute_t<T>: m itself, or a contiguous copy at `to`. The rows of m are
+// contiguous.
 template <typename T>
 Matrix<const compute_t<T>> widened(Matrix<const T> m, compute_t<T>* to) {
   if constexpr (!is_16bit<T>) {

@@ -9,7 +9,7 @@
 namespace relu_mlp::cpu {
 
 // delta = grad_output * phi'(z). delta and y are contiguous. y may be missing
-// where phi is the identity, and grad_output has any strides.
+// if phi is the identity. grad_output may have any strides.
 template <typename C, typename T>
 void activation_backward(
     Activation activation,
@@ -66,8 +66,7 @@ double squared_error_through(
   return sum;
 }
 
-// The same for elements of 16 bits, which are converted to float piece by
-// piece.
+// The same for elements of 16 bits. They are converted to float piece by piece.
 template <typename Row, typename T>
 double squared_error_through(
     T* delta,
@@ -77,11 +76,11 @@ double squared_error_through(
     double scale)
   requires(sizeof(T) == 2)
 {
-  constexpr int64_t most = 512;
-  float delta_of[most], y_of[most], target_of[most];
+  constexpr int64_t max_piece = 512;
+  float delta_of[max_piece], y_of[max_piece], target_of[max_piece];
   double sum = 0;
-  for (int64_t i = 0; i < count; i += most) {
-    const int64_t piece = std::min(most, count - i);
+  for (int64_t i = 0; i < count; i += max_piece) {
+    const int64_t piece = std::min(max_piece, count - i);
     widen(y_of, y + i, piece);
     widen(target_of, target + i, piece);
     sum += squared_error_through<Row>(delta_of, y_of, target_of, piece, scale);

@@ -1,6 +1,6 @@
-// Large pages for large memory. The system maps fresh memory when it is first
-// written, page by page. With pages of 4 kB that takes several times as long as
-// the writing.
+// Huge pages for large allocations. The system maps new memory page by page,
+// when it is first written. With pages of 4 kB that takes several times as long
+// as the writing.
 #pragma once
 
 #include <cstdint>
@@ -13,8 +13,8 @@
 
 namespace relu_mlp::cpu {
 
-// Asks for pages of 2 MB under memory that is large enough; its content does
-// not change. Linux uses such pages only on request where
+// Requests pages of 2 MB for memory that is large enough. The content does not
+// change. Linux uses such pages only on request where
 // transparent_hugepage/enabled is "madvise", the usual setting. A refusal
 // changes nothing.
 inline void prefer_huge_pages([[maybe_unused]] void* data, int64_t bytes) {

@@ -1,7 +1,7 @@
-// What a way of multiplying has to offer so that the passes (walk.h) can use it
-// for the layers of a network. Three classes do: PackedLayers
-// (packed_layers.h), Bf16Layers (bf16_layers.h) and LibraryLayers
-// (library_layers.h). plan.h says which serves a call.
+// The interface of a class that does the products of a network's layers for the
+// passes (walk.h). Three classes implement it: PackedLayers (packed_layers.h),
+// Bf16Layers (bf16_layers.h) and LibraryLayers (library_layers.h). The plan
+// says which one serves a call (plan.h).
 #pragma once
 
 #include <concepts>
@@ -11,8 +11,8 @@
 
 namespace relu_mlp::cpu {
 
-// Which products a pass needs: those of its forward pass, and those that
-// propagate delta.
+// Which products a pass needs: the products of its forward pass, and the
+// products that propagate delta.
 struct PassNeeds {
   bool forward;
   const Needs* gradients; // null if the pass computes no gradients
@@ -24,24 +24,28 @@ struct PassNeeds {
   }
 };
 
-// L does the products of a network whose parameters are stored as T. It is made
-// once for every call, and packs what the plan says is packed once.
+// L does the products of a network whose parameters have type T. An object
+// serves one call. Its constructor packs the operands that the plan packs once.
 //
 //   L::Element   the type of a block's activations a and deltas
 //   L::Sum       the type that weight gradients are summed in
-//   L::takes_any_strides   whether delta may have any strides, or needs contiguous rows
+//   L::takes_any_strides   whether delta may have any strides; else its rows
+//                          are contiguous
 //
 // For layer l with `in` and `out` features, on a block of `rows` rows:
 //
-//   forward(l, z, a, relu)            z (rows, out) = a (rows, in) W_l^T + b_l, then ReLU
-//                                     if asked for
+//   forward(l, z, a, relu)
+//       z (rows, out) = a (rows, in) W_l^T + b_l, then ReLU if `relu`
 //   grad_weight(l, sum, delta, a, add, scratch)
-//                                     sum (out, in) = delta (rows, out)^T a, or += that
-//   grad_input(l, out, delta, mask)   out (rows, in) = delta W_l where mask > 0 or is NaN,
-//                                     else 0; without a mask everywhere
-//   grad_bias(sums, delta)            sums[j] += the sum of column j of delta
-//   scratch_size(rows, widest)        how many elements of scratch grad_weight needs for a
-//                                     block of `rows` rows of a network that wide
+//       sum (out, in) = delta (rows, out)^T a, or sum += delta^T a if `add`
+//   grad_input(l, out, delta, mask)
+//       out (rows, in) = delta W_l where mask > 0 or is NaN, else 0; without a
+//       mask, out = delta W_l
+//   grad_bias(sums, delta)
+//       sums[j] += the sum of column j of delta
+//   scratch_size(rows, widest)
+//       how many elements of scratch grad_weight needs for a block of `rows`
+//       rows of a network whose largest width is `widest`
 //
 // z, out and sum are contiguous, or have contiguous rows. A forward pass calls
 // `forward` alone; PassNeeds says what a pass will call.

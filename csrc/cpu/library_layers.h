@@ -1,8 +1,9 @@
-// A network's layers by PyTorch's own products. For wide layers these run at
-// the machine's limit, in 16-bit formats on its matrix units. Bias, ReLU, masks
-// and sums of columns are done here, while the block is in the cache.
+// The layers of a network with PyTorch's own products. For large layers these
+// run at the machine's limit; in 16-bit formats they use its matrix units.
+// Bias, ReLU, masks and column sums are computed here, while the block is in
+// the cache.
 //
-// Activations, deltas and weight gradients are of type T, as the tensors are.
+// Activations, deltas and weight gradients have the tensors' type T.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -32,8 +33,8 @@ class LibraryLayers {
   // In a 16-bit format the library adds the bias, before it rounds.
   void forward(std::size_t l, Matrix<T> z, Matrix<const T> a, bool relu) const {
     const Matrix<const T> weight = layers_[l].weight;
-    const T* const bias =
-        layers_[l].bias; // Clang 14 captures no structured binding
+    // Not a structured binding, which Clang 14 cannot capture.
+    const T* const bias = layers_[l].bias;
     const Tensor result = view(z), left = view(a);
     const Tensor right = view(weight.transposed());
     if (is_16bit<T> && bias) {
@@ -44,7 +45,7 @@ class LibraryLayers {
       check_call(aoti_torch_cpu_mm_out(result.get(), left.get(), right.get()));
     }
     if (relu || (bias && !is_16bit<T>)) {
-      each_rows(z, [&](Matrix<T> part) {
+      for_each_row_range(z, [&](Matrix<T> part) {
         if constexpr (is_16bit<T>) {
           kernels16<T>().relu(bits(part.data), part.rows * part.cols);
         } else {
@@ -58,8 +59,8 @@ class LibraryLayers {
     return 0;
   }
 
-  // Nothing adds in a 16-bit format: the plan makes one block of all rows, so
-  // that the library sums them.
+  // `add` is never set in a 16-bit format. The plan makes one block of all
+  // rows, and the library computes the whole sum.
   void grad_weight(
       std::size_t,
       Matrix<T> to,
@@ -84,7 +85,7 @@ class LibraryLayers {
     check_call(aoti_torch_cpu_mm_out(
         view(out).get(), view(delta).get(), view(layers_[l].weight).get()));
     if (mask.data) {
-      each_rows(out, [&](Matrix<T> part) {
+      for_each_row_range(out, [&](Matrix<T> part) {
         const T* const a = mask.data + (part.data - out.data);
         const int64_t count = part.rows * part.cols;
         if constexpr (is_16bit<T>) {
@@ -96,9 +97,9 @@ class LibraryLayers {
     }
   }
 
-  // Each column is summed by one thread.
+  // One thread sums each column.
   void grad_bias(double* sums, Matrix<const T> delta) const {
-    constexpr int64_t cols_at_once = 64; // the most that Kernels16 takes
+    constexpr int64_t cols_at_once = 64; // the limit of Kernels16
     parallel_for(
         ceil_div(delta.cols, cols_at_once),
         std::max<int64_t>(
@@ -121,7 +122,7 @@ class LibraryLayers {
  private:
   // Calls f for parts of the rows of m, which is contiguous.
   template <typename U, typename F>
-  void each_rows(Matrix<U> m, const F& f) const {
+  void for_each_row_range(Matrix<U> m, const F& f) const {
     parallel_for(
         m.rows, ceil_div(grain_, std::max<int64_t>(1, m.cols)),
         [&](int64_t begin, int64_t end) { f(rows_of(m, begin, end - begin)); });
@@ -141,7 +142,7 @@ class LibraryLayers {
     }
   }
 
-  // A tensor over the memory, for the time of a call.
+  // A temporary tensor over the memory of m.
   template <typename U>
   static Tensor view(Matrix<U> m) {
     return from_blob<std::remove_const_t<U>, 2>(

@@ -1,9 +1,10 @@
-// A network's layers by this package's products in float and double
+// The layers of a network with this package's products in float and double
 // (products.h). Parameters in bfloat16 and float16 are converted once for every
 // call.
 //
-// Stored as T, computed in compute_t<T>. For each layer the plan says how each
-// of its three products gets its right operand (Pack in plan.h).
+// Tensors have type T, products compute in compute_t<T>. For each layer the
+// plan says how each of its three products gets its right operand (Pack in
+// plan.h).
 #pragma once
 
 #include <vector>
@@ -99,7 +100,7 @@ class PackedLayers {
   }
 
  private:
-  struct Prepared {
+  struct PreparedLayer {
     Matrix<const Element> weight; // (out, in)
     Panels<Element> transposed; // weight^T (in, out), for a W^T
     Panels<Element> plain; // weight (out, in), for delta W
@@ -111,7 +112,7 @@ class PackedLayers {
   }
 
   void prepare(std::size_t l, const Layer<T>& given, const PassNeeds& needs) {
-    Prepared& layer = layers_[l];
+    PreparedLayer& layer = layers_[l];
     const int64_t out = given.weight.rows, in = given.weight.cols;
     layer.weight = widened(given.weight, memory(widened_size<T>(out * in)));
     if (needs.forward && given.bias) {
@@ -137,7 +138,7 @@ class PackedLayers {
 
   const Products<Element> products_;
   const std::vector<LayerPacking>& packing_;
-  std::vector<Prepared> layers_;
+  std::vector<PreparedLayer> layers_;
   std::vector<Buffer<Element>> memory_;
 };
 

@@ -4,8 +4,8 @@
 namespace relu_mlp::cpu {
 namespace {
 
-// Whether a matrix with such rows has to be copied for a product with `rows`
-// rows, because its rows compete for the same lines of the cache.
+// Whether a matrix with this row stride must be copied for a product with
+// `rows` rows, because its rows compete for the same cache sets.
 bool has_set_conflicts(const Call& call, int64_t row_stride, int64_t rows) {
   const Tuning& t = *call.tuning;
   const Capabilities& has = call.capabilities;
@@ -15,11 +15,12 @@ bool has_set_conflicts(const Call& call, int64_t row_stride, int64_t rows) {
       rows > t.max_rows_to_ignore_conflicts;
 }
 
-// a W^T. A weight that several blocks use is packed once, as is a small one. Otherwise:
-//   few rows                              no packing, dot products
-//   rows that make one panel or less,
-//   and no more of them than of weight    the rows are packed
-//   more rows                             the weight is packed panel by panel
+// a W^T. A weight that several blocks use is packed once, and so is a small
+// weight. Otherwise:
+//   few rows                                   no packing, dot products
+//   rows that fit into one panel,
+//   and at most as many as the weight's rows   the rows are packed
+//   more rows                                  the weight, panel by panel
 Pack pack_forward(
     const Call& call,
     const LayerShape& layer,
@@ -38,7 +39,7 @@ Pack pack_forward(
                                                              : Pack::per_use;
 }
 
-// delta W. The rows of W are read where they lie, unless they collide.
+// delta W. The rows of W are read in place unless they have set conflicts.
 Pack pack_grad_input(
     const Call& call,
     const LayerShape& layer,
@@ -70,8 +71,8 @@ LayerPacking pack_gemm(
       pack_grad_weight(call, layer)};
 }
 
-// What one core has written comes slowly to another. So where threads share a
-// product, each packs for itself what it needs of a weight.
+// A core reads data slowly that another core has just written. So if threads
+// share a product, each thread packs its own part of the weight.
 LayerPacking pack_bf16(const Plan& plan) {
   const Pack weight = plan.shares_products() ? Pack::per_use : Pack::once;
   return {weight, weight, Pack::per_use};

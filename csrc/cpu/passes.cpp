@@ -1,5 +1,5 @@
-// The passes on the CPU: how a device's results are allocated, how activations
-// are applied, and which layers do the products.
+// The passes on the CPU: how results are allocated, how activations are
+// applied, and which class does the products.
 #include "passes.h"
 
 #include "../device_passes.h"
@@ -27,7 +27,7 @@ void activate(Activation phi, T* z, int64_t count) {
   });
 }
 
-// Refuses matrices that fit into no memory, so that sizes can be multiplied and
+// Rejects matrices that fit into no memory. Sizes can then be multiplied and
 // added without an overflow. (A tensor may be that large: x and a weight may
 // have a stride of 0.)
 template <typename T>
@@ -44,7 +44,7 @@ void check_sizes(const Network<T>& network) {
   }
 }
 
-// Calls f<L>(plan) with the class that the plan names for the products.
+// Calls f<L>(plan) with the class that does the products of the plan.
 template <typename T, typename F>
 void with_layers(const Network<T>& network, const F& f) {
   check_sizes(network);
@@ -87,7 +87,7 @@ void run_backward(const Network<T>& network, const BackwardPass<T>& pass) {
 template <typename T>
 class CpuDevice {
  public:
-  static constexpr bool packs_rows = false;
+  static constexpr bool needs_contiguous = false;
   static constexpr int64_t unknown_width = 0;
   static constexpr Activate<T> activate = cpu::activate<T>;
 

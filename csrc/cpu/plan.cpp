@@ -1,5 +1,5 @@
-// The rules. `candidates` lists them in order; the first that serves a call
-// makes its plan.
+// The rules of planning. `candidates` lists them in order. The first that
+// serves a call makes its plan.
 #include "plan.h"
 
 #include <algorithm>
@@ -18,7 +18,7 @@ int64_t rows_of(const Call& call) {
   return std::max<int64_t>(1, call.rows);
 }
 
-// -- What the rules ask ------------------------------------------------------
+// -- Conditions --------------------------------------------------------------
 
 bool makes_one_chunk(const Call& call) {
   return rows_of(call) < call.tuning->one_chunk_rows();
@@ -29,16 +29,15 @@ bool multiplies_bf16(const Call& call) {
       rows_of(call) >= call.tuning->min_rows_to_pack;
 }
 
-// Whether the rows fill one panel, so that they are worth packing instead of
-// the weights.
+// Whether the rows fill one panel. Then they are worth packing instead of the
+// weights.
 bool fills_one_panel(const Call& call) {
   const int64_t rows = rows_of(call), panel = call.capabilities.panel;
   return panel >= call.tuning->wide_panel &&
       rows >= call.tuning->min_rows_for_panel && rows <= panel;
 }
 
-// Whether this package's products are the faster ones because the network is
-// small.
+// Whether this package's products are faster because the network is small.
 bool is_small_network(const Call& call) {
   const Tuning& t = *call.tuning;
   const int64_t rows = rows_of(call);
@@ -53,7 +52,7 @@ bool is_small_network(const Call& call) {
 }
 
 // Whether this package's products are faster than PyTorch's at any size.
-bool outruns_library(const Call& call) {
+bool prefers_own_gemm(const Call& call) {
   const Capabilities& has = call.capabilities;
   switch (has.dtype) {
     case Dtype::float32:
@@ -74,8 +73,8 @@ Plan one_chunk(const Call& call, LayersKind layers, int64_t block) {
   return {{}, layers, block, rows_of(call), 1, {}, call.tuning};
 }
 
-// Chunks in a number that many numbers of threads divide, in blocks of which
-// the widest layer has `block_elements` elements.
+// A power of 2 of chunks, which many numbers of threads divide. A block has
+// about `block_elements` elements in the widest layer.
 Plan many_chunks(const Call& call, LayersKind layers, int64_t block_elements) {
   const Tuning& t = *call.tuning;
   const int64_t rows = rows_of(call);
@@ -93,9 +92,9 @@ Plan many_chunks(const Call& call, LayersKind layers, int64_t block_elements) {
       {}, call.tuning};
 }
 
-// Threads share every product of bfloat16 where rows make one chunk only, or
-// where weights are too many to be kept packed, up to the size from which
-// PyTorch's are better.
+// Threads share every product of bfloat16 if the rows make only one chunk, or
+// if the weights are too many to be kept packed. Above a certain size PyTorch's
+// products are better.
 bool serves_bf16_shared(const Call& call) {
   const Tuning& t = *call.tuning;
   const int64_t parameters = call.parameters();
@@ -138,7 +137,7 @@ Plan gemm_shared(const Call& call) {
       equal_parts(rows_of(call), call.tuning->gemm_large_block_rows));
 }
 
-// PyTorch's products round sums over several blocks to 16 bits, so those
+// PyTorch's products would round sums over several blocks to 16 bits, so 16-bit
 // formats make a single block.
 Plan library(const Call& call) {
   const int64_t rows = rows_of(call);
@@ -163,7 +162,7 @@ constexpr Candidate candidates[] = {
     {"bf16_shared", serves_bf16_shared, bf16_shared},
     {"bf16_chunks", serves_bf16_chunks, bf16_chunks},
     {"gemm_chunks", is_small_network, gemm_chunks},
-    {"gemm_shared", outruns_library, gemm_shared},
+    {"gemm_shared", prefers_own_gemm, gemm_shared},
     {"library", always, library},
 };
 

@@ -1,9 +1,9 @@
-// How a call is served: whose products, in which chunks and blocks of rows, and
-// what is packed when. Only make_plan() decides (plan.cpp, packing.cpp); the
-// passes obey.
+// How a call is served: who computes its products, in which chunks and blocks
+// of rows, and what is packed when. Only make_plan() decides (plan.cpp,
+// packing.cpp). The passes follow the plan.
 //
 // A plan depends on shapes, on the dtype and on the processor, never on the
-// number of threads. So results do not depend on it.
+// number of threads. Therefore results do not depend on the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -14,16 +14,15 @@
 
 namespace relu_mlp::cpu {
 
-// -- The question ------------------------------------------------------------
+// -- The input of make_plan() -------------------------------------------------
 
 enum class Dtype { float32, float64, bfloat16, float16 };
 
 // What the processor and its chosen instruction set offer for a dtype.
 struct Capabilities {
   Dtype dtype;
-  Bf16Kind bf16; // what multiplies this dtype, if that is bfloat16
-  int64_t
-      panel; // columns of a panel of this package's products in float or double
+  Bf16Kind bf16; // the instructions that multiply, if dtype is bfloat16
+  int64_t panel; // columns of a panel of float or double products
   int64_t vector_bytes;
   bool has_half_arithmetic; // whether the processor computes in float16
 
@@ -32,9 +31,9 @@ struct Capabilities {
   }
 };
 
-// y (rows, out) = x (rows, in) weight (out, in)^T. Strides count elements and
-// are those of what the products read: 16-bit numbers are first converted to
-// contiguous float.
+// y (rows, out) = x (rows, in) weight (out, in)^T. Strides count elements. They
+// belong to the operands that the products read: 16-bit numbers are first
+// converted to contiguous float.
 struct LayerShape {
   int64_t in, out;
   int64_t input_row_stride, weight_row_stride;
@@ -50,9 +49,9 @@ struct Call {
   int64_t widest() const; // the largest width, of x and y too; at least 1
 };
 
-// -- The answer --------------------------------------------------------------
+// -- The plan ----------------------------------------------------------------
 
-// Which class does the products: see layers.h.
+// The class that does the products: see layers.h.
 enum class LayersKind {
   packed, // PackedLayers: in float or double
   bf16, // Bf16Layers<float>: bfloat16; weight gradients are summed in float
@@ -63,10 +62,10 @@ enum class LayersKind {
 // How the right operand of a product gets into the layout that the kernels
 // read.
 enum class Pack {
-  none, // not at all: dot products of rows, or the library's own business
-  view, // read where it lies; only a ragged last panel is copied
+  none, // not packed: dot products of rows, or a product of the library
+  view, // read in place; only a ragged last panel is copied
   once, // copied before the first block of rows, for all of them
-  per_use, // copied for every product, by each thread the columns it multiplies
+  per_use, // copied for every product; a thread copies its own columns
   left, // the left operand is packed instead: out^T = b^T a^T
 };
 
@@ -81,7 +80,7 @@ struct Plan {
   const char* candidate; // the name of the rule that made this plan
   LayersKind layers;
   int64_t block; // rows that go through all layers at once
-  int64_t chunk; // rows that have sums of their own; every chunk has one thread
+  int64_t chunk; // rows with their own sums; a chunk has one thread
   int64_t chunks;
   std::vector<LayerPacking> packing; // by layer
   const Tuning* tuning;

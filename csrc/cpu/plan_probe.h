@@ -1,4 +1,4 @@
-// What tests ask about plans.
+// Plans as text, for tests.
 #pragma once
 
 #include <cstdint>
@@ -7,12 +7,12 @@
 
 namespace relu_mlp::cpu {
 
-// The plan of a network with contiguous operands as lines of "key: value".
-// `widths` are those of x, of every hidden layer and of y. dtype is one of
-// float32, float64, bfloat16 and float16. The instruction set is one that was
-// compiled, and the family one that tuning.cpp has a row for; the processor
-// need not have either. If both are empty, they are the chosen set and this
-// processor, whatever has_half_arithmetic says.
+// Returns the plan of a network with contiguous operands as lines of "key:
+// value". `widths` has the widths of x, of every hidden layer and of y. dtype
+// is one of float32, float64, bfloat16 and float16. The instruction set must be
+// compiled, and tuning.cpp must have a row for the family; the processor may
+// lack both. If both are empty, the chosen instruction set and this processor
+// are used, and has_half_arithmetic is ignored.
 std::string probe_plan(
     int64_t rows,
     std::vector<int64_t> widths,

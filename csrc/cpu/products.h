@@ -1,8 +1,8 @@
 // Matrix products by this package's kernels in float and double: panels,
 // packing, and the threads that share one product.
 //
-// C is float or double. A panel is Kernels::panel columns of a right operand,
-// whose rows are contiguous.
+// C is float or double. A panel is Kernels::panel columns of a right operand.
+// The rows of the operand are contiguous within it.
 #pragma once
 
 #include <algorithm>
@@ -13,8 +13,8 @@
 
 namespace relu_mlp::cpu {
 
-// A matrix (k, n) as panels. The last one, if it is narrower, may lie
-// elsewhere.
+// A matrix (k, n) as panels. The last panel may be stored elsewhere if it has
+// fewer columns.
 template <typename C>
 struct Panels {
   const C* data = nullptr;
@@ -24,7 +24,7 @@ struct Panels {
   int64_t last_row = 0;
 };
 
-// What a product does beside the sums: see Product in kernels.h.
+// The epilogue of a product: see ProductArgs in kernels.h.
 template <typename C>
 struct EpilogueArgs {
   Epilogue epilogue = Epilogue::store;
@@ -47,7 +47,7 @@ class Products {
   // Copies b (k, n), of any strides, to panels at `to`.
   Panels<C> pack(Matrix<const C> b, C* to) const {
     const int64_t panel = kernels_.panel, step = b.rows * panel;
-    each(
+    for_each(
         ceil_div(b.cols, panel), sharing_.work_to_pack(b.rows, b.cols),
         [&](int64_t p) { pack_panel(b, p, to + p * step); });
     return {to, b.rows, b.cols, step, panel, to + b.cols / panel * step, panel};
@@ -69,7 +69,7 @@ class Products {
     }
     return view;
   }
-  // How many elements `to` must have for that.
+  // How many elements view_as_panels needs at `to`.
   int64_t edge_panel_size(int64_t k) const {
     return k * kernels_.panel;
   }
@@ -87,7 +87,7 @@ class Products {
         : std::max<int64_t>(1, out.rows);
     const int64_t groups = ceil_div(out.rows, group);
     const int64_t work = sharing_.work_of_product(out.rows, b.n, b.k);
-    each(groups * panels, work, [&](int64_t part) {
+    for_each(groups * panels, work, [&](int64_t part) {
       const int64_t p = part % panels, row = part / panels * group;
       const bool is_cut = b.n - p * panel < panel;
       multiply_by_panel(
@@ -105,7 +105,7 @@ class Products {
       Matrix<const C> b,
       const EpilogueArgs<C>& args) const {
     const int64_t panel = kernels_.panel;
-    sharing_.each_range(
+    sharing_.for_each_range(
         ceil_div(b.cols, panel),
         sharing_.work_of_product(out.rows, b.cols, b.rows),
         [&](int64_t begin, int64_t end) {
@@ -118,9 +118,9 @@ class Products {
         });
   }
 
-  // out (m, n) = a (m, k) weight^T + bias, with ReLU if asked for, by dot
-  // products of rows: weight (n, k) is not packed. Rows are contiguous; bias
-  // may be null.
+  // out (m, n) = a (m, k) weight^T + bias, then ReLU if `relu`, by dot products
+  // of rows: weight (n, k) is not packed. Rows are contiguous. bias may be
+  // null.
   void linear_unpacked(
       Matrix<C> out,
       Matrix<const C> a,
@@ -130,7 +130,7 @@ class Products {
     const int64_t group = tuning_.unpacked_rows_per_group; // of weight
     const int64_t work =
         sharing_.work_of_product(a.rows, weight.rows, weight.cols);
-    each(ceil_div(weight.rows, group), work, [&](int64_t part) {
+    for_each(ceil_div(weight.rows, group), work, [&](int64_t part) {
       const int64_t first = part * group;
       const int64_t rows = std::min(group, weight.rows - first);
       kernels_.linear_by_dots(
@@ -140,9 +140,10 @@ class Products {
     });
   }
 
-  // The same as out^T = weight a^T: the rows of a are packed, which pays where
-  // there are fewer of them than of weight. Every thread packs them for itself,
-  // because what another has just written comes slowly.
+  // The same, computed as out^T = weight a^T. The rows of a are packed, which
+  // pays if there are fewer of them than of weight. Every thread packs them for
+  // itself, because a core reads data slowly that another core has just
+  // written.
   void linear_packing_rows(
       Matrix<C> out,
       Matrix<const C> a,
@@ -152,12 +153,12 @@ class Products {
     const int64_t tile = kernels_.tile_rows, group = most_rows_of_group();
     const int64_t panel = kernels_.panel, k = a.cols,
                   panels = ceil_div(a.rows, panel);
-    sharing_.each_range(
+    sharing_.for_each_range(
         ceil_div(weight.rows, tile),
         sharing_.work_of_product(a.rows, weight.rows, k),
         [&](int64_t begin, int64_t end) {
           const Buffer<C> packed(packed_size(k, a.rows));
-          const Buffer<C> sums(group * panel), turned(panel * group);
+          const Buffer<C> sums(group * panel), transposed(panel * group);
           for (int64_t p = 0; p < panels; ++p) {
             pack_panel(a.transposed(), p, packed.get() + p * k * panel);
           }
@@ -170,11 +171,11 @@ class Products {
                   {rows, cols, k, weight.row(first), weight.row_stride, 1,
                    packed.get() + p * k * panel, panel, sums.get(), panel});
               kernels_.pack(
-                  turned.get(), group, {sums.get(), cols, rows, 1, panel});
+                  transposed.get(), group, {sums.get(), cols, rows, 1, panel});
               const Matrix<C> part{
                   out.row(p * panel) + first, cols, rows, out.row_stride, 1};
               for (int64_t i = 0; i < cols; ++i) {
-                std::copy_n(turned.get() + i * group, rows, part.row(i));
+                std::copy_n(transposed.get() + i * group, rows, part.row(i));
               }
               kernels_.bias_relu(part, bias ? bias + first : nullptr, relu);
             }
@@ -185,7 +186,7 @@ class Products {
   // sums[j] += the sum of column j of m. Each column is summed by one thread.
   void column_sums(double* sums, Matrix<const C> m) const {
     const int64_t panel = kernels_.panel;
-    each(
+    for_each(
         ceil_div(m.cols, panel), sharing_.work_to_pack(m.rows, m.cols),
         [&](int64_t p) {
           Matrix<const C> part = m;
@@ -196,10 +197,10 @@ class Products {
   }
 
  private:
-  // Rows of a result for which all panels are gone through before the next
-  // rows, so that what is written lies close together: equal parts of whole
-  // tiles. Their number does not change the result, every element of which is
-  // one sum in one order.
+  // The rows of a result are computed in groups. A group goes through all
+  // panels before the next group starts, so writes stay close together. Groups
+  // are equal parts of whole tiles. Their number does not change the result:
+  // every element is one sum in one order.
   int64_t most_rows_of_group() const {
     return tuning_.tiles_per_group * kernels_.tile_rows;
   }
@@ -218,8 +219,8 @@ class Products {
     kernels_.pack(to, panel, b);
   }
 
-  // The rows [row, row + rows) of the columns of out that come from panel p of
-  // b.
+  // Computes the rows [row, row + rows) of the columns of out that come from
+  // panel p of b.
   void multiply_by_panel(
       Matrix<C> out,
       Matrix<const C> a,
@@ -238,10 +239,10 @@ class Products {
          args.mask.row_stride, args.continues});
   }
 
-  // Calls f(0) ... f(count - 1), which are `work` multiply-adds together.
+  // Calls f(0) ... f(count - 1), which take `work` multiply-adds in total.
   template <typename F>
-  void each(int64_t count, int64_t work, const F& f) const {
-    sharing_.each_range(count, work, [&](int64_t begin, int64_t end) {
+  void for_each(int64_t count, int64_t work, const F& f) const {
+    sharing_.for_each_range(count, work, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         f(i);
       }

@@ -24,11 +24,11 @@ class Sharing {
     return tuning_.work_per_element_packed * rows * cols;
   }
 
-  // Calls f(begin, end) for ranges of [0, count): one, or several on several
-  // threads if the plan lets them share a product and `work` is enough to pay
-  // for waking them.
+  // Calls f(begin, end) for ranges of [0, count). There are several ranges, on
+  // several threads, if the plan lets threads share a product and `work` is
+  // enough to pay for waking them. Otherwise there is one range.
   template <typename F>
-  void each_range(int64_t count, int64_t work, const F& f) const {
+  void for_each_range(int64_t count, int64_t work, const F& f) const {
     const bool is_worth_it = is_shared_ && work >= tuning_.min_work_to_share;
     parallel_for(count, is_worth_it ? 1 : count, f);
   }

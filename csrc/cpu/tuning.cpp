@@ -3,15 +3,14 @@
 namespace relu_mlp::cpu {
 namespace {
 
-// What was measured on a Sapphire Rapids, and serves every processor without a
-// row of its own.
+// Measured on a Sapphire Rapids. Serves every processor without its own row.
 constexpr Tuning generic;
 
 // Measured on Zen 4.
 constexpr Tuning amd = [] {
   Tuning row;
   row.family = "amd";
-  row.dpbf16_outruns_float = true;
+  row.prefers_dpbf16 = true;
   row.own_gemm_vector_bytes = 64;
   return row;
 }();

@@ -1,12 +1,12 @@
-// The passes on plain data: chunks of rows are dealt to threads, each chunk
-// goes through the network in blocks of rows.
+// The passes on plain data. Threads take chunks of rows. Each chunk goes
+// through the network in blocks of rows.
 //
-// A block goes through all layers while it is in the cache. Forward, it leaves
-// the hidden activations behind if they are to be kept (block_forward.h).
-// Backward, no gradient of a hidden layer ever exists whole (block_backward.h).
-// The number of chunks depends on the plan alone, and each has sums of its own
-// (chunk_sums.h). Where there is only one chunk, threads may share each product
-// instead.
+// A block goes through all layers while it is in the cache. The forward pass
+// stores the hidden activations that are to be saved (block_forward.h). In the
+// backward pass, the gradient of a hidden layer never exists whole
+// (block_backward.h). The number of chunks depends on the plan alone, and each
+// chunk has its own sums (chunk_sums.h). If there is only one chunk, threads
+// may share each product instead.
 #pragma once
 
 #include <vector>
@@ -19,7 +19,7 @@ namespace relu_mlp::cpu {
 
 // Calls f(c, begin, end) for every chunk c of the rows, on several threads.
 template <typename F>
-void each_chunk(const Plan& plan, int64_t rows, const F& f) {
+void for_each_chunk(const Plan& plan, int64_t rows, const F& f) {
   parallel_for(plan.chunks, 1, [&](int64_t first, int64_t last) {
     for (int64_t c = first; c < last; ++c) {
       f(c, std::min(rows, c * plan.chunk),
@@ -29,7 +29,7 @@ void each_chunk(const Plan& plan, int64_t rows, const F& f) {
 }
 
 // Writes y (rows, out), and the hidden activations a_1 ... a_{L-1} if `hidden`
-// has places for them. All are contiguous.
+// has pointers for them. All are contiguous.
 template <typename L, typename T>
   requires Layers<L, T>
 void walk_forward(
@@ -38,9 +38,11 @@ void walk_forward(
     const std::vector<T*>& hidden,
     T* y) {
   const L layers(network, plan, PassNeeds{true, nullptr});
-  each_chunk(plan, network.x.rows, [&](int64_t, int64_t begin, int64_t end) {
-    BlockForward<T, L>(network, layers, plan.block).run(begin, end, hidden, y);
-  });
+  for_each_chunk(
+      plan, network.x.rows, [&](int64_t, int64_t begin, int64_t end) {
+        BlockForward<T, L>(network, layers, plan.block)
+            .run(begin, end, hidden, y);
+      });
 }
 
 // Writes the gradients that `pass` needs.
@@ -53,18 +55,20 @@ void walk_backward(
   const L layers(network, plan, PassNeeds{pass.recompute, &pass.needs});
   ChunkSums<T, typename L::Sum> sums(network, plan, pass);
   std::vector<double> squares(plan.chunks);
-  each_chunk(plan, network.x.rows, [&](int64_t c, int64_t begin, int64_t end) {
-    BlockBackward<T, L>(network, layers, plan.block, pass)
-        .run(begin, end, sums.weights_of(c), sums.biases_of(c), &squares[c]);
-  });
+  for_each_chunk(
+      plan, network.x.rows, [&](int64_t c, int64_t begin, int64_t end) {
+        BlockBackward<T, L>(network, layers, plan.block, pass)
+            .run(
+                begin, end, sums.weights_of(c), sums.biases_of(c), &squares[c]);
+      });
   if (pass.loss) {
     double sum = 0;
-    for (const double of_chunk : squares) {
-      sum += of_chunk;
+    for (const double chunk_squares : squares) {
+      sum += chunk_squares;
     }
     *pass.loss = T(compute_t<T>(pass.loss_scale * sum));
   }
-  sums.finish();
+  sums.write_results();
 }
 
 } // namespace relu_mlp::cpu

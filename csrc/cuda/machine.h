@@ -1,8 +1,8 @@
-// CUDA as this package's kernels use it. All kernels and launches go through
-// this header, which has two forms. Compiled by nvcc it wraps CUDA thinly.
-// Compiled with RELU_MLP_CUDA_ON_HOST it is the emulator in tests/cuda_on_host,
-// which runs the same kernels on the host. Plain C++ that includes it gets what
-// concerns launches, but not the functions for the device.
+// The part of CUDA that this package's kernels use. All kernels and launches go
+// through this header, which has two forms. Under nvcc it is a thin wrapper of
+// CUDA. With RELU_MLP_CUDA_ON_HOST it is the emulator in tests/cuda_on_host,
+// which runs the same kernels on the host. Plain C++ that includes this header
+// gets its host functions, but neither launch() nor the device functions.
 //
 // A kernel is written
 //
@@ -22,15 +22,17 @@
 
 namespace relu_mlp::cuda {
 
-// Blocks, threads in each, and the bytes of dynamic shared memory of each.
-struct Launch {
+// The number of blocks, the threads of a block, and its bytes of dynamic shared
+// memory.
+struct LaunchConfig {
   int64_t grid;
   int block;
   int64_t shared_bytes = 0;
 };
 
-// What one thread loads or stores at once, at addresses divisible by 16.
-struct alignas(16) Vector16 {
+// The 16 bytes that one thread loads or stores at once, at an address divisible
+// by 16.
+struct alignas(16) Vector16Bytes {
   uint32_t word[4];
 };
 
@@ -49,13 +51,14 @@ constexpr int warp_size = 32;
 #include <stdexcept>
 #include <string>
 
-// PyTorch without CUDA lacks this symbol, and the library loads there too.
+// The symbol is weak because the library also loads with a PyTorch without
+// CUDA, which lacks it.
 extern "C" __attribute__((weak)) int32_t
 aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 namespace relu_mlp::cuda {
 
-// Throws what Python sees as a RuntimeError.
+// Throws an error that becomes a RuntimeError in Python.
 inline void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) {
     throw std::runtime_error(
@@ -80,13 +83,13 @@ inline Stream current_stream() {
   return stream;
 }
 
-// The properties of the current device, asked for once per device.
-inline Device device_properties() {
-  constexpr int most_devices = 64;
-  static std::array<std::once_flag, most_devices> asked;
-  static std::array<Device, most_devices> known;
+// The properties of the current device, queried once per device.
+inline DeviceProperties device_properties() {
+  constexpr int max_devices = 64;
+  static std::array<std::once_flag, max_devices> asked;
+  static std::array<DeviceProperties, max_devices> known;
   const int device = current_device();
-  const auto ask = [&](Device& properties) {
+  const auto ask = [&](DeviceProperties& properties) {
     const auto get = [&](cudaDeviceAttr attribute) {
       int value;
       check(
@@ -99,8 +102,8 @@ inline Device device_properties() {
         get(cudaDevAttrMaxSharedMemoryPerBlockOptin),
         get(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
   };
-  if (device >= most_devices) {
-    Device properties;
+  if (device >= max_devices) {
+    DeviceProperties properties;
     ask(properties);
     return properties;
   }
@@ -119,8 +122,8 @@ inline Device device_properties() {
 
 #define RELU_MLP_DEVICE __device__ __forceinline__
 #define RELU_MLP_KERNEL __global__
-// The most threads of a block, and the fewest blocks that a multiprocessor is
-// to have room for.
+// The maximum threads of a block, and the minimum blocks that fit on a
+// multiprocessor at a time.
 #define RELU_MLP_BOUNDS(...) __launch_bounds__(__VA_ARGS__)
 #define RELU_MLP_PARAMETER const __grid_constant__
 #define RELU_MLP_UNROLL _Pragma("unroll")
@@ -132,7 +135,7 @@ namespace relu_mlp::cuda {
 template <typename P>
 void launch(
     void (*kernel)(P),
-    const Launch& shape,
+    const LaunchConfig& shape,
     Stream stream,
     const P& parameters) {
   constexpr int64_t without_opt_in = 48 << 10;
@@ -172,8 +175,8 @@ RELU_MLP_DEVICE int warp_index() {
 RELU_MLP_DEVICE void sync() {
   __syncthreads();
 }
-// The value of the lane whose index differs in the bits of `mask`. All threads
-// of the warp call it together.
+// The value of lane (lane_index() ^ mask). All threads of the warp call this
+// together.
 template <typename V>
 RELU_MLP_DEVICE V shuffle_xor(V value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
@@ -184,11 +187,11 @@ RELU_MLP_DEVICE unsigned char* shared_memory() {
   return relu_mlp_shared;
 }
 
-RELU_MLP_DEVICE Vector16 load16(const void* address) {
+RELU_MLP_DEVICE Vector16Bytes load_16_bytes(const void* address) {
   const uint4 v = *static_cast<const uint4*>(address);
   return {{v.x, v.y, v.z, v.w}};
 }
-RELU_MLP_DEVICE void store16(void* address, const Vector16& v) {
+RELU_MLP_DEVICE void store_16_bytes(void* address, const Vector16Bytes& v) {
   *static_cast<uint4*>(address) =
       make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
 }
@@ -211,7 +214,7 @@ RELU_MLP_DEVICE void load_transposed(uint32_t (&words)[4], const void* row) {
 //   a[0], a[1], a[2], a[3]: (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8)
 //   b[0], b[1]: (2t, g), (2t + 8, g)
 //   c[0..3]: (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
-// IsBFloat16 or else float16.
+// a and b are bfloat16 if IsBFloat16, else float16.
 template <bool IsBFloat16>
 RELU_MLP_DEVICE void mma(
     float (&c)[4],
@@ -261,7 +264,7 @@ RELU_MLP_DEVICE float unpack_high(uint32_t word) {
   }
 }
 
-// Of both halves: max(z, 0), and NaN if z is NaN.
+// max(z, 0) of each half; NaN stays NaN.
 template <bool IsBFloat16>
 RELU_MLP_DEVICE uint32_t relu(uint32_t z) {
   if constexpr (IsBFloat16) {
@@ -278,7 +281,7 @@ RELU_MLP_DEVICE uint32_t relu(uint32_t z) {
   return z;
 }
 
-// The halves of `change` where those of a are positive or NaN, and 0 elsewhere.
+// Each half of `change` where that half of a is positive or NaN, else 0.
 template <bool IsBFloat16>
 RELU_MLP_DEVICE uint32_t select_positive(uint32_t change, uint32_t a) {
   if constexpr (IsBFloat16) {

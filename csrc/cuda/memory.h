@@ -1,4 +1,4 @@
-// The functions of the CUDA runtime that passes call, apart from launches.
+// The CUDA runtime functions that passes call, except launches.
 #pragma once
 
 #include "machine.h"
@@ -27,13 +27,13 @@ inline bool is_capturing(Stream) {
 
 #else
 
-// For the CUDA runtime that is linked into this library. PyTorch has its own
-// copy.
+// Sets the device of the CUDA runtime that is linked into this library. PyTorch
+// has its own copy of the runtime.
 inline void set_device(int device) {
   check(cudaSetDevice(device), "cudaSetDevice");
 }
 
-// Fills device memory with one byte, in the stream's order.
+// Fills device memory with one byte value, in stream order.
 inline void set_bytes(
     void* memory,
     int value,
@@ -44,7 +44,7 @@ inline void set_bytes(
       "cudaMemsetAsync");
 }
 
-// Copies device memory in the stream's order, and waits until it is done.
+// Copies device memory to the host in stream order, and waits for the copy.
 inline void copy_to_host(
     void* to,
     const void* from,
@@ -57,7 +57,8 @@ inline void copy_to_host(
   check(cudaStreamSynchronize(on), "cudaStreamSynchronize");
 }
 
-// Whether the stream records a CUDA graph. Nothing may wait for it then.
+// Whether the stream is capturing a CUDA graph. While it is, nothing may wait
+// for the stream.
 inline bool is_capturing(Stream stream) {
   cudaStreamCaptureStatus status;
   check(

@@ -1,5 +1,5 @@
-// The passes on a GPU: they ask for the plan of a call and obey it. Kernels run
-// on the device of the tensors, in the order of PyTorch's current stream of it.
+// The passes on a GPU. Each pass makes its plan and follows it. Kernels run on
+// the device of the tensors, on PyTorch's current stream of that device.
 #include "passes.h"
 
 #include "../device_passes.h"
@@ -10,11 +10,12 @@
 namespace relu_mlp::cuda {
 namespace {
 
-// Makes a tensor's device the current one while it lives: PyTorch's, which is
-// set back at the end, and that of the CUDA runtime which launches our kernels.
-class CurrentDevice {
+// Makes a tensor's device current for the lifetime of the guard, in PyTorch and
+// in the CUDA runtime that launches our kernels. Afterwards PyTorch's device is
+// restored.
+class DeviceGuard {
  public:
-  explicit CurrentDevice([[maybe_unused]] const Tensor& tensor) {
+  explicit DeviceGuard([[maybe_unused]] const Tensor& tensor) {
 #ifndef RELU_MLP_CUDA_ON_HOST
     const int32_t device = tensor.device_index();
     int32_t current;
@@ -25,8 +26,8 @@ class CurrentDevice {
     set_device(device);
 #endif
   }
-  CurrentDevice(const CurrentDevice&) = delete;
-  ~CurrentDevice() {
+  DeviceGuard(const DeviceGuard&) = delete;
+  ~DeviceGuard() {
     if (guard_) {
       aoti_torch_delete_device_guard(guard_);
     }
@@ -36,7 +37,7 @@ class CurrentDevice {
   DeviceGuardHandle guard_ = nullptr;
 };
 
-// Whether a pass has to compute hidden activations or y, which are not given.
+// Whether a pass must recompute hidden activations or y.
 template <typename T>
 bool recomputes(const Network<T>& network, const BackwardPass<T>& pass) {
   bool reads = pass.reads_y(network.output_activation);
@@ -66,13 +67,12 @@ FusedNetwork<T> fused_network(const Network<T>& network, std::size_t first) {
 template <typename T>
 class CudaDevice {
  public:
-  static constexpr bool packs_rows = true;
-  static constexpr int64_t unknown_width =
-      1; // the fused kernels have no width 0
+  static constexpr bool needs_contiguous = true;
+  static constexpr int64_t unknown_width = 1; // fused kernels reject width 0
   static constexpr Activate<T> activate = nullptr;
 
   explicit CudaDevice(const Tensor& like)
-      : current_(like), like_(like), stream_(current_stream()) {}
+      : guard_(like), like_(like), stream_(current_stream()) {}
 
   Tensor new_matrix(int64_t rows, int64_t cols) const {
     return empty<2>({rows, cols}, like_);
@@ -80,7 +80,7 @@ class CudaDevice {
 
   void forward(const Network<T>& network, const std::vector<T*>& hidden, T* y)
       const {
-    const Plan plan = plan_call(
+    const PassPlan plan = plan_pass(
         {network.x.rows, network.widths(), int(sizeof(T)), false, false,
          device_properties()});
     if (plan.method == Method::fused) {
@@ -99,9 +99,9 @@ class CudaDevice {
     if (lowest == network.layers.size()) {
       return; // no gradient is needed
     }
-    // Layers below the lowest that has a gradient are left out.
+    // The layers below the lowest one with a gradient are left out.
     const std::size_t first = pass.recompute ? 0 : lowest;
-    const Plan plan = plan_call(
+    const PassPlan plan = plan_pass(
         {network.x.rows, network.widths(first), int(sizeof(T)), true,
          recomputes(network, pass), device_properties()});
     if (plan.method == Method::fused) {
@@ -151,7 +151,7 @@ class CudaDevice {
     }
   }
 
-  const CurrentDevice current_;
+  const DeviceGuard guard_;
   const Tensor& like_;
   const Stream stream_;
 };

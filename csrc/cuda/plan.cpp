@@ -6,24 +6,24 @@
 namespace relu_mlp::cuda {
 namespace {
 
-std::optional<Plan> plan_fused(const Call& call) {
-  Plan plan{Method::fused, {}};
-  return fused_serves(call, plan.fused) ? std::optional(plan) : std::nullopt;
+std::optional<PassPlan> plan_fused(const PassSpec& pass) {
+  PassPlan plan{Method::fused, {}};
+  return fused_serves(pass, plan.fused) ? std::optional(plan) : std::nullopt;
 }
 
-std::optional<Plan> plan_layered(const Call&) {
-  return Plan{Method::layered, {}};
+std::optional<PassPlan> plan_layered(const PassSpec&) {
+  return PassPlan{Method::layered, {}};
 }
 
-// The candidates in order of preference. The last one serves every call.
-constexpr std::optional<Plan> (*candidates[])(const Call&) = {
+// The candidates in order of preference. The last one serves every pass.
+constexpr std::optional<PassPlan> (*candidates[])(const PassSpec&) = {
     plan_fused, plan_layered};
 
 } // namespace
 
-Plan plan_call(const Call& call) {
+PassPlan plan_pass(const PassSpec& pass) {
   for (const auto candidate : candidates) {
-    if (const std::optional<Plan> plan = candidate(call)) {
+    if (const std::optional<PassPlan> plan = candidate(pass)) {
       return *plan;
     }
   }
@@ -50,15 +50,15 @@ int64_t columns_at_once(
     int64_t rows,
     int64_t cols,
     bool recompute,
-    const Device& device) {
+    const DeviceProperties& device) {
   using namespace tuning;
-  const int64_t most_parts = recompute ? max_parts_recomputing : max_parts;
-  const int64_t least_tiles = device.multiprocessors /
+  const int64_t max_part_count = recompute ? max_parts_recomputing : max_parts;
+  const int64_t min_tiles = device.multiprocessors /
       (recompute ? busy_share_recomputing : busy_share);
   const int64_t tiles_down = std::max<int64_t>(1, ceil_div(rows, product_tile));
   const int64_t tiles = std::max<int64_t>(1, ceil_div(cols, product_tile));
-  const int64_t wanted =
-      std::max(ceil_div(tiles, most_parts), ceil_div(least_tiles, tiles_down));
+  const int64_t wanted = std::max(
+      ceil_div(tiles, max_part_count), ceil_div(min_tiles, tiles_down));
   const int64_t parts = ceil_div(tiles, wanted);
   return std::min(cols, product_tile * ceil_div(tiles, parts)); // equal parts
 }
@@ -67,16 +67,16 @@ ColumnReduction plan_reduction(
     int64_t rows,
     int64_t cols,
     int vector,
-    const Device& device) {
+    const DeviceProperties& device) {
   using namespace tuning;
   ColumnReduction plan{
       vector, ceil_div(cols, reduction_lanes * vector), 1, rows};
   if (rows > 0 && cols > 0) {
     const int64_t wanted = std::max<int64_t>(
         1, reduction_residents * device.multiprocessors / plan.tiles);
-    const int64_t least_rows = min_rows_per_thread * reduction_rows;
+    const int64_t min_chunk_rows = min_rows_per_thread * reduction_rows;
     const int64_t chunks =
-        std::min({wanted, ceil_div(rows, least_rows), max_chunks});
+        std::min({wanted, ceil_div(rows, min_chunk_rows), max_chunks});
     plan.chunk_rows = ceil_div(rows, chunks);
     plan.chunks = ceil_div(rows, plan.chunk_rows);
   }

@@ -1,5 +1,6 @@
-// How a call on a GPU is served: functions of the call and of the device's
-// properties alone, in every build, so that they are tested without a GPU.
+// How a pass on a GPU is served. These functions depend only on the pass and on
+// the device's properties. They are in every build, so testing them needs no
+// GPU.
 #pragma once
 
 #include "device.h"
@@ -12,20 +13,21 @@ enum class Method {
   layered, // a product for each layer, and kernels between the products
 };
 
-struct Plan {
+struct PassPlan {
   Method method;
   FusedPlan fused; // for Method::fused
 };
 
-// The plan of a pass, by the first method in the list of candidates that serves
-// the call. The passes obey it.
-Plan plan_call(const Call& call);
+// Returns the plan of the first candidate that serves the pass. The passes
+// follow the plan.
+PassPlan plan_pass(const PassSpec& pass);
 
 // -- The products of a layered pass ------------------------------------------
 
-// The shape of one product, y (rows, out) = a (rows, in) w (out, in)^T, or of
-// one of the two that its gradients take: they have the same three sizes and
-// the same leading dimensions. A leading dimension is the distance of two rows.
+// The shape of one product: y (rows, out) = a (rows, in) w (out, in)^T, or one
+// of the two products of its gradients. All three have the same sizes and the
+// same leading dimensions. A leading dimension is the distance from one row to
+// the next.
 struct ProductShape {
   int64_t rows, in, out;
   int64_t input_ld, output_ld; // of (rows, in) and of (rows, out)
@@ -33,32 +35,32 @@ struct ProductShape {
   bool aligned; // whether every matrix starts at an address divisible by 16
 };
 
-// Whether cuBLASLt computes it, with what follows fused into its epilogue. Else
-// PyTorch does.
+// Whether cuBLASLt computes the product and fuses the operation that follows
+// into its epilogue. Otherwise PyTorch computes the product.
 //
-// cuBLASLt serves 16-bit formats. float32 is left to PyTorch, which knows
-// whether its user allows TF32 (no C interface says so), and float64 has no
-// epilogues. Rows must begin at addresses divisible by 16: its fast kernels
-// need that, and epilogues on ragged shapes, above all on an output of width 1,
-// are known to have failed elsewhere.
+// cuBLASLt serves 16-bit formats. PyTorch computes float32, because only
+// PyTorch knows whether the user allows TF32 (no C interface tells). float64
+// has no epilogues. Rows must begin at addresses divisible by 16. The fast
+// kernels need that, and epilogues are known to have failed in other projects
+// on ragged shapes, above all on an output of width 1.
 bool is_for_cublaslt(const ProductShape& product);
 
-// The lowest delta that a backward pass computes, (rows, cols), is used only in
-// products that can be split along its columns, unless something below its
-// layer is needed. So it is computed this many columns at a time and never
-// exists whole. Fewer columns take less memory, but the tiles of a product
-// should keep the device busy. A pass that recomputes also computes the
-// activations of these columns, so there memory comes first.
+// How many columns of the lowest delta (rows, cols) a backward pass computes at
+// a time. If nothing below its layer is needed, that delta is used only in
+// products that can be split along its columns, so it never exists whole. Fewer
+// columns take less memory, but the tiles of a product should keep the device
+// busy. A pass that recomputes also holds the activations of these columns, so
+// it puts memory first.
 int64_t columns_at_once(
     int64_t rows,
     int64_t cols,
     bool recompute,
-    const Device&);
+    const DeviceProperties&);
 
-// How the columns of a matrix are summed: a block has a tile of 32 * vector
-// columns and a chunk of the rows; a second kernel adds the chunks' sums in
-// their order. The chunks are few enough for that kernel to be short, and the
-// blocks enough to fill the device.
+// How the columns of a matrix are summed. A block sums a tile of 32 * vector
+// columns over a chunk of the rows. A second kernel adds the sums of the chunks
+// in order. There are few enough chunks to keep that kernel short, and enough
+// blocks to fill the device.
 struct ColumnReduction {
   int vector; // elements that a thread loads at once
   int64_t tiles, chunks, chunk_rows;
@@ -69,15 +71,16 @@ struct ColumnReduction {
 
 constexpr int reduction_lanes = 32, reduction_rows = 8; // of a block's threads
 
-// `vector` is 16 / element size where 16-byte loads are possible, else 1.
+// `vector` is 16 / element size if 16-byte loads are possible, else 1.
 ColumnReduction plan_reduction(
     int64_t rows,
     int64_t cols,
     int vector,
-    const Device&);
+    const DeviceProperties&);
 
-// Elements that a thread may load at once from rows of `cols` elements, `ld`
-// apart. `aligned` says whether the first is at an address divisible by 16.
+// The number of elements that a thread may load at once from rows of `cols`
+// elements that are `ld` apart. `aligned` says whether the first row starts at
+// an address divisible by 16.
 int vector_length(int64_t cols, int64_t ld, int element_size, bool aligned);
 
 } // namespace relu_mlp::cuda

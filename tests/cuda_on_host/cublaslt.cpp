@@ -1,7 +1,7 @@
 // A stand-in for cuBLASLt on the host: the functions and epilogues that
-// csrc/cuda/layered/cublaslt.cpp uses, over host memory, one element after the
-// other. It looks at its arguments as the real one does, or more strictly, and
-// says no where the real one may.
+// csrc/cuda/layered/cublaslt.cpp uses, on host memory, one element after the
+// other. It checks its arguments as strictly as the real library, or more
+// strictly. It reports "not supported" where the real library may.
 
 #include <cmath>
 #include <cstring>
@@ -23,7 +23,7 @@ constexpr Status invalid_value = 7;
 
 struct Desc {
   int32_t transposes[2] = {not_transposed, not_transposed};
-  Epilogue epilogue = Epilogue::none;
+  LtEpilogue epilogue = LtEpilogue::none;
   const void* bias = nullptr;
   int32_t bias_type = -1;
 };
@@ -34,7 +34,7 @@ struct Layout {
   int64_t ld;
 };
 
-struct Wishes {
+struct Preferences {
   std::size_t workspace = 0;
   uint32_t schemes = 7;
   uint32_t alignments[4] = {256, 256, 256, 256};
@@ -48,7 +48,7 @@ struct Settings {
   int64_t heuristics, objects;
 } settings;
 
-// The algorithm: what it was chosen for.
+// The algorithm: the alignments and workspace that it was chosen for.
 struct Choice {
   uint32_t alignments[4];
   uint64_t workspace;
@@ -72,12 +72,12 @@ bool is_aligned(const void* data, uint32_t bytes) {
   return reinterpret_cast<uintptr_t>(data) % bytes == 0;
 }
 
-bool has_bias(Epilogue e) {
-  return e == Epilogue::bias || e == Epilogue::relu_bias ||
-      e == Epilogue::gradient_of_b;
+bool has_bias(LtEpilogue e) {
+  return e == LtEpilogue::bias || e == LtEpilogue::relu_bias ||
+      e == LtEpilogue::gradient_of_b;
 }
 
-// m, n, k; or invalid_value where the matrices do not fit together.
+// Sets m, n, k. Returns invalid_value if the matrices do not fit together.
 Status sizes(
     const Desc& desc,
     const Layout& a,
@@ -92,13 +92,14 @@ Status sizes(
   const bool one_type = a.type == b.type && a.type == d.type;
   bool leads = true;
   for (const Layout* layout : {&a, &b, &d}) {
-    // The second is a rule of ours: rows begin at addresses divisible by 16.
+    // The second condition is our own rule: rows begin at addresses divisible
+    // by 16.
     leads = leads && layout->ld >= int64_t(layout->rows) && layout->ld % 8 == 0;
   }
   return fits && one_type && leads ? success : invalid_value;
 }
 
-// The library's objects; each is to be destroyed once.
+// The library's objects. Each must be destroyed once.
 std::set<void*> objects;
 
 template <typename T>
@@ -183,30 +184,31 @@ EXPORT Status cublasLtMatrixLayoutDestroy(MatrixLayout layout) {
 }
 
 EXPORT Status cublasLtMatmulPreferenceCreate(Preference* preference) {
-  return create(preference, Wishes{});
+  return create(preference, Preferences{});
 }
 EXPORT Status cublasLtMatmulPreferenceDestroy(Preference preference) {
-  return destroy<Wishes>(preference);
+  return destroy<Preferences>(preference);
 }
 EXPORT Status cublasLtMatmulPreferenceSetAttribute(
     Preference to,
     int attribute,
     const void* value,
     std::size_t size) {
-  Wishes& wishes = *static_cast<Wishes*>(to);
-  if (attribute == most_workspace) {
-    return set(wishes.workspace, value, size);
+  Preferences& preferences = *static_cast<Preferences*>(to);
+  if (attribute == max_workspace) {
+    return set(preferences.workspace, value, size);
   }
   if (attribute == reduction_schemes) {
-    return set(wishes.schemes, value, size);
+    return set(preferences.schemes, value, size);
   }
   if (attribute >= alignment_a && attribute <= alignment_d) {
-    return set(wishes.alignments[attribute - alignment_a], value, size);
+    return set(preferences.alignments[attribute - alignment_a], value, size);
   }
   return invalid_value;
 }
 
-// One algorithm: it takes 16 bytes at a time, and a workspace for long sums.
+// There is one algorithm. It reads 16 bytes at a time, and needs a workspace
+// for long sums.
 EXPORT Status cublasLtMatmulAlgoGetHeuristic(
     Handle handle,
     MatmulDesc about,
@@ -219,31 +221,33 @@ EXPORT Status cublasLtMatmulAlgoGetHeuristic(
     HeuristicResult* results,
     int* found) {
   const Desc& desc = *static_cast<Desc*>(about);
-  const Wishes& wishes = *static_cast<Wishes*>(preference);
-  const Layout* of[] = {
+  const Preferences& preferences = *static_cast<Preferences*>(preference);
+  const Layout* layouts[] = {
       static_cast<Layout*>(a), static_cast<Layout*>(b), static_cast<Layout*>(c),
       static_cast<Layout*>(d)};
   ++settings.heuristics;
   *found = 0;
   int64_t mnk[3];
   if (handle != &settings || wanted < 1 ||
-      sizes(desc, *of[0], *of[1], *of[3], mnk) != success) {
+      sizes(desc, *layouts[0], *layouts[1], *layouts[3], mnk) != success) {
     return invalid_value;
   }
-  if (desc.epilogue == Epilogue::gradient_of_b && !settings.has_gradient_of_b) {
+  if (desc.epilogue == LtEpilogue::gradient_of_b &&
+      !settings.has_gradient_of_b) {
     return not_supported;
   }
   for (int i = 0; i < 4; ++i) {
-    if (of[i]->ld % 8 != 0 || wishes.alignments[i] % 16 != 0) {
+    if (layouts[i]->ld % 8 != 0 || preferences.alignments[i] % 16 != 0) {
       return not_supported;
     }
   }
-  // Sums split in parts must not be added up in 16 bits or in any order.
-  if (wishes.schemes & ~reduction_in_compute_type) {
+  // The parts of a split sum must not be added in 16 bits or in any order.
+  if (preferences.schemes & ~reduction_in_compute_type) {
     return not_supported;
   }
   Choice choice;
-  std::memcpy(choice.alignments, wishes.alignments, sizeof(choice.alignments));
+  std::memcpy(
+      choice.alignments, preferences.alignments, sizeof(choice.alignments));
   choice.workspace = mnk[2] >= 64 ? 4096 : 0;
   std::memcpy(&results[0].algorithm, &choice, sizeof(choice));
   results[0].workspace = choice.workspace;
@@ -270,9 +274,9 @@ EXPORT Status cublasLtMatmul(
     std::size_t workspace_bytes,
     void*) {
   const Desc& desc = *static_cast<Desc*>(about);
-  const Layout &of_a = *static_cast<Layout*>(layout_a),
-               &of_b = *static_cast<Layout*>(layout_b),
-               &of_d = *static_cast<Layout*>(layout_d);
+  const Layout &a_layout = *static_cast<Layout*>(layout_a),
+               &b_layout = *static_cast<Layout*>(layout_b),
+               &d_layout = *static_cast<Layout*>(layout_d);
   int64_t mnk[3];
   Choice choice;
   std::memcpy(&choice, algorithm, sizeof(choice));
@@ -281,11 +285,11 @@ EXPORT Status cublasLtMatmul(
       is_aligned(d, choice.alignments[3]);
   if (handle != &settings || *static_cast<const float*>(alpha) != 1 ||
       *static_cast<const float*>(beta) != 0 ||
-      sizes(desc, of_a, of_b, of_d, mnk) != success ||
+      sizes(desc, a_layout, b_layout, d_layout, mnk) != success ||
       !is_aligned_as_promised || workspace_bytes < choice.workspace ||
       (choice.workspace && !is_aligned(workspace, 16)) ||
       (has_bias(desc.epilogue) &&
-       (!desc.bias || desc.bias_type != of_d.type))) {
+       (!desc.bias || desc.bias_type != d_layout.type))) {
     return invalid_value;
   }
   if (settings.fails) {
@@ -295,31 +299,32 @@ EXPORT Status cublasLtMatmul(
   if (workspace) {
     std::memset(workspace, 0xff, choice.workspace);
   }
-  const int type = of_d.type;
+  const int type = d_layout.type;
   const auto [m, n, k] = mnk;
   const auto b_at = [&](int64_t p, int64_t j) {
     return load(
-        type, b, desc.transposes[1] ? j + p * of_b.ld : p + j * of_b.ld);
+        type, b,
+        desc.transposes[1] ? j + p * b_layout.ld : p + j * b_layout.ld);
   };
   for (int64_t j = 0; j < n; ++j) {
     for (int64_t i = 0; i < m; ++i) {
       float sum = 0;
       for (int64_t p = 0; p < k; ++p) {
         const int64_t at =
-            desc.transposes[0] ? p + i * of_a.ld : i + p * of_a.ld;
+            desc.transposes[0] ? p + i * a_layout.ld : i + p * a_layout.ld;
         sum += load(type, a, at) * b_at(p, j);
       }
-      const Epilogue e = desc.epilogue;
-      if (e == Epilogue::bias || e == Epilogue::relu_bias) {
+      const LtEpilogue e = desc.epilogue;
+      if (e == LtEpilogue::bias || e == LtEpilogue::relu_bias) {
         sum += load(type, desc.bias, i);
       }
-      if (e == Epilogue::relu || e == Epilogue::relu_bias) {
+      if (e == LtEpilogue::relu || e == LtEpilogue::relu_bias) {
         const bool is_nan = std::isnan(sum);
         sum = sum > 0 || (is_nan && settings.relu_passes_nan) ? sum : 0;
       }
-      store(type, d, i + j * of_d.ld, sum);
+      store(type, d, i + j * d_layout.ld, sum);
     }
-    if (desc.epilogue == Epilogue::gradient_of_b) {
+    if (desc.epilogue == LtEpilogue::gradient_of_b) {
       float sum = 0;
       for (int64_t p = 0; p < k; ++p) {
         sum += b_at(p, j);

@@ -17,7 +17,7 @@ constexpr unsigned char guard = 0xa5, poison = 0xff; // poison: NaNs
 
 enum class State { ready, at_barrier, in_warp, done };
 
-// The first switch to a fiber is swapcontext, the others are longjmp, which
+// The first switch to a fiber uses setcontext. The others use longjmp, which
 // makes no system call.
 struct Fiber {
   std::unique_ptr<unsigned char[]> stack{new unsigned char[stack_bytes]};
@@ -37,7 +37,7 @@ struct Machine {
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<Warp> warps;
   jmp_buf scheduler;
-  Place place;
+  ThreadPosition position;
   const std::function<void()>* body = nullptr;
   int at_barrier = 0, done = 0;
   bool is_running = false;
@@ -52,17 +52,17 @@ Machine machine;
 }
 
 void switch_away() {
-  Fiber& fiber = *machine.fibers[machine.place.thread];
+  Fiber& fiber = *machine.fibers[machine.position.thread];
   if (_setjmp(fiber.resume) == 0) {
     to_scheduler();
   }
 }
 
-// A fiber serves the same thread of one block after the other.
-void live() {
+// A fiber runs the same thread of one block after another.
+void fiber_main() {
   for (;;) {
     (*machine.body)();
-    machine.fibers[machine.place.thread]->state = State::done;
+    machine.fibers[machine.position.thread]->state = State::done;
     ++machine.done;
     switch_away();
   }
@@ -70,7 +70,7 @@ void live() {
 
 void resume(int thread) {
   Fiber& fiber = *machine.fibers[thread];
-  machine.place.thread = thread;
+  machine.position.thread = thread;
   if (_setjmp(machine.scheduler) != 0) {
     return;
   }
@@ -82,13 +82,13 @@ void resume(int thread) {
   fiber.start.uc_stack.ss_sp = fiber.stack.get();
   fiber.start.uc_stack.ss_size = stack_bytes;
   fiber.start.uc_link = nullptr;
-  makecontext(&fiber.start, live, 0);
+  makecontext(&fiber.start, fiber_main, 0);
   setcontext(&fiber.start);
 }
 
 void check(bool holds, const char* message) {
   if (!holds) {
-    // What is left on the stacks of the fibers is not worth unwinding.
+    // The stacks of the fibers are not worth unwinding.
     machine.fibers.clear();
     machine.is_running = false;
     throw std::runtime_error(std::string("CUDA on the host: ") + message);
@@ -129,8 +129,8 @@ int64_t& launches() {
   return launches;
 }
 
-const Place& here() {
-  return machine.place;
+const ThreadPosition& position() {
+  return machine.position;
 }
 
 void fail(const std::string& message) {
@@ -138,7 +138,7 @@ void fail(const std::string& message) {
   to_scheduler();
 }
 
-void run(const Launch& shape, const std::function<void()>& body) {
+void run(const LaunchConfig& shape, const std::function<void()>& body) {
   check(!machine.is_running, "a launch within a kernel");
   check(shape.grid >= 1 && shape.grid < int64_t(1) << 31, "bad grid");
   check(
@@ -154,20 +154,20 @@ void run(const Launch& shape, const std::function<void()>& body) {
     machine.fibers.push_back(std::make_unique<Fiber>());
   }
   const int64_t bytes = shape.shared_bytes;
-  std::vector<Vector16> memory((bytes + 2 * guard_bytes) / 16 + 1);
+  std::vector<Vector16Bytes> memory((bytes + 2 * guard_bytes) / 16 + 1);
   auto* const start = reinterpret_cast<unsigned char*>(memory.data());
   machine.body = &body;
   machine.error.clear();
   machine.random.seed(settings().seed);
-  machine.place.shared = start + guard_bytes;
-  machine.place.threads = shape.block;
-  machine.place.grid = static_cast<int>(shape.grid);
+  machine.position.shared = start + guard_bytes;
+  machine.position.threads = shape.block;
+  machine.position.grid = static_cast<int>(shape.grid);
   machine.is_running = true;
   std::vector<int64_t> blocks(shape.grid);
   std::iota(blocks.begin(), blocks.end(), 0);
   std::shuffle(blocks.begin(), blocks.end(), machine.random);
   for (const int64_t block : blocks) {
-    machine.place.block = static_cast<int>(block);
+    machine.position.block = static_cast<int>(block);
     std::memset(start, guard, bytes + 2 * guard_bytes);
     std::memset(start + guard_bytes, poison, bytes);
     run_block(shape.block);
@@ -183,19 +183,19 @@ void run(const Launch& shape, const std::function<void()>& body) {
 }
 
 void wait_for_block() {
-  machine.fibers[machine.place.thread]->state = State::at_barrier;
-  if (++machine.at_barrier == machine.place.threads) {
+  machine.fibers[machine.position.thread]->state = State::at_barrier;
+  if (++machine.at_barrier == machine.position.threads) {
     machine.at_barrier = 0;
-    for (int n = 0; n < machine.place.threads; ++n) {
+    for (int n = 0; n < machine.position.threads; ++n) {
       machine.fibers[n]->state = State::ready;
     }
   }
-  // The last to come waits for its turn too.
+  // The last thread to arrive waits for its turn too.
   switch_away();
 }
 
 void with_warp(Operation operation, void* argument) {
-  const int thread = machine.place.thread, lane = thread % warp_size;
+  const int thread = machine.position.thread, lane = thread % warp_size;
   Warp& warp = machine.warps[thread / warp_size];
   if (warp.arrived > 0 && warp.operation != operation) {
     fail("the threads of a warp meet in different operations");

@@ -1,19 +1,18 @@
 // The CUDA machine on the host: the other form of csrc/cuda/machine.h.
 //
-// A block's threads are fibers of one processor thread. A fiber runs until it
-// comes to a barrier or to something that a warp does together; the fibers
-// take turns in an order that is shuffled anew each time, so that a barrier
-// that is missing shows as a wrong result under some seed. Blocks run one
-// after the other, in a shuffled order too. Device memory is host memory.
-// Shared memory starts as NaNs and has guards around it. It is checked that no
-// thread leaves while others wait, that a warp's threads meet in the same
-// operation, that 16-byte accesses are aligned and that the launch is within
-// the device's limits.
+// The threads of a block are fibers of one processor thread. A fiber runs until
+// it reaches a barrier or a warp-wide operation. The fibers take turns in an
+// order that is shuffled each time, so a missing barrier shows as a wrong
+// result under some seed. Blocks run one after the other, also in a shuffled
+// order. Device memory is host memory. Shared memory starts as NaNs and has
+// guards around it. The emulator checks that no thread exits while others wait,
+// that the threads of a warp meet in the same operation, that 16-byte accesses
+// are aligned and that the launch is within the device's limits.
 //
-// Not emulated: blocks that run at the same time, what two threads do to the
-// same memory between two barriers other than one after the other, the order
-// and the rounding of a tensor core's sums, and anything about time. The
-// functions here stand beside those of machine.h, which the host never runs.
+// Not emulated: blocks that run at the same time, races between two threads
+// that access the same memory between two barriers, the order and the rounding
+// of a tensor core's sums, and anything about time. These functions replace the
+// device functions of machine.h, which never run on the host.
 #pragma once
 
 #include <cmath>
@@ -38,32 +37,32 @@
 namespace relu_mlp::cuda {
 namespace emulator {
 
-// What a test may set before it launches.
+// What a test may set before a launch.
 struct Settings {
   uint64_t seed = 0; // of the orders of threads and blocks
-  Device device{132, 232448, 233472};
+  DeviceProperties device{132, 232448, 233472};
 };
 Settings& settings();
 
-// How many kernels have been launched.
+// The number of launches so far.
 int64_t& launches();
 
 // Where the running thread is.
-struct Place {
+struct ThreadPosition {
   int thread, block;
   int threads, grid;
   unsigned char* shared;
 };
-const Place& here();
+const ThreadPosition& position();
 
 // Runs body() as every thread of every block.
-void run(const Launch& shape, const std::function<void()>& body);
+void run(const LaunchConfig& shape, const std::function<void()>& body);
 
 // A barrier of the block.
 void wait_for_block();
 
-// The running thread's part of an operation that its warp does together: when
-// all 32 have come, `operation` gets their arguments in the order of the lanes.
+// The running thread's part of a warp-wide operation. When all 32 threads have
+// arrived, `operation` gets their arguments in the order of the lanes.
 using Operation = void (*)(void* const* arguments);
 void with_warp(Operation operation, void* argument);
 
@@ -75,30 +74,30 @@ void with_warp(Operation operation, void* argument);
 inline Stream current_stream() {
   return nullptr;
 }
-inline Device device_properties() {
+inline DeviceProperties device_properties() {
   return emulator::settings().device;
 }
 
 template <typename P>
 void launch(
     void (*kernel)(P),
-    const Launch& shape,
+    const LaunchConfig& shape,
     Stream,
     const P& parameters) {
   emulator::run(shape, [&] { kernel(parameters); });
 }
 
 inline int thread_index() {
-  return emulator::here().thread;
+  return emulator::position().thread;
 }
 inline int block_size() {
-  return emulator::here().threads;
+  return emulator::position().threads;
 }
 inline int block_index() {
-  return emulator::here().block;
+  return emulator::position().block;
 }
 inline int grid_size() {
-  return emulator::here().grid;
+  return emulator::position().grid;
 }
 inline int lane_index() {
   return thread_index() % warp_size;
@@ -141,7 +140,7 @@ V shuffle_xor(V value, int mask) {
   return emulator::shuffle_from(value, lane_index() ^ mask);
 }
 inline unsigned char* shared_memory() {
-  return emulator::here().shared;
+  return emulator::position().shared;
 }
 
 namespace emulator {
@@ -154,13 +153,13 @@ inline void check_alignment(const void* address) {
 
 } // namespace emulator
 
-inline Vector16 load16(const void* address) {
+inline Vector16Bytes load_16_bytes(const void* address) {
   emulator::check_alignment(address);
-  Vector16 v;
+  Vector16Bytes v;
   std::memcpy(&v, address, 16);
   return v;
 }
-inline void store16(void* address, const Vector16& v) {
+inline void store_16_bytes(void* address, const Vector16Bytes& v) {
   emulator::check_alignment(address);
   std::memcpy(address, &v, 16);
 }

@@ -12,7 +12,7 @@ using namespace relu_mlp::cuda;
 
 namespace {
 
-// As test_cuda_fused.Call, field by field.
+// The fields of test_cuda_fused.Call, in the same order.
 struct Arguments {
   int64_t element; // 0: float, 1: BFloat16, 2: Half
   int64_t layers, widths[max_layers + 1];
@@ -66,7 +66,7 @@ FusedNetwork<T> network(const Arguments& call) {
   return network;
 }
 
-Call question(const Arguments& call, bool is_backward, bool recomputes) {
+PassSpec spec_of(const Arguments& call, bool is_backward, bool recomputes) {
   return {
       call.rows,
       {call.widths, call.widths + call.layers + 1},
@@ -81,13 +81,13 @@ Call question(const Arguments& call, bool is_backward, bool recomputes) {
 // Throws if the fused kernels do not serve the call.
 FusedPlan plan_of(const Arguments& call, bool is_backward, bool recomputes) {
   FusedPlan plan;
-  if (!fused_serves(question(call, is_backward, recomputes), plan)) {
+  if (!fused_serves(spec_of(call, is_backward, recomputes), plan)) {
     throw std::logic_error("not a call for the fused kernels");
   }
   return plan;
 }
 
-// The gradients that have a place, as Needs writes them.
+// The flags of Needs: the gradients that have a pointer.
 std::string needs_of(const Arguments& call) {
   std::string flags(1, call.grad_x ? '1' : '0');
   for (int64_t l = 0; l < call.layers; ++l) {
@@ -99,7 +99,7 @@ std::string needs_of(const Arguments& call) {
   return flags;
 }
 
-// Whether something that the pass reads is not given.
+// Whether the pass reads an operand that is missing.
 bool recomputes(const Arguments& call, const Needs& needs) {
   const auto phi = static_cast<Activation>(call.activation);
   bool missing = (call.squares || needs.reads_y(phi)) && !call.y;
@@ -147,8 +147,8 @@ void backward(const Arguments& call) {
   const int64_t bytes = fused_workspace_bytes(plan);
   constexpr uint32_t nans = ~0u, guard = 0xa5a5a5a5u;
   constexpr int64_t guards = 64;
-  std::vector<Vector16> memory(
-      bytes / 16 + 1 + guards, Vector16{{nans, nans, nans, nans}});
+  std::vector<Vector16Bytes> memory(
+      bytes / 16 + 1 + guards, Vector16Bytes{{nans, nans, nans, nans}});
   auto* const end = reinterpret_cast<unsigned char*>(memory.data()) + bytes;
   std::fill(end, reinterpret_cast<unsigned char*>(&*memory.end()), 0xa5);
   fused_backward(given, pass, plan, memory.data(), current_stream());
@@ -195,17 +195,17 @@ struct Backward {
   }
 };
 
-// Kernels with mistakes that the emulator is to see.
+// Kernels with mistakes that the emulator must detect.
 struct Mistake {
   int64_t which;
 };
-void mistaken(const Mistake mistake) {
+void faulty_kernel(const Mistake mistake) {
   if (mistake.which == 1 && thread_index() > 3) {
     sync();
   } else if (mistake.which == 2) {
     shared_memory()[128] = 0;
   } else if (mistake.which == 3) {
-    load16(shared_memory() + 4);
+    load_16_bytes(shared_memory() + 4);
   }
 }
 
@@ -231,7 +231,7 @@ const char* run_mistake(int64_t which) {
   static std::string error;
   try {
     const int64_t bytes = which == 4 ? 1 << 20 : 128;
-    launch(mistaken, {1, 64, bytes}, current_stream(), Mistake{which});
+    launch(faulty_kernel, {1, 64, bytes}, current_stream(), Mistake{which});
     return nullptr;
   } catch (const std::exception& e) {
     error = e.what();
@@ -239,7 +239,7 @@ const char* run_mistake(int64_t which) {
   }
 }
 
-// How many of 256 threads have not received what another one sent.
+// How many of 256 threads did not receive the value that another thread sent.
 int64_t mixed_up(bool with_barrier) {
   std::vector<int> received(256);
   launch(
@@ -252,7 +252,7 @@ int64_t mixed_up(bool with_barrier) {
   return count;
 }
 
-// Null, or what went wrong.
+// Return null, or the error message.
 const char* run_forward(const Arguments* call) {
   return run<Forward>(*call);
 }
@@ -264,15 +264,15 @@ int64_t launches() {
   return emulator::launches();
 }
 
-// serves, threads, tile_rows, grid, sum_floats, bytes of shared memory, bytes
-// of workspace.
+// The results: serves, threads, tile_rows, grid, sum_floats, bytes of shared
+// memory, bytes of workspace.
 void plan(
     const Arguments* call,
     bool is_backward,
     bool recompute,
     int64_t* result) {
   FusedPlan p{};
-  const bool serves = fused_serves(question(*call, is_backward, recompute), p);
+  const bool serves = fused_serves(spec_of(*call, is_backward, recompute), p);
   const int64_t values[] = {
       serves,
       p.threads,
@@ -287,9 +287,10 @@ void plan(
 int64_t index_of_column(int64_t tile, int64_t n) {
   return logical_column(static_cast<int>(tile), static_cast<int>(n));
 }
-int64_t index_of_chunk(int64_t row, int64_t chunk, int64_t groups) {
-  return chunk_offset(
-      static_cast<int>(row), static_cast<int>(chunk), static_cast<int>(groups));
+int64_t offset_of_vector(int64_t row, int64_t vector, int64_t groups) {
+  return vector_offset(
+      static_cast<int>(row), static_cast<int>(vector),
+      static_cast<int>(groups));
 }
 int64_t stride_of_floats(int64_t width) {
   return fma_stride(static_cast<int>(width));

@@ -1,5 +1,6 @@
-// The operators of the passes in csrc/cuda, compiled for the host, on CPU
-// tensors: torch.ops.relu_mlp_cuda_on_host. With what tests set and read.
+// The operators of the passes in csrc/cuda, compiled for the host and
+// registered for CPU tensors: torch.ops.relu_mlp_cuda_on_host. Also the
+// operators with which tests set up and query the emulator.
 
 #include "../../csrc/operators.h"
 #include "../../csrc/cuda/machine.h"

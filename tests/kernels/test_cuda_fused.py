@@ -89,7 +89,7 @@ def library(made_once):
     library = ctypes.CDLL(str(made_once("cuda_fused", compile_kernels) / "fused.so"))
     for function in library.run_forward, library.run_backward, library.run_mistake:
         function.restype = ctypes.c_char_p
-    for name, arguments in ("index_of_column", 2), ("index_of_chunk", 3), ("stride_of_floats", 1):
+    for name, arguments in ("index_of_column", 2), ("offset_of_vector", 3), ("stride_of_floats", 1):
         function = getattr(library, name)
         function.restype = ctypes.c_int64
         function.argtypes = [ctypes.c_int64] * arguments
@@ -344,7 +344,7 @@ def backward(
 
 # -- Values ------------------------------------------------------------------------------
 
-# On both sides of the edges of a chunk, a tile, a group and the padded widths.
+# On both sides of the edges of a vector, a tile, a group and the padded widths.
 WIDTHS = [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 95, 96, 97, 100, 127, 128]
 ROWS = [1, 7, 8, 15, 16, 17, 31, 32, 33, 63, 65, 100, 127, 128, 129, 257, 300]
 X_LAYOUTS = ["contiguous", "not aligned", "wide rows", "odd rows", "transposed", "every other"]
@@ -641,21 +641,21 @@ def test_columns_of_the_tiles(library):
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3, 4])
-def test_chunks_in_shared_memory(library, groups):
-    """Every chunk has a place of its own, and no two lanes of a phase meet in a bank."""
-    place, chunks = library.index_of_chunk, 4 * groups
-    places = {place(row, chunk, groups) for row in range(128) for chunk in range(chunks)}
-    assert places == set(range(0, 16 * 128 * chunks, 16))
+def test_vectors_in_shared_memory(library, groups):
+    """Every vector has its own offset, and no two lanes of a phase share a bank."""
+    place, vectors = library.offset_of_vector, 4 * groups
+    places = {place(row, vector, groups) for row in range(128) for vector in range(vectors)}
+    assert places == set(range(0, 16 * 128 * vectors, 16))
 
-    def banks(rows_and_chunks):
-        return {place(row, chunk, groups) // 16 % 8 for row, chunk in rows_and_chunks}
+    def banks(rows_and_vectors):
+        return {place(row, vector, groups) // 16 % 8 for row, vector in rows_and_vectors}
 
     for q in range(groups):
         for row in range(0, 128, 2):
             phase = [(row + lane // 4, 4 * q + lane % 4) for lane in range(8)]
             assert len(banks(phase)) == 8
-    for row, chunk in itertools.product(range(0, 128, 8), range(chunks)):
-        assert len(banks((row + lane, chunk) for lane in range(8))) == 8
+    for row, vector in itertools.product(range(0, 128, 8), range(vectors)):
+        assert len(banks((row + lane, vector) for lane in range(8))) == 8
 
 
 def test_rows_of_floats_in_shared_memory(library):

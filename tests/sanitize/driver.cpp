@@ -1,13 +1,13 @@
-// The passes of the CPU on plain data, without PyTorch, for the sanitizers:
-// `make sanitize`.
+// The CPU passes on plain data, without PyTorch, for the sanitizers: `make
+// sanitize`.
 //
 // Networks of small integers, whose sums are exact, go through all passes in
 // every dtype on every instruction set. The results must have the bits of plain
-// loops in double precision. PyTorch's own products are left out: this
-// package's take their place.
+// loops in double precision. PyTorch's own products are not tested; where the
+// plan chooses them, this package's products are used instead.
 //
 // Every operand, result and workspace ends at a page that must not be touched,
-// has a pattern around it, and holds NaN before it is written. That finds
+// is surrounded by a pattern, and holds NaN before it is written. This finds
 // accesses that the sanitizers do not see: masked ones and those of AMX.
 
 #include <sys/mman.h>
@@ -32,7 +32,7 @@ namespace {
 
 constexpr std::size_t page = 4096;
 
-struct Head { // in a page of its own, before the data
+struct Header { // in a separate page before the data
   std::size_t bytes, mapped;
 };
 
@@ -52,9 +52,9 @@ void* guarded(std::size_t bytes) {
   }
   mprotect(base + page + data, page, PROT_NONE);
   std::memset(base + page, 0xff, data); // NaN in every format
-  // Of no bytes, the last ones of the page before the guard.
+  // An allocation of no bytes is in the last bytes before the guard page.
   char* const p = base + page + data - (used ? used : 64);
-  *reinterpret_cast<Head*>(base) = {bytes, data + 2 * page};
+  *reinterpret_cast<Header*>(base) = {bytes, data + 2 * page};
   return p;
 }
 
@@ -63,7 +63,7 @@ void release(void* p) {
     return;
   }
   char* const first = start_of_page(p);
-  const Head head = *reinterpret_cast<Head*>(first - page);
+  const Header head = *reinterpret_cast<Header*>(first - page);
   const char* const end = first - page + head.mapped - page;
   const auto check = [&](const char* from, const char* to) {
     for (; from < to; ++from) {
@@ -82,7 +82,7 @@ void release(void* p) {
 
 } // namespace
 
-// What csrc/cpu/buffer.h calls.
+// The functions that csrc/cpu/buffer.h calls.
 void* operator new(std::size_t bytes, std::align_val_t) {
   return guarded(bytes);
 }
@@ -103,12 +103,12 @@ namespace relu_mlp::cpu {
 namespace {
 
 template <typename T>
-class Array { // ends at a guard, but for at most 63 bytes
+class Array { // ends at a guard page
  public:
   explicit Array(int64_t count)
       : data(static_cast<T*>(guarded(count * sizeof(T)))) {
-    // Those bytes would hide an element too many: the data moves up to the
-    // guard.
+    // guarded() leaves up to 63 bytes before the guard page, which would hide
+    // an access out of bounds. So the data moves up to the page.
     const std::size_t bytes = count * sizeof(T);
     shift_ = bytes ? (bytes + 63) / 64 * 64 - bytes : 64;
     data = reinterpret_cast<T*>(reinterpret_cast<char*>(data) + shift_);
@@ -125,8 +125,8 @@ class Array { // ends at a guard, but for at most 63 bytes
           std::abort();
         }
       }
-      // The pattern before and behind has been seen; what lies between is ours.
-      const Head head = *reinterpret_cast<const Head*>(first - page);
+      // The pattern around the data has been checked. The data itself is ours.
+      const Header head = *reinterpret_cast<const Header*>(first - page);
       munmap(const_cast<char*>(first) - page, head.mapped);
     }
   }
@@ -149,7 +149,7 @@ double number(T value) {
 
 using Numbers = std::vector<double>;
 
-struct Plain {
+struct ReferenceNetwork {
   int64_t rows;
   std::vector<int64_t> sizes;
   Activation activation;
@@ -240,8 +240,8 @@ struct Random {
   }
 };
 
-Plain random_plain(int64_t number, Random& random) {
-  Plain net;
+ReferenceNetwork random_network(int64_t number, Random& random) {
+  ReferenceNetwork net;
   const std::vector<int64_t> edges = {0, 1, 3},
                              few = {0, 1, 2, 3, 5, 7, 8, 9, 15, 16, 17},
                              more = {31, 32, 33, 47,  49,  63,  64,
@@ -278,7 +278,7 @@ Plain random_plain(int64_t number, Random& random) {
   return net;
 }
 
-// A matrix in memory of its own, with NaN between its rows.
+// A matrix in its own memory, with NaN between its rows.
 template <typename T>
 struct Placed {
   Array<T> array;
@@ -289,14 +289,15 @@ struct Placed {
       int64_t rows,
       int64_t cols,
       int64_t gap,
-      bool is_turned = false)
+      bool is_transposed = false)
       : array(
             rows == 0 || cols == 0
                 ? 0
-                : (is_turned ? (cols - 1) * (rows + gap) + rows
-                             : (rows - 1) * (cols + gap) + cols)) {
-    matrix = is_turned ? Matrix<const T>{array.data, rows, cols, 1, rows + gap}
-                       : Matrix<const T>{array.data, rows, cols, cols + gap, 1};
+                : (is_transposed ? (cols - 1) * (rows + gap) + rows
+                                 : (rows - 1) * (cols + gap) + cols)) {
+    matrix = is_transposed
+        ? Matrix<const T>{array.data, rows, cols, 1, rows + gap}
+        : Matrix<const T>{array.data, rows, cols, cols + gap, 1};
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t c = 0; c < cols; ++c) {
         const_cast<T&>(matrix.at(r, c)) = as<T>(numbers[r * cols + c]);
@@ -305,24 +306,27 @@ struct Placed {
   }
 };
 
-std::mutex output;
+std::mutex output_mutex;
 
 template <typename T>
 class Case {
  public:
-  Case(const Plain& plain, Random& random, const std::string& name)
-      : plain_(plain),
+  Case(
+      const ReferenceNetwork& reference,
+      Random& random,
+      const std::string& name)
+      : reference_(reference),
         random_(random),
         name_(name),
-        is_exact_(plain.largest < 256) {
+        is_exact_(reference.largest < 256) {
     const auto gap = [&] { return random.one_in(2) ? 0 : random.below(9); };
-    const int64_t rows = plain.rows;
-    x_.emplace_back(plain.x, rows, plain.sizes[0], gap());
-    network_ = {x_[0].matrix, {}, plain.activation, nullptr};
-    for (std::size_t l = 0; l < plain.layers(); ++l) {
-      const int64_t in = plain.sizes[l], out = plain.sizes[l + 1];
-      const Numbers& bias = plain.biases[l];
-      weights_.emplace_back(plain.weights[l], out, in, gap());
+    const int64_t rows = reference.rows;
+    x_.emplace_back(reference.x, rows, reference.sizes[0], gap());
+    network_ = {x_[0].matrix, {}, reference.activation, nullptr};
+    for (std::size_t l = 0; l < reference.layers(); ++l) {
+      const int64_t in = reference.sizes[l], out = reference.sizes[l + 1];
+      const Numbers& bias = reference.biases[l];
+      weights_.emplace_back(reference.weights[l], out, in, gap());
       biases_.emplace_back(bias, 1, int64_t(bias.size()), 0);
       network_.layers.push_back(
           {weights_[l].matrix, bias.empty() ? nullptr : biases_[l].array.data});
@@ -332,7 +336,7 @@ class Case {
     if (plan_.layers == LayersKind::library) {
       plan_.layers = LayersKind::packed;
     }
-    if (random.one_in(2)) { // small blocks and many chunks, where threads meet
+    if (random.one_in(2)) { // small blocks and many chunks, so threads interact
       const int64_t chunks = 1 + random.below(5),
                     some = std::max<int64_t>(1, rows);
       plan_.chunk = ceil_div(some, chunks);
@@ -364,7 +368,7 @@ class Case {
       const double wanted = number(as<T>(expected[n]));
       if (is_exact_ ? number(found[n]) != wanted
                     : std::isnan(number(found[n]))) {
-        const std::lock_guard lock(output);
+        const std::lock_guard lock(output_mutex);
         std::fprintf(
             stderr, "%s: %s %zu, number %zu is %g, not %g\n", name_.c_str(),
             what, l, n, number(found[n]), wanted);
@@ -373,7 +377,7 @@ class Case {
     }
   }
 
-  // As in csrc/cpu/passes.cpp, except for the library.
+  // The same as in csrc/cpu/passes.cpp, except for the library.
   template <typename F>
   void with_layers(const F& f) {
     if constexpr (std::is_same_v<T, BFloat16>) {
@@ -390,23 +394,23 @@ class Case {
   void forward(bool saves) {
     std::vector<Array<T>> results;
     std::vector<T*> hidden;
-    for (std::size_t l = 1; l <= plain_.layers(); ++l) {
-      results.emplace_back(int64_t(plain_.a[l].size()));
-      if (saves && l < plain_.layers()) {
+    for (std::size_t l = 1; l <= reference_.layers(); ++l) {
+      results.emplace_back(int64_t(reference_.a[l].size()));
+      if (saves && l < reference_.layers()) {
         hidden.push_back(results.back().data);
       }
     }
     with_layers([&]<typename L>() {
       walk_forward<L>(network_, plan_, hidden, results.back().data);
     });
-    check("y", 0, results.back().data, plain_.a.back());
+    check("y", 0, results.back().data, reference_.a.back());
     for (std::size_t l = 0; l < hidden.size(); ++l) {
-      check("hidden", l, hidden[l], plain_.a[l + 1]);
+      check("hidden", l, hidden[l], reference_.a[l + 1]);
     }
   }
 
   void backward(bool recompute, bool by_loss) {
-    const std::size_t layers = plain_.layers();
+    const std::size_t layers = reference_.layers();
     std::string flags;
     for (std::size_t n = 0; n < 1 + 2 * layers; ++n) {
       flags += by_loss ? "01"[n > 0] : "01"[!random_.one_in(3)];
@@ -418,10 +422,10 @@ class Case {
     Network<T> network = network_;
     BackwardPass<T> pass{needs};
     pass.recompute = recompute;
-    const int64_t rows = plain_.rows;
+    const int64_t rows = reference_.rows;
     std::vector<Placed<T>> saved;
     saved.reserve(layers + 1);
-    if (!recompute) { // what is superfluous leaves its shape behind
+    if (!recompute) { // an operand that is not needed keeps its shape
       network.x.data = needs.weight(0) ? network.x.data : nullptr;
       for (std::size_t l = 0; l < layers; ++l) {
         const bool is_kept = l > needs.lowest_layer() || needs.weight(l);
@@ -430,56 +434,56 @@ class Case {
         }
         network.layers[l].bias = nullptr;
         if (l > 0) {
-          saved.emplace_back(plain_.a[l], rows, plain_.sizes[l], 0);
+          saved.emplace_back(reference_.a[l], rows, reference_.sizes[l], 0);
           pass.hidden.push_back(
               is_kept ? saved.back().matrix : Matrix<const T>{});
         }
       }
       saved.emplace_back(
-          plain_.a.back(), rows, plain_.sizes.back(), random_.below(3));
+          reference_.a.back(), rows, reference_.sizes.back(), random_.below(3));
       pass.y = saved.back().matrix;
     }
-    Numbers target =
-        plain_.a.back(); // of 1/2 sum (y - target)^2, whose gradient is grad
+    // The target of 1/2 sum (y - target)^2, whose gradient is grad.
+    Numbers target = reference_.a.back();
     for (std::size_t n = 0; n < target.size(); ++n) {
-      target[n] -= plain_.grad[n];
+      target[n] -= reference_.grad[n];
     }
-    const bool is_turned = !by_loss && random_.one_in(3);
+    const bool is_transposed = !by_loss && random_.one_in(3);
     const Placed<T> grad(
-        by_loss ? target : plain_.grad, rows, plain_.sizes.back(),
-        by_loss ? 0 : random_.below(3), is_turned);
+        by_loss ? target : reference_.grad, rows, reference_.sizes.back(),
+        by_loss ? 0 : random_.below(3), is_transposed);
     Array<T> loss(1);
     (by_loss ? pass.target : pass.grad_output) = grad.matrix;
     pass.loss_scale = 0.5;
     pass.loss = by_loss ? loss.data : nullptr;
-    Array<T> grad_x(int64_t(plain_.x.size()));
-    std::vector<Array<T>> of_weights, of_biases;
+    Array<T> grad_x(int64_t(reference_.x.size()));
+    std::vector<Array<T>> weight_grads, bias_grads;
     pass.grad_x = needs.x() ? grad_x.data : nullptr;
     for (std::size_t l = 0; l < layers; ++l) {
-      of_weights.emplace_back(int64_t(plain_.grad_weights[l].size()));
-      of_biases.emplace_back(int64_t(plain_.grad_biases[l].size()));
+      weight_grads.emplace_back(int64_t(reference_.grad_weights[l].size()));
+      bias_grads.emplace_back(int64_t(reference_.grad_biases[l].size()));
       pass.grad_weights.push_back(
-          needs.weight(l) ? of_weights[l].data : nullptr);
-      pass.grad_biases.push_back(needs.bias(l) ? of_biases[l].data : nullptr);
+          needs.weight(l) ? weight_grads[l].data : nullptr);
+      pass.grad_biases.push_back(needs.bias(l) ? bias_grads[l].data : nullptr);
     }
     with_layers([&]<typename L>() { walk_backward<L>(network, plan_, pass); });
     const char* const what = by_loss ? "grad by loss"
         : recompute                  ? "grad, recomputed"
                                      : "grad";
     if (needs.x()) {
-      check(what, 999, grad_x.data, plain_.grad_x);
+      check(what, 999, grad_x.data, reference_.grad_x);
     }
     for (std::size_t l = 0; l < layers; ++l) {
       if (needs.weight(l)) {
-        check(what, l, of_weights[l].data, plain_.grad_weights[l]);
+        check(what, l, weight_grads[l].data, reference_.grad_weights[l]);
       }
       if (needs.bias(l)) {
-        check(what, 100 + l, of_biases[l].data, plain_.grad_biases[l]);
+        check(what, 100 + l, bias_grads[l].data, reference_.grad_biases[l]);
       }
     }
   }
 
-  const Plain& plain_;
+  const ReferenceNetwork& reference_;
   Random& random_;
   const std::string name_;
   const bool is_exact_;
@@ -495,25 +499,25 @@ void run_cases(
     const std::string& set) {
   for (int64_t number = first; number < count; number += step) {
     Random random{std::mt19937_64(uint64_t(number))};
-    const Plain plain = random_plain(number, random);
+    const ReferenceNetwork reference = random_network(number, random);
     const std::string name = set + ", case " + std::to_string(number);
-    Case<float>(plain, random, name + ", float").run();
-    Case<double>(plain, random, name + ", double").run();
-    Case<BFloat16>(plain, random, name + ", bfloat16").run();
-    Case<Half>(plain, random, name + ", half").run();
+    Case<float>(reference, random, name + ", float").run();
+    Case<double>(reference, random, name + ", double").run();
+    Case<BFloat16>(reference, random, name + ", bfloat16").run();
+    Case<Half>(reference, random, name + ", half").run();
   }
 }
 
 } // namespace
 } // namespace relu_mlp::cpu
 
-// How many cases for each instruction set.
+// The argument is the number of cases for each instruction set.
 int main(int argc, char** argv) {
   using namespace relu_mlp::cpu;
   const int64_t count = argc > 1 ? std::atoll(argv[1]) : 250;
   for (const std::string& set : supported_instruction_sets()) {
     choose_instruction_set(set);
-    // Two that know nothing of each other, each with threads of its own.
+    // Two independent callers, each with its own threads.
     std::thread other([&] { run_cases(1, 2, count, set); });
     run_cases(0, 2, count, set);
     other.join();

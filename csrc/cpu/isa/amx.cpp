@@ -14,7 +14,7 @@
 
 namespace relu_mlp::cpu {
 
-// What is added to avx512_set (isa.cpp).
+// Added to avx512_set (isa.cpp).
 extern const Bf16Kernels amx_kernels = {
     Bf16Kind::amx,
     amx::pack_vnni,

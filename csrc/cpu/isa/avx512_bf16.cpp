@@ -13,7 +13,7 @@
 
 namespace relu_mlp::cpu {
 
-// What is added to avx512_set (isa.cpp).
+// Added to avx512_set (isa.cpp).
 extern const Bf16Kernels avx512_bf16_kernels = {
     Bf16Kind::dpbf16,
     avx512_bf16::pack_vnni,

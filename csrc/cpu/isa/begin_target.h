@@ -1,9 +1,9 @@
-// Everything between this header and end_target.h is compiled for the x86 instruction set
-// that the including file names:
+// Everything between this header and end_target.h is compiled for the x86
+// instruction set that the including file names:
 //   RELU_MLP_ISA                the namespace of its kernels
-//   RELU_MLP_TARGET             its instructions, as the compiler's target attribute
+//   RELU_MLP_TARGET             its instructions, for the attribute `target`
 //   RELU_MLP_VECTOR_BYTES       the width of a vector
-//   RELU_MLP_VECTOR_REGISTERS   how many vectors there are
+//   RELU_MLP_VECTOR_REGISTERS   the number of vector registers
 //
 // Headers whose inline functions must run on every processor are included here,
 // before the instructions change. (No include guard: the compiler's state is

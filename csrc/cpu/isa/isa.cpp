@@ -24,7 +24,7 @@ extern const Bf16Kernels avx512_bf16_kernels, amx_kernels;
 
 namespace {
 
-struct Compiled {
+struct CompiledSet {
   InstructionSet set;
   bool is_supported;
 };
@@ -59,7 +59,7 @@ bool has_amx() {
 #endif
 }
 
-void add_x86(std::vector<Compiled>& all) {
+void add_x86(std::vector<CompiledSet>& all) {
   const bool avx2 =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = __builtin_cpu_supports("avx512f") &&
@@ -67,9 +67,9 @@ void add_x86(std::vector<Compiled>& all) {
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
 
-  const Compiled plain{avx512_set, avx512};
-  const Compiled dpbf16{with_bf16("avx512_bf16", avx512_bf16_kernels), bf16};
-  const bool is_dpbf16_faster = processor_tuning().dpbf16_outruns_float;
+  const CompiledSet plain{avx512_set, avx512};
+  const CompiledSet dpbf16{with_bf16("avx512_bf16", avx512_bf16_kernels), bf16};
+  const bool is_dpbf16_faster = processor_tuning().prefers_dpbf16;
   all.push_back({avx2_set, avx2});
   all.push_back(is_dpbf16_faster ? plain : dpbf16);
   all.push_back(is_dpbf16_faster ? dpbf16 : plain);
@@ -77,11 +77,11 @@ void add_x86(std::vector<Compiled>& all) {
 }
 #endif
 
-// The slowest first. What the processor has is asked here, in code that runs on
-// every processor.
-const std::vector<Compiled>& compiled() {
-  static const std::vector<Compiled> sets = [] {
-    std::vector<Compiled> all = {{baseline_set, true}};
+// All compiled instruction sets, the slowest first. This code queries the
+// processor, so it must run on every processor.
+const std::vector<CompiledSet>& compiled() {
+  static const std::vector<CompiledSet> sets = [] {
+    std::vector<CompiledSet> all = {{baseline_set, true}};
 #ifdef RELU_MLP_X86
     add_x86(all);
 #endif
@@ -90,8 +90,8 @@ const std::vector<Compiled>& compiled() {
   return sets;
 }
 
-const Compiled* find(const std::string& name) {
-  for (const Compiled& one : compiled()) {
+const CompiledSet* find(const std::string& name) {
+  for (const CompiledSet& one : compiled()) {
     if (name == one.set.name) {
       return &one;
     }
@@ -99,7 +99,7 @@ const Compiled* find(const std::string& name) {
   return nullptr;
 }
 const InstructionSet* find_supported(const std::string& name) {
-  const Compiled* const found = find(name);
+  const CompiledSet* const found = find(name);
   return found && found->is_supported ? &found->set : nullptr;
 }
 
@@ -141,7 +141,7 @@ std::vector<std::string> supported_instruction_sets() {
 }
 
 const InstructionSet* find_compiled(const std::string& name) {
-  const Compiled* const found = find(name);
+  const CompiledSet* const found = find(name);
   return found ? &found->set : nullptr;
 }
 
@@ -164,8 +164,8 @@ bool choose_instruction_set(const std::string& name) {
 
 bool has_half_arithmetic() {
 #ifdef RELU_MLP_X86
-  // Asked once: in a virtual machine cpuid takes microseconds. Clang 14 has no
-  // name for this feature, so __builtin_cpu_supports cannot be asked.
+  // Queried once: in a virtual machine cpuid takes microseconds. Clang 14 has
+  // no name for this feature, so __builtin_cpu_supports cannot query it.
   static const bool has = [] {
     constexpr unsigned avx512_fp16 = 1u << 23;
     return __builtin_cpu_supports("avx512f") &&

@@ -1,5 +1,5 @@
 // The instruction sets that this library has kernels for, and which of them it
-// uses. The choice is made once, when it is first asked for.
+// uses. The choice is made once, at its first use.
 #pragma once
 
 #include <string>
@@ -21,31 +21,32 @@ struct InstructionSet {
   Kernels<float> float_kernels;
   Kernels<double> double_kernels;
   Kernels16 bfloat16, half;
-  const Bf16Kernels* bf16 = nullptr; // null where nothing multiplies bfloat16
+  const Bf16Kernels* bf16 = nullptr; // null if nothing multiplies bfloat16
 };
 
-// Those that were compiled, the slowest on this processor first.
+// The names of the compiled instruction sets, the slowest on this processor
+// first.
 std::vector<std::string> compiled_instruction_sets();
-// Of these, the ones that the processor has.
+// Those that the processor supports.
 std::vector<std::string> supported_instruction_sets();
 
-// One that was compiled, whether the processor has it or not; null if there is
-// none of that name.
+// A compiled instruction set, whether the processor supports it or not; null if
+// there is none of this name.
 const InstructionSet* find_compiled(const std::string& name);
 
-// The fastest that the processor has, or the one that RELU_MLP_ISA names.
+// The fastest supported instruction set, or the one that RELU_MLP_ISA names.
 const InstructionSet& chosen_instruction_set();
 
-// Chooses another one, for tests. Returns false if there is none of that name
-// or the processor lacks it.
+// Chooses another instruction set, for tests. Returns false if there is none of
+// this name or the processor does not support it.
 bool choose_instruction_set(const std::string& name);
 
 // Whether the processor computes in float16 (AVX512-FP16) rather than only
 // converting it.
 bool has_half_arithmetic();
 
-// The kernels of an instruction set that compute what is stored as T: in double
-// for double, in float for everything else.
+// The kernels of an instruction set for elements of type T: they compute in
+// double for double, in float for everything else.
 template <typename T>
 const auto& kernels_of(const InstructionSet& isa) {
   if constexpr (std::is_same_v<T, double>) {

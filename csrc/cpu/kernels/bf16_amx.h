@@ -1,14 +1,14 @@
 // Products of bfloat16 with the tiles of AMX, which multiply bfloat16 and sum
-// in float. Operands and results are bfloat16 in memory. They go from there
-// into the tiles and back without a copy in float.
+// in float. Operands and results are bfloat16 in memory. They are loaded into
+// tiles and stored without a copy in float.
 //
 // A tile is 16 rows of 64 bytes. One product of tiles multiplies 16 rows of a,
-// 32 elements of k each, by a packed tile of b. The rows of a are read where
-// they lie, except for last columns that do not fill a tile.
+// 32 elements of k each, by a packed tile of b. The rows of a are read in
+// place, except for last columns that do not fill a tile.
 //
-// AMX does 16 times the multiply-adds of AVX-512. So what limits the speed is
-// the work on the sums after a product, and packing. Subnormal numbers count as
-// 0, as they do in PyTorch's products on the same processor.
+// AMX does 16 times the multiply-adds of AVX-512. The speed is therefore
+// limited by packing and by the work on the sums after a product. Subnormal
+// numbers count as 0, as in PyTorch's products on the same processor.
 #pragma once
 
 #include "bf16_vnni.h"
@@ -17,9 +17,9 @@ namespace relu_mlp::cpu::RELU_MLP_ISA {
 namespace {
 
 // Configures the tile registers for the lifetime of the object: 0 to 3 hold the
-// sums, 4 and 5 `rows` rows of a, 6 and 7 tiles of b.
-struct Tiles {
-  explicit Tiles(int64_t rows) {
+// sums, 4 and 5 hold `rows` rows of a, 6 and 7 hold tiles of b.
+struct TileConfig {
+  explicit TileConfig(int64_t rows) {
     struct alignas(64) {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t bytes_of_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -30,7 +30,7 @@ struct Tiles {
     }
     _tile_loadconfig(&configuration);
   }
-  ~Tiles() {
+  ~TileConfig() {
     _tile_release();
   }
 };
@@ -39,14 +39,14 @@ struct Tiles {
 struct Strips {
   const uint16_t* data; // tile (strip, k) at data + strip * step + k * k_step
   int64_t step, k_step, row_bytes;
-  int64_t whole_k; // tiles that lie there
-  const uint16_t*
-      last; // one more tile for each strip, 512 elements apart; or null
+  int64_t whole_k; // whole tiles along k, read in place
+  // One more tile for each strip, 512 elements apart; or null.
+  const uint16_t* last;
 
   // Calls f(tile of strip 0, distance to strip 1, bytes from row to row) for
   // every k.
   template <typename F>
-  RELU_MLP_INLINE void each_k(const F& f) const {
+  RELU_MLP_INLINE void for_each_k(const F& f) const {
     for (int64_t k = 0; k < whole_k; ++k) {
       f(data + k * k_step, step, row_bytes);
     }
@@ -56,7 +56,7 @@ struct Strips {
   }
 };
 
-// Four tiles of sums do not wait for each other: 2 x 2, or 4 x 1 where b has
+// Four tiles of sums are independent of each other: 2 x 2, or 4 x 1 if b has
 // only one column of tiles left.
 constexpr int64_t sum_count = 4 * 256;
 constexpr int64_t tile_columns(int64_t tiles_n) {
@@ -79,14 +79,14 @@ inline void multiply_square(
   _tile_loadd(1, start + 16, 0);
   _tile_loadd(2, start, 0);
   _tile_loadd(3, start + 16, 0);
-  a.each_k([&](const uint16_t* of_a, int64_t strip, int64_t row_bytes) {
-    _tile_loadd(4, of_a, row_bytes);
+  a.for_each_k([&](const uint16_t* a_tile, int64_t strip, int64_t row_bytes) {
+    _tile_loadd(4, a_tile, row_bytes);
     _tile_loadd(6, b, 64);
     _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(7, b + b_step, 64);
     _tile_dpbf16ps(1, 4, 7);
     if (strips > 1) {
-      _tile_loadd(5, of_a + strip, row_bytes);
+      _tile_loadd(5, a_tile + strip, row_bytes);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
@@ -111,20 +111,20 @@ inline void multiply_tall(
   _tile_loadd(1, start, 0);
   _tile_loadd(2, start, 0);
   _tile_loadd(3, start, 0);
-  a.each_k([&](const uint16_t* of_a, int64_t strip, int64_t row_bytes) {
+  a.for_each_k([&](const uint16_t* a_tile, int64_t strip, int64_t row_bytes) {
     _tile_loadd(6, b, 64);
-    _tile_loadd(4, of_a, row_bytes);
+    _tile_loadd(4, a_tile, row_bytes);
     _tile_dpbf16ps(0, 4, 6);
     if (strips > 1) {
-      _tile_loadd(5, of_a + strip, row_bytes);
+      _tile_loadd(5, a_tile + strip, row_bytes);
       _tile_dpbf16ps(1, 5, 6);
     }
     if (strips > 2) {
-      _tile_loadd(4, of_a + 2 * strip, row_bytes);
+      _tile_loadd(4, a_tile + 2 * strip, row_bytes);
       _tile_dpbf16ps(2, 4, 6);
     }
     if (strips > 3) {
-      _tile_loadd(5, of_a + 3 * strip, row_bytes);
+      _tile_loadd(5, a_tile + 3 * strip, row_bytes);
       _tile_dpbf16ps(3, 5, 6);
     }
     b += tile_words;
@@ -144,12 +144,12 @@ inline void multiply_tall(
 // Writes sums (rows, 16 vectors) to out, from (row, col) on.
 template <int vectors>
 void write_tiles(
-    const Bf16Product& p,
+    const Bf16ProductArgs& p,
     int64_t row,
     int64_t rows,
     int64_t col,
     const float* sums) {
-  const __mmask32 columns = first_of_32(least(p.n - col, 16 * vectors));
+  const __mmask32 columns = first_of_32(min(p.n - col, 16 * vectors));
   for (int64_t i = 0; i < rows; ++i) {
     const float* const from = sums + 16 * i * vectors;
     write_row(
@@ -160,16 +160,16 @@ void write_tiles(
 
 // Computes the rows [first, end) of a product in strips of `height` rows.
 inline void multiply_rows(
-    const Bf16Product& p,
+    const Bf16ProductArgs& p,
     int64_t first,
     int64_t end,
     int64_t height) {
   const int64_t tiles_k = ceil_div(p.k, tile_k), rest = p.k % tile_k;
   const int64_t tiles_n = ceil_div(p.n, 16), b_step = tiles_k * tile_words;
-  // Two of each: one product is written while the next is computed.
+  // Double buffers: one product is written while the next is computed.
   alignas(64) float sums[2][sum_count];
   alignas(64) uint16_t last[2][4 * 16 * tile_k];
-  const Tiles tiles(height);
+  const TileConfig tiles(height);
   for (int64_t n = 0; n < tiles_n; n += 2) {
     const bool is_tall = tile_columns(tiles_n - n) == 1;
     const int64_t col = 16 * n, step = tile_strips(tiles_n - n) * height;
@@ -178,7 +178,7 @@ inline void multiply_rows(
     _mm512_store_ps(start, load_bias(p, col));
     _mm512_store_ps(start + 16, load_bias(p, col + 16));
     const auto multiply = [&](int64_t row, int64_t turn) {
-      const int64_t rows = least(end - row, step);
+      const int64_t rows = min(end - row, step);
       const uint16_t* const a = p.a + row * p.a_row;
       for (int64_t i = 0; rest != 0 && i < rows; ++i) {
         _mm512_store_si512(
@@ -186,12 +186,13 @@ inline void multiply_rows(
             _mm512_maskz_loadu_epi16(
                 first_of_32(rest), a + i * p.a_row + p.k - rest));
       }
-      const Strips of_a{a,           16 * p.a_row, tile_k,
-                        2 * p.a_row, p.k / tile_k, rest ? last[turn] : nullptr};
+      const Strips a_strips{
+          a,           16 * p.a_row, tile_k,
+          2 * p.a_row, p.k / tile_k, rest ? last[turn] : nullptr};
       if (is_tall) {
-        multiply_tall(sums[turn], start, of_a, rows / height, b);
+        multiply_tall(sums[turn], start, a_strips, rows / height, b);
       } else {
-        multiply_square(sums[turn], start, of_a, rows / height, b, b_step);
+        multiply_square(sums[turn], start, a_strips, rows / height, b, b_step);
       }
     };
     multiply(first, 0);
@@ -199,14 +200,13 @@ inline void multiply_rows(
       if (row + step < end) {
         multiply(row + step, turn ^ 1);
       }
-      (is_tall ? write_tiles<1> : write_tiles<2>)(p, row,
-                                                  least(end - row, step), col,
-                                                  sums[turn]);
+      (is_tall ? write_tiles<1> : write_tiles<2>)(p, row, min(end - row, step),
+                                                  col, sums[turn]);
     }
   }
 }
 
-inline void product_amx(const Bf16Product& p) {
+inline void product_amx(const Bf16ProductArgs& p) {
   const int64_t whole = p.m / 16 * 16;
   if (whole > 0) {
     multiply_rows(p, 0, whole, 16);
@@ -216,8 +216,8 @@ inline void product_amx(const Bf16Product& p) {
   }
 }
 
-// The sums of delta^T a go to `to` (m, n) by `write`. Both operands are first
-// packed into `scratch`.
+// Computes delta^T a and writes its sums to `to` (m, n) by `write`. Both
+// operands are first packed into `scratch`.
 template <typename S, typename Write>
 void grad_weight_with(
     Matrix<S> to,
@@ -235,14 +235,14 @@ void grad_weight_with(
   pack_vnni_rows<true>(left, delta);
   alignas(64) float sums[sum_count];
   alignas(64) const float zeros[32] = {};
-  const Tiles tiles(16);
+  const TileConfig tiles(16);
   for (int64_t n = 0; n < tiles_n; n += 2) {
     const int64_t columns = tile_columns(tiles_n - n),
                   step = tile_strips(tiles_n - n);
     const uint32_t* const b = right + n * b_step;
     for (int64_t m = 0; m < tiles_m; m += step) {
-      const int64_t strips = least(tiles_m - m, step);
-      const Strips of_delta{
+      const int64_t strips = min(tiles_m - m, step);
+      const Strips delta_strips{
           reinterpret_cast<const uint16_t*>(left + m * b_step),
           2 * b_step,
           512,
@@ -250,11 +250,11 @@ void grad_weight_with(
           tiles_k,
           nullptr};
       if (columns == 1) {
-        multiply_tall(sums, zeros, of_delta, strips, b);
+        multiply_tall(sums, zeros, delta_strips, strips, b);
       } else {
-        multiply_square(sums, zeros, of_delta, strips, b, b_step);
+        multiply_square(sums, zeros, delta_strips, strips, b, b_step);
       }
-      for (int64_t i = 0; i < least(16 * strips, to.rows - 16 * m); ++i) {
+      for (int64_t i = 0; i < min(16 * strips, to.rows - 16 * m); ++i) {
         for (int64_t j = 0; j < columns; ++j) {
           const int64_t col = 16 * (n + j);
           write(

@@ -6,9 +6,9 @@
 // of b and broadcasts one word, two neighboring elements, of every row of a.
 // For delta^T these words come from a packed matrix.
 //
-// The dot products limit the speed. Zen 4 begins one in a cycle, as many as it
-// does multiply-adds. Subnormal numbers count as 0, as they do in PyTorch's
-// products on the same processor.
+// The dot products limit the speed. Zen 4 starts one per cycle, as many as
+// multiply-adds. Subnormal numbers count as 0, as in PyTorch's products on the
+// same processor.
 #pragma once
 
 #include "bf16_vnni.h"
@@ -19,14 +19,14 @@ namespace {
 
 // The operand (rows, k) whose words are broadcast. Distances count elements:
 // word s of row i is at data + i * row + s * word.
-struct Left {
+struct LeftOperand {
   const uint16_t* data;
   int64_t rows, k;
   int64_t row, word;
 };
 
 // A panel of b: at most max_vectors columns of tiles, `step` words apart.
-struct Right {
+struct RightPanel {
   const uint32_t* data;
   int64_t step;
 };
@@ -46,9 +46,9 @@ RELU_MLP_INLINE __m512bh broadcast_element(const uint16_t* from) {
 // sums).
 template <int rows, int vectors, typename F>
 RELU_MLP_INLINE void dot_tile(
-    const Left& a,
+    const LeftOperand& a,
     int64_t row,
-    const Right& b,
+    const RightPanel& b,
     const __m512 (&start)[max_vectors],
     const F& write) {
   __m512 sums[rows][vectors];
@@ -60,26 +60,26 @@ RELU_MLP_INLINE void dot_tile(
     }
   }
   // One pointer serves three rows, as in gemm.h.
-  const uint16_t* of_a[(rows + 2) / 3];
+  const uint16_t* a_pointers[(rows + 2) / 3];
   RELU_MLP_UNROLL
   for (int g = 0; g < (rows + 2) / 3; ++g) {
-    of_a[g] = a.data + (row + 3 * g) * a.row;
+    a_pointers[g] = a.data + (row + 3 * g) * a.row;
   }
-  const uint32_t* of_b = b.data;
+  const uint32_t* b_words = b.data;
   const auto add = [&]<bool is_whole>() {
     __m512bh words[vectors];
     RELU_MLP_UNROLL
     for (int j = 0; j < vectors; ++j) {
-      words[j] = (__m512bh)_mm512_loadu_si512(of_b + j * b.step);
+      words[j] = (__m512bh)_mm512_loadu_si512(b_words + j * b.step);
     }
     RELU_MLP_UNROLL
     for (int i = 0; i < rows; ++i) {
-      const uint16_t* const from = of_a[i / 3] + i % 3 * a.row;
-      const __m512bh of_row =
+      const uint16_t* const from = a_pointers[i / 3] + i % 3 * a.row;
+      const __m512bh a_word =
           is_whole ? broadcast_word(from) : broadcast_element(from);
       RELU_MLP_UNROLL
       for (int j = 0; j < vectors; ++j) {
-        sums[i][j] = _mm512_dpbf16_ps(sums[i][j], of_row, words[j]);
+        sums[i][j] = _mm512_dpbf16_ps(sums[i][j], a_word, words[j]);
       }
     }
   };
@@ -87,12 +87,12 @@ RELU_MLP_INLINE void dot_tile(
     add.template operator()<true>();
     RELU_MLP_UNROLL
     for (int g = 0; g < (rows + 2) / 3; ++g) {
-      of_a[g] += a.word;
+      a_pointers[g] += a.word;
     }
-    of_b += 16;
+    b_words += 16;
   }
-  if (a.k % 2 !=
-      0) { // the neighbor of the last element belongs to something else
+  // The neighbor of the last element is not part of the row.
+  if (a.k % 2 != 0) {
     add.template operator()<false>();
   }
   write(row, sums);
@@ -102,9 +102,9 @@ RELU_MLP_INLINE void dot_tile(
 // rows.
 template <int rows, int vectors, typename F>
 void dot_tiles(
-    const Left& a,
+    const LeftOperand& a,
     int64_t row,
-    const Right& b,
+    const RightPanel& b,
     const __m512 (&start)[max_vectors],
     const F& write) {
   for (; row + rows <= a.rows; row += rows) {
@@ -117,8 +117,8 @@ void dot_tiles(
 
 template <typename F>
 void multiply_by_panel(
-    const Left& a,
-    const Right& b,
+    const LeftOperand& a,
+    const RightPanel& b,
     int64_t vectors,
     const __m512 (&start)[max_vectors],
     const F& write) {
@@ -133,8 +133,8 @@ void multiply_by_panel(
   }
 }
 
-inline void product_dpbf16(const Bf16Product& p) {
-  const Left a{p.a, p.m, p.k, p.a_row, 2};
+inline void product_dpbf16(const Bf16ProductArgs& p) {
+  const LeftOperand a{p.a, p.m, p.k, p.a_row, 2};
   const int64_t b_step = ceil_div(p.k, tile_k) * tile_words;
   for (int64_t col = 0; col < p.n; col += 16 * max_vectors) {
     __m512 start[max_vectors];
@@ -159,8 +159,8 @@ inline void product_dpbf16(const Bf16Product& p) {
   }
 }
 
-// The sums of delta^T a go to `to` (m, n) by `write`. Both operands are first
-// packed into `scratch`.
+// Computes delta^T a and writes its sums to `to` (m, n) by `write`. Both
+// operands are first packed into `scratch`.
 template <typename S, typename Write>
 void grad_weight_with(
     Matrix<S> to,
@@ -175,13 +175,13 @@ void grad_weight_with(
   pack_vnni_rows<false>(left, delta);
   const __m512 zeros[max_vectors] = {};
   for (int64_t col = 0; col < to.cols; col += 16 * max_vectors) {
-    const Right b{right + col / 16 * b_step, b_step};
+    const RightPanel b{right + col / 16 * b_step, b_step};
     for (int64_t first = 0; first < to.rows; first += 16) {
-      const Left of_delta{
+      const LeftOperand left_operand{
           reinterpret_cast<const uint16_t*>(left + first / 16 * b_step),
-          least(16, to.rows - first), a.rows, 2, 32};
+          min(16, to.rows - first), a.rows, 2, 32};
       multiply_by_panel(
-          of_delta, b, ceil_div(to.cols - col, 16), zeros,
+          left_operand, b, ceil_div(to.cols - col, 16), zeros,
           [&]<int rows, int vectors>(
               int64_t row, __m512(&sums)[rows][vectors]) {
             RELU_MLP_UNROLL

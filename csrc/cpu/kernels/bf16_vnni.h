@@ -1,14 +1,13 @@
-// What the kernels that multiply bfloat16 have in common: the VNNI layout of
-// packed matrices, what happens to sums after a product, sums of columns, and
-// rounding.
+// Shared by the kernels that multiply bfloat16: the VNNI layout of packed
+// matrices, the epilogue of a product, column sums, and rounding.
 //
 // A packed matrix (k, n) is the operand b of a product. Elements (2 s, j) and
 // (2 s + 1, j) share one 32-bit word (s, j), the even one in its lower half. 16
 // rows of words by 16 columns make a tile, so a tile holds 32 rows of b. One
 // column of tiles follows another, and missing elements are 0. All other
-// matrices are read and written where they lie.
+// matrices are read and written in place.
 //
-// Shuffles limit the speed of packing, memory that of the rest.
+// Shuffles limit the speed of packing; memory limits the rest.
 #pragma once
 
 #include "kernels.h"
@@ -23,14 +22,14 @@ constexpr int64_t tile_k = 32, tile_words = 256;
 constexpr int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
-constexpr int64_t least(int64_t a, int64_t b) {
+constexpr int64_t min(int64_t a, int64_t b) {
   return a < b ? a : b;
 }
 constexpr __mmask16 first_of_16(int64_t count) {
-  return __mmask16((1u << least(count, 16)) - 1);
+  return __mmask16((1u << min(count, 16)) - 1);
 }
 constexpr __mmask32 first_of_32(int64_t count) {
-  return __mmask32((uint64_t(1) << least(count, 32)) - 1);
+  return __mmask32((uint64_t(1) << min(count, 32)) - 1);
 }
 
 // -- Packing -----------------------------------------------------------------
@@ -56,7 +55,7 @@ RELU_MLP_INLINE void transpose_words(uint32_t* to, const void* from) {
 }
 
 // Packs b (k, n), whose rows are contiguous. If `transposes`, every tile is
-// turned about its diagonal, which makes it a tile of the operand a = b^T.
+// transposed, which makes it a tile of the operand a = b^T.
 template <bool transposes>
 void pack_vnni_rows(uint32_t* to, Matrix<const uint16_t> b) {
   const int64_t tiles_k = ceil_div(b.rows, tile_k),
@@ -93,8 +92,8 @@ void pack_vnni_rows(uint32_t* to, Matrix<const uint16_t> b) {
   }
 }
 
-// Packs b (k, n), whose columns are contiguous: two neighbors of a column are a
-// word.
+// Packs b (k, n), whose columns are contiguous: two neighbors in a column make
+// a word.
 inline void pack_vnni_columns(uint32_t* to, Matrix<const uint16_t> b) {
   const int64_t tiles_k = ceil_div(b.rows, tile_k),
                 tiles_n = ceil_div(b.cols, 16);
@@ -133,7 +132,7 @@ RELU_MLP_INLINE __mmask32 is_on(__m512i numbers) {
 }
 
 // The bias of the 16 columns from `col` on. Sums start with it.
-RELU_MLP_INLINE __m512 load_bias(const Bf16Product& p, int64_t col) {
+RELU_MLP_INLINE __m512 load_bias(const Bf16ProductArgs& p, int64_t col) {
   return p.bias && p.n > col
       ? _mm512_maskz_loadu_ps(first_of_16(p.n - col), p.bias + col)
       : _mm512_setzero_ps();
@@ -142,7 +141,7 @@ RELU_MLP_INLINE __m512 load_bias(const Bf16Product& p, int64_t col) {
 // Rounds two vectors of sums, which include the bias, applies ReLU or the mask,
 // and writes the result to row `row` of out, from column `col` on.
 RELU_MLP_INLINE void write_row(
-    const Bf16Product& p,
+    const Bf16ProductArgs& p,
     int64_t row,
     int64_t col,
     __mmask32 columns,
@@ -179,13 +178,13 @@ struct StoreRounded {
 
 // -- Sums of columns, and rounding -------------------------------------------
 
-// Sums 32 rows in float, and those sums in double precision.
+// Sums 32 rows at a time in float, and adds these sums in double precision.
 inline void column_sums_bfloat16(double* sums, Matrix<const uint16_t> m) {
   constexpr int64_t most_rows = 32;
   for (int64_t col = 0; col < m.cols; col += 32) {
     const __mmask32 columns = first_of_32(m.cols - col);
     for (int64_t first = 0; first < m.rows; first += most_rows) {
-      const int64_t end = first + least(m.rows - first, most_rows);
+      const int64_t end = first + min(m.rows - first, most_rows);
       __m512 even = _mm512_setzero_ps(), odd = even;
       for (int64_t i = first; i < end; ++i) {
         const __m512i v = _mm512_maskz_loadu_epi16(columns, m.row(i) + col);

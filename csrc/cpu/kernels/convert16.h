@@ -40,8 +40,8 @@ void round_to_bfloat16(uint16_t* to, const float* from, int64_t count) {
 }
 
 #if !defined(RELU_MLP_HAS_F16C)
-// After M. Dukhan's FP16 library, as PyTorch's own conversion: a multiplication
-// moves the exponent, which is right for subnormal numbers too.
+// From M. Dukhan's FP16 library, like PyTorch's own conversion: a
+// multiplication moves the exponent, which is also right for subnormal numbers.
 void widen_half(float* to, const uint16_t* from, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
     const uint32_t w = uint32_t(from[i]) << 16, sign = w & 0x80000000;
@@ -69,8 +69,8 @@ void round_to_half(uint16_t* to, const float* from, int64_t count) {
 }
 #endif
 
-// Whether the number is 0 or negative, and not NaN. `infinity` is that of the
-// format.
+// Whether the number is 0 or negative, and not NaN. `infinity` has the bits of
+// the format's infinity.
 template <uint16_t infinity>
 inline bool is_off(uint16_t bits) {
   const uint16_t magnitude = bits & 0x7fff;
@@ -91,7 +91,7 @@ void mask(uint16_t* delta, const uint16_t* a, int64_t count) {
   }
 }
 
-// Sums 32 rows in float, and those sums in double precision.
+// Sums 32 rows at a time in float, and adds these sums in double precision.
 template <void (*widen)(float*, const uint16_t*, int64_t)>
 void column_sums_16bit(double* sums, Matrix<const uint16_t> m) {
   constexpr int64_t most_cols = 64, most_rows = 32;

@@ -2,11 +2,11 @@
 // result is the dot product of a row of a and a row of weight, with vectors
 // along both.
 //
-// A tile has as many dot products as a vector has lanes, so that adding up its
-// sums over their lanes gives one vector of results. That costs as much as 3 or
-// 4 steps along the rows. It pays where rows are long, or where there are too
-// few of them for a packed copy. Loads limit the speed, one for each
-// multiply-add; with few rows the bandwidth to the weight does.
+// A tile has as many dot products as a vector has lanes, so adding up its sums
+// over their lanes gives one vector of results. That costs as much as 3 or 4
+// steps along the rows. It pays if rows are long, or if there are too few rows
+// for a packed copy. Loads limit the speed: there is one for each multiply-add.
+// With few rows, the bandwidth to the weight limits it.
 #pragma once
 
 #include "kernels.h"
@@ -57,12 +57,12 @@ void dots_tile(
     int64_t col) {
   constexpr int64_t W = lanes<C>, cols = W / rows, block = 64 * W;
   const int64_t last_row = a.rows - 1, last_col = weight.rows - 1;
-  const C *of_a[rows], *of_weight[cols];
+  const C *a_rows[rows], *weight_rows[cols];
   for (int64_t i = 0; i < rows; ++i) {
-    of_a[i] = a.row(row + i < last_row ? row + i : last_row);
+    a_rows[i] = a.row(row + i < last_row ? row + i : last_row);
   }
   for (int64_t j = 0; j < cols; ++j) {
-    of_weight[j] = weight.row(col + j < last_col ? col + j : last_col);
+    weight_rows[j] = weight.row(col + j < last_col ? col + j : last_col);
   }
   C z[W] = {};
   for (int64_t first = 0; first < a.cols; first += block) {
@@ -71,11 +71,11 @@ void dots_tile(
       Vec<C> factors[cols];
       RELU_MLP_UNROLL
       for (int64_t j = 0; j < cols; ++j) {
-        factors[j] = load_from(of_weight[j]);
+        factors[j] = load_from(weight_rows[j]);
       }
       RELU_MLP_UNROLL
       for (int64_t i = 0; i < rows; ++i) {
-        const Vec<C> factor = load_from(of_a[i]);
+        const Vec<C> factor = load_from(a_rows[i]);
         RELU_MLP_UNROLL
         for (int64_t j = 0; j < cols; ++j) {
           sums[i * cols + j] += factor * factors[j];

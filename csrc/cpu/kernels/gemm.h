@@ -2,13 +2,13 @@
 //
 // A tile of `rows` x `vectors` vector registers of out is summed over k. Each
 // step loads one row of the panel b and broadcasts one element of every row of
-// a. Rows of b are contiguous. a has any strides, so delta^T needs no copy.
-// Bias, ReLU and mask are applied while the tile is in registers.
+// a. Rows of b are contiguous. a may have any strides, so delta^T needs no
+// copy. Bias, ReLU and mask are applied while the tile is in registers.
 //
 // With enough rows the fused multiply-add units limit the speed: a step of the
 // 6 x 4 tile of AVX-512 has 24 multiply-adds for 10 loads. With few rows the
-// latency of the multiply-add does. The caller must see to it that b lies in
-// the first- or second-level cache.
+// latency of the multiply-add limits it. The caller must keep b in the L1 or L2
+// cache.
 //
 // The order of every sum depends on k alone.
 #pragma once
@@ -25,7 +25,7 @@ constexpr int max_vectors = registers >= 32 ? 4 : 2;
 
 // The rows of the tallest tile `vectors` wide whose sums, one row of b and one
 // broadcast fit into the registers. All divide 48 (or 24), so groups of 48 rows
-// leave no rest.
+// have no remainder.
 constexpr int max_rows(int vectors) {
   if (registers >= 32) {
     constexpr int rows[] = {24, 12, 8, 6};
@@ -37,7 +37,7 @@ constexpr int max_rows(int vectors) {
 // Applies the epilogue to the sums of a tile and writes them.
 template <int rows, int vectors, typename C>
 RELU_MLP_INLINE void write_tile(
-    const Product<C>& p,
+    const ProductArgs<C>& p,
     int64_t row,
     Vec<C> (&sums)[rows][vectors]) {
   constexpr int64_t W = lanes<C>;
@@ -59,10 +59,10 @@ RELU_MLP_INLINE void write_tile(
   if (p.bias) {
     RELU_MLP_UNROLL
     for (int j = 0; j < vectors; ++j) {
-      const Vec<C> of_bias = load_columns(p.bias, j);
+      const Vec<C> bias_vector = load_columns(p.bias, j);
       RELU_MLP_UNROLL
       for (int i = 0; i < rows; ++i) {
-        sums[i][j] += of_bias;
+        sums[i][j] += bias_vector;
       }
     }
   }
@@ -89,7 +89,7 @@ RELU_MLP_INLINE void write_tile(
 }
 
 template <int rows, int vectors, typename C>
-void tile(const Product<C>& p, int64_t row) {
+void tile(const ProductArgs<C>& p, int64_t row) {
   constexpr int64_t W = lanes<C>;
   Vec<C> sums[rows][vectors] = {};
   const C* b = p.b;
@@ -102,17 +102,17 @@ void tile(const Product<C>& p, int64_t row) {
     a[g] = p.a + (row + 3 * g) * a_row;
   }
   for (int64_t s = p.k; s > 0; --s) {
-    Vec<C> of_b[vectors];
+    Vec<C> b_vectors[vectors];
     RELU_MLP_UNROLL
     for (int j = 0; j < vectors; ++j) {
-      of_b[j] = load(b + j * W);
+      b_vectors[j] = load(b + j * W);
     }
     RELU_MLP_UNROLL
     for (int i = 0; i < rows; ++i) {
-      const Vec<C> of_a = broadcast(a[i / 3][i % 3 * a_row]);
+      const Vec<C> a_vector = broadcast(a[i / 3][i % 3 * a_row]);
       RELU_MLP_UNROLL
       for (int j = 0; j < vectors; ++j) {
-        sums[i][j] += of_a * of_b[j];
+        sums[i][j] += a_vector * b_vectors[j];
       }
     }
     RELU_MLP_UNROLL
@@ -128,7 +128,7 @@ void tile(const Product<C>& p, int64_t row) {
 // All rows of a panel that is `vectors` wide: first tiles of full height, then
 // lower ones for the remaining rows.
 template <int rows, int vectors, typename C>
-int64_t tiles(const Product<C>& p, int64_t row) {
+int64_t tiles(const ProductArgs<C>& p, int64_t row) {
   for (; row + rows <= p.m; row += rows) {
     tile<rows, vectors>(p, row);
   }
@@ -140,7 +140,7 @@ int64_t tiles(const Product<C>& p, int64_t row) {
 
 // The product over a stretch of k that is summed without a break.
 template <typename C>
-void product_over_k_block(const Product<C>& p) {
+void product_over_k_block(const ProductArgs<C>& p) {
   if (p.n > 3 * lanes<C>) {
     if constexpr (max_vectors == 4) {
       tiles<max_rows(4), 4>(p, 0);
@@ -157,12 +157,12 @@ void product_over_k_block(const Product<C>& p) {
 }
 
 // Sums over more than 128 elements are sums of sums. Their rounding errors then
-// grow with the square root of k, as those of a library's products do. The 128
-// fixes the bits of a result, so it is no tuned number.
+// grow with the square root of k, like those of a library's products. The 128
+// determines the bits of a result, so it is not a tuned number.
 template <typename C>
-void product(const Product<C>& p) {
+void product(const ProductArgs<C>& p) {
   constexpr int64_t block = 128;
-  Product<C> part = p;
+  ProductArgs<C> part = p;
   part.epilogue = Epilogue::store;
   part.bias = nullptr;
   part.k = block;

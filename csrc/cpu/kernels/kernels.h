@@ -1,9 +1,9 @@
 // The kernels of one instruction set as tables of plain functions.
 //
-// Each header beside this one is compiled once for every instruction set, in a
-// namespace of its own (isa/). Which table a call uses is decided when the
-// first call asks for it (isa/isa.cpp). Nothing here knows PyTorch: bfloat16
-// and float16 are given as their bits.
+// The other headers in this folder are compiled once for every instruction set,
+// each time in another namespace (isa/). The first call chooses the table for
+// all calls (isa/isa.cpp). Nothing here depends on PyTorch: bfloat16 and
+// float16 are passed as their bits.
 #pragma once
 
 #include <cstdint>
@@ -20,10 +20,10 @@ enum class Epilogue {
   mask, // out = product where mask > 0 or is NaN, else 0
 };
 
-// out (m, n) = epilogue(a (m, k) b (k, n)) for one panel of columns. If it
-// continues a sum, out = epilogue(out + a b).
+// out (m, n) = epilogue(a (m, k) b (k, n)) for one panel of columns. If
+// `continues`, out = epilogue(out + a b).
 template <typename C>
-struct Product {
+struct ProductArgs {
   int64_t m, n, k; // n <= panel
   const C* a; // any strides
   int64_t a_row, a_col;
@@ -42,24 +42,24 @@ struct Product {
 template <typename C>
 struct Kernels {
   int64_t lanes; // elements of a vector
-  int64_t panel; // columns that one product may have at most
-  int64_t tile_rows; // rows of the tile that a whole panel is computed in
-  void (*product)(const Product<C>&);
+  int64_t panel; // the maximum columns of one product
+  int64_t tile_rows; // rows of a tile as wide as a panel
+  void (*product)(const ProductArgs<C>&);
   // to (k, n) = b (k, n) of any strides. Rows of `to` are contiguous and to_row
   // apart. Columns from n to the next multiple of `lanes` get 0.
   void (*pack)(C* to, int64_t to_row, Matrix<const C> b);
-  // out (m, n) = bias + a (m, k) weight^T, with ReLU if asked for, without a
-  // packed copy of weight (n, k). All rows are contiguous; bias may be null.
+  // out (m, n) = bias + a (m, k) weight^T, then ReLU if `relu`, without a
+  // packed copy of weight (n, k). All rows are contiguous. bias may be null.
   void (*linear_by_dots)(
       Matrix<C> out,
       Matrix<const C> a,
       Matrix<const C> weight,
       const C* bias,
       bool relu);
-  // sums[j] += sum_i m(i, j). Any strides. Up to eight rows are summed in C,
-  // and such sums in double precision.
+  // sums[j] += sum_i m(i, j). m may have any strides. Up to eight rows are
+  // summed in C, and these sums are added in double precision.
   void (*column_sums)(double* sums, Matrix<const C> m);
-  // z += bias, then ReLU if asked for, in place; bias may be null.
+  // z += bias, then ReLU if `relu`, in place; bias may be null.
   void (*bias_relu)(Matrix<C> z, const C* bias, bool relu);
   // delta = delta where a > 0 or is NaN, else 0, in place.
   void (*mask)(C* delta, const C* a, int64_t count);
@@ -80,7 +80,7 @@ struct Kernels16 {
 // out (m, n) = epilogue(a (m, k) b (k, n)) in bfloat16, summed in float. Rows
 // of a, out and mask are contiguous. b is packed in the VNNI layout
 // (bf16_vnni.h).
-struct Bf16Product {
+struct Bf16ProductArgs {
   int64_t m, n, k;
   const uint16_t* a;
   int64_t a_row;
@@ -110,7 +110,7 @@ struct Bf16Kernels {
   }
   // Packs b (k, n), one of whose strides is 1, for use in a product.
   void (*pack)(uint32_t* to, Matrix<const uint16_t> b);
-  void (*product)(const Bf16Product&);
+  void (*product)(const Bf16ProductArgs&);
   // to (m, n) = delta (rows, m)^T a (rows, n), or to += that. All rows are
   // contiguous. scratch has packed_size(rows, m) + packed_size(rows, n) words.
   void (*grad_weight)(

@@ -1,5 +1,5 @@
-// Kernels that memory limits: packing a matrix into a panel, sums of columns,
-// and the bias, ReLU and mask around a product that a library did.
+// Kernels that memory bandwidth limits: packing a matrix into a panel, column
+// sums, and the bias, ReLU and mask for a product of a library.
 #pragma once
 
 #include "kernels.h"
@@ -9,9 +9,9 @@ namespace relu_mlp::cpu::RELU_MLP_ISA {
 namespace {
 
 #if defined(RELU_MLP_HAS_SHUFFLE)
-// to(s, j) = from(j, s) for s < rows and j < cols, which are at most a square
-// of vectors; for the other j, `to` gets 0. This takes log2(lanes) rounds, each
-// of which zips vector i with vector i + lanes / 2.
+// to(s, j) = from(j, s) for s < rows and j < cols, which are at most the number
+// of lanes. For the other j, `to` gets 0. This takes log2(lanes) rounds. Each
+// round zips vector i with vector i + lanes / 2.
 template <bool is_whole, typename C>
 RELU_MLP_INLINE void transpose_square(
     C* to,
@@ -113,8 +113,8 @@ void column_sums_in_vectors(double* sums, Matrix<const C> m) {
     const int64_t end = rest < together ? m.rows : first + together;
     Vec<C> parts[vectors] = {};
     int64_t i = first;
-    for (; i + 2 <= end;
-         i += 2) { // two at once: half as many additions wait for each other
+    // Two rows at once: this halves the chain of dependent additions.
+    for (; i + 2 <= end; i += 2) {
       RELU_MLP_UNROLL
       for (int j = 0; j < vectors; ++j) {
         parts[j] += load_row(i, j) + load_row(i + 1, j);

@@ -8,7 +8,7 @@
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
 #define RELU_MLP_HAS_SHUFFLE
-#include <utility> // for std::index_sequence, which is a type and no function
+#include <utility> // for std::index_sequence, which is a type, not a function
 #endif
 #endif
 

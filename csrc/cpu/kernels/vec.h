@@ -1,11 +1,11 @@
-// Vectors of the width that the including file asks for, with the operators of
-// GCC's and Clang's vector types. With another compiler a vector is one number:
-// slow but right.
+// Vectors of the width that the including file names, with the operators of
+// GCC's and Clang's vector types. With another compiler a vector is one number,
+// which is slow but correct.
 //
 // The including file defines
-//   RELU_MLP_ISA                the namespace that all of this lies in
+//   RELU_MLP_ISA                the namespace of everything here
 //   RELU_MLP_VECTOR_BYTES       the width of a vector
-//   RELU_MLP_VECTOR_REGISTERS   how many there are
+//   RELU_MLP_VECTOR_REGISTERS   the number of vector registers
 // and may define RELU_MLP_MASKED_ACCESS if it declares better versions of
 // load_some and store_some (x86.h).
 //
@@ -24,8 +24,8 @@ template <typename C>
 struct Simd {
   static constexpr int64_t lanes = RELU_MLP_VECTOR_BYTES / sizeof(C);
   typedef C Vec __attribute__((vector_size(RELU_MLP_VECTOR_BYTES)));
-  // The same vector in memory, aligned only as an element is.
-  typedef C Loose
+  // The same vector in memory, with the alignment of an element.
+  typedef C UnalignedVec
       __attribute__((vector_size(RELU_MLP_VECTOR_BYTES), aligned(sizeof(C))));
 };
 #define RELU_MLP_INLINE inline __attribute__((always_inline))
@@ -35,7 +35,7 @@ template <typename C>
 struct Simd {
   static constexpr int64_t lanes = 1;
   using Vec = C;
-  using Loose = C;
+  using UnalignedVec = C;
 };
 #define RELU_MLP_INLINE inline
 #define RELU_MLP_UNROLL
@@ -48,12 +48,12 @@ constexpr int64_t lanes = Simd<C>::lanes;
 
 template <typename C>
 RELU_MLP_INLINE Vec<C> load(const C* from) {
-  return *reinterpret_cast<const typename Simd<C>::Loose*>(from);
+  return *reinterpret_cast<const typename Simd<C>::UnalignedVec*>(from);
 }
 
 template <typename C>
 RELU_MLP_INLINE void store(C* to, Vec<C> v) {
-  *reinterpret_cast<typename Simd<C>::Loose*>(to) = v;
+  *reinterpret_cast<typename Simd<C>::UnalignedVec*>(to) = v;
 }
 
 template <typename C>
@@ -62,8 +62,8 @@ RELU_MLP_INLINE Vec<C> broadcast(C value) {
 }
 
 #if !defined(RELU_MLP_MASKED_ACCESS)
-// Access to the first `count` < lanes elements. Those that are not loaded are
-// 0.
+// Load and store the first `count` < lanes elements. Elements that are not
+// loaded are 0.
 template <typename C>
 RELU_MLP_INLINE Vec<C> load_some(const C* from, int64_t count) {
   C buffer[lanes<C>] = {};

@@ -1,5 +1,5 @@
-// What the vector types of GCC and Clang lack, for x86 with AVX2 or more:
-// access to a part of a vector, and the conversion of float16.
+// Operations on x86 with AVX2 or more that the vector types of GCC and Clang
+// lack: access to a part of a vector, and the conversion of float16.
 #pragma once
 
 #include <immintrin.h>

@@ -1,16 +1,17 @@
 // The fused passes for float32, on plain FMAs.
 //
 // A block of 256 threads takes a tile of 64 or 32 rows through all layers in
-// shared memory. In each product a thread computes 4 x 4 elements; its place is
-// (thread / 16, thread % 16). Weights are staged once per block, as they lie:
-// both directions read them in 16-byte parts without bank conflicts.
+// shared memory. In each product a thread computes 4 x 4 elements. Its position
+// is (thread / 16, thread % 16). Weights are staged once per block and not
+// transposed: both passes read them in 16-byte vectors without bank conflicts.
 //
-// The limit is arithmetic: a layer of 64 x 64 takes 4096 FMAs a row forwards
-// and 8192 or, recomputing, 12288 backwards, of which a multiprocessor does 128
-// a cycle. 2^20 rows of 64 -> 64 -> 64 -> 64 take 435 us forwards on an H200 at
-// 1.755 GHz; memory traffic would take 112 us. Each group of 64 FMAs of a
-// thread comes with 8 reads of 16 bytes, so shared memory runs at three
-// quarters of its bandwidth. These are predictions, not measurements.
+// Arithmetic limits the speed. In the forward pass a layer of 64 x 64 takes
+// 4096 FMAs per row. In the backward pass it takes 8192, or 12288 if the pass
+// recomputes. A multiprocessor does 128 FMAs per cycle. In the forward pass
+// 2^20 rows of 64 -> 64 -> 64 -> 64 take 435 us on an H200 at 1.755 GHz; memory
+// traffic would take 112 us. For every 64 FMAs a thread reads 8 vectors of 16
+// bytes, so shared memory runs at three quarters of its bandwidth. These are
+// predictions, not measurements.
 #pragma once
 
 #include "fma_layer.cuh"
@@ -38,7 +39,7 @@ RELU_MLP_KERNEL void RELU_MLP_BOUNDS(
         tile(shared, p.layout.deltas[0], network.widths[0]));
     RELU_MLP_NO_UNROLL
     for (int l = 0; l < layers; ++l) {
-      sync(); // the tile of a_l is there; that of a_{l-1} may be overwritten
+      sync(); // a_l is complete, and a_{l-1} may be overwritten
       const int in = network.widths[l], out = network.widths[l + 1];
       const bool is_last = l == layers - 1;
       const Tile to = tile(shared, p.layout.deltas[(l + 1) % 2], out);
@@ -84,7 +85,7 @@ struct FmaBackward {
     return reinterpret_cast<const float*>(shared + p.layout.biases[l]);
   }
 
-  // Puts the needed ones of a_0 ... a_{L-1} into their tiles.
+  // Stores the needed inputs among a_0 ... a_{L-1} in their tiles.
   RELU_MLP_DEVICE void put_inputs() const {
     if (p.pass.recompute || (p.pass.grad_weights[0] && p.pass.lowest == 0)) {
       load_tile(p.pass.x, first, p.tile_rows, input(0));
@@ -109,8 +110,8 @@ struct FmaBackward {
     }
   }
 
-  // One element of the last layer's delta, from the gradient at y, or from the
-  // target, whose error is added to `squares`.
+  // Computes one element of the last layer's delta from the gradient of y, or
+  // from the target. With a target it adds the squared error to `squares`.
   RELU_MLP_DEVICE void put_last_delta(
       int row,
       int column,
@@ -127,7 +128,7 @@ struct FmaBackward {
       } else {
         grad[0] = element(p.pass.grad_output, i, column);
       }
-      times_derivative(p.network.output_activation, grad, y);
+      activation_backward(p.network.output_activation, grad, y);
     }
     delta(l).at(row, column) = grad[0];
   }
@@ -191,8 +192,8 @@ struct FmaBackward {
     }
   }
 
-  // Computes delta_{l-1} from delta_l and puts it into its tile. Below the
-  // first layer it is the gradient of x, which goes to memory.
+  // Computes delta_{l-1} from delta_l and stores it in its tile. For l = 0 this
+  // is the gradient of x, which goes to global memory.
   RELU_MLP_DEVICE void propagate(int l) const {
     const Tile from = delta(l), w = weight(l), a = input(l);
     const Tile to = tile(shared, p.layout.deltas[(l + 1) % 2], a.columns);
@@ -226,7 +227,7 @@ struct FmaBackward {
           continue;
         }
         if (l > 0) {
-          // Zero in the padding too: it is zero in a.
+          // The padding becomes zero too, because a is zero there.
           to.at(row, column) =
               a.at(row, column) <= 0.0f || first + row >= p.pass.rows
               ? 0.0f
@@ -243,13 +244,13 @@ struct FmaBackward {
     put_last_delta(squares);
     RELU_MLP_NO_UNROLL
     for (int l = p.network.layers - 1; l >= p.pass.lowest; --l) {
-      sync(); // the tiles of delta_l, and of a_{l-1}, are there
+      sync(); // the tiles of delta_l and a_{l-1} are complete
       add_gradients(l);
       if (propagates_through(p, l)) {
         propagate(l);
       }
     }
-    sync(); // the tiles may be written again
+    sync(); // the tiles may be overwritten
   }
 };
 

@@ -24,8 +24,9 @@ RELU_MLP_DEVICE Tile tile(unsigned char* shared, int offset, int columns) {
       reinterpret_cast<float*>(shared + offset), columns, fma_stride(columns)};
 }
 
-// `count` rows from `row` on, by all threads of the block. Rows beyond the last
-// are zeros, and so are columns up to a multiple of 4.
+// Loads `count` rows, starting at `row`, with all threads of the block. Rows
+// beyond the last are zeros, and so are the columns that pad the width to a
+// multiple of 4.
 RELU_MLP_DEVICE void load_tile(
     const Matrix<const float>& m,
     int64_t row,
@@ -39,7 +40,7 @@ RELU_MLP_DEVICE void load_tile(
   }
 }
 
-// Weights, with rows up to a multiple of 4, and the bias.
+// Loads the weights, with their rows padded to a multiple of 4, and the bias.
 RELU_MLP_DEVICE void stage_layer(
     const FusedNetwork<float>& network,
     int l,
@@ -57,8 +58,8 @@ RELU_MLP_DEVICE void stage_layer(
   }
 }
 
-// Calls f(row, column, z) for the elements of z = a W^T + b that are the
-// thread's, with z = 0 in the columns up to a multiple of 4.
+// Calls f(row, column, z) for this thread's elements of z = a W^T + b. z is 0
+// in the columns that pad the width to a multiple of 4.
 template <typename F>
 RELU_MLP_DEVICE void for_each_pre_activation(
     const Tile& a,
@@ -76,7 +77,7 @@ RELU_MLP_DEVICE void for_each_pre_activation(
       Float4 left[4], right[4];
       RELU_MLP_UNROLL
       for (int i = 0; i < 4; ++i) {
-        // Beyond the end the last row again, for a result that nobody takes.
+        // Beyond the end, read the last row again. The result is not used.
         const int row = ty + 16 * i, column = n + 16 * i;
         left[i] = a.four(row < rows ? row : rows - 1, k);
         right[i] = weight.four(column < out ? column : out - 1, k);

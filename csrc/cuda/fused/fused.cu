@@ -9,7 +9,7 @@
 namespace relu_mlp::cuda {
 namespace {
 
-// Calls f<Groups>() with room for the widest layer.
+// Calls f<Groups>() with enough groups for the widest layer.
 template <typename T, typename F>
 void with_groups(const FusedNetwork<T>& network, const F& f) {
   const int groups = groups_of(
@@ -32,7 +32,7 @@ void fused_forward(
     const FusedPlan& plan,
     Stream stream) {
   const ForwardParameters<T> p{network, pass, plan.layout, plan.tile_rows};
-  const Launch shape{plan.grid, plan.threads, plan.layout.bytes};
+  const LaunchConfig shape{plan.grid, plan.threads, plan.layout.bytes};
   if constexpr (sizeof(T) == 2) {
     with_groups(network, [&]<int Groups>() {
       launch(
@@ -61,7 +61,7 @@ void fused_backward(
   p.sums = static_cast<float*>(workspace);
   p.squares = reinterpret_cast<double*>(
       static_cast<char*>(workspace) + fused_squares_offset(plan));
-  const Launch shape{plan.grid, plan.threads, plan.layout.bytes};
+  const LaunchConfig shape{plan.grid, plan.threads, plan.layout.bytes};
   if constexpr (sizeof(T) == 2) {
     with_groups(network, [&]<int Groups>() {
       launch(
@@ -73,7 +73,7 @@ void fused_backward(
   }
   const int64_t sum_grid = ceil_div(plan.sum_floats, tuning::fused_threads);
   launch(
-      sum_blocks<T>, Launch{sum_grid, tuning::fused_threads}, stream,
+      sum_blocks<T>, LaunchConfig{sum_grid, tuning::fused_threads}, stream,
       SumParameters<T>{p, static_cast<int>(plan.grid)});
 }
 

@@ -1,7 +1,7 @@
-// The fused passes: all widths up to 128. One kernel for the whole forward pass
-// and one, with a small one behind it, for the whole backward pass. A block of
-// rows stays in registers and shared memory through all layers. Plain data, no
-// PyTorch.
+// The fused passes, for widths up to 128. One kernel computes the whole forward
+// pass. One kernel, followed by a small one that adds up its sums, computes the
+// whole backward pass. A block of rows stays in registers and shared memory
+// through all layers. The passes work on plain data, without PyTorch.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -15,10 +15,10 @@ namespace relu_mlp::cuda {
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
-// The network, in the form of a kernel's parameter. Weights are (out, in),
-// contiguous; a null bias is missing. widths are those of x, the hidden
-// activations and y. The backward pass reads only the weights that delta passes
-// through, and all if it recomputes.
+// The network as a kernel parameter. Weights are (out, in), contiguous. A null
+// bias is missing. `widths` has the widths of x, the hidden activations and y.
+// The backward pass reads only the weights through which delta is propagated,
+// or all weights if it recomputes.
 template <typename T>
 struct FusedNetwork {
   int layers;
@@ -28,9 +28,9 @@ struct FusedNetwork {
   Activation output_activation;
 };
 
-// hidden[l] is the output of layer l, (rows, widths[l + 1]), for
-// l < layers - 1; null where it is not saved. y is (rows, widths[layers]). Both
-// are contiguous.
+// hidden[l] is the output of layer l, (rows, widths[l + 1]), for l < layers -
+// 1, or null if it is not saved. y is (rows, widths[layers]). Both are
+// contiguous.
 template <typename T>
 struct FusedForward {
   Matrix<const T> x;
@@ -38,11 +38,11 @@ struct FusedForward {
   T* y;
 };
 
-// The gradients of sum(grad_output * y) or, where `squares` is not null, those
-// of loss_scale * sum (y - target)^2. Then that sum goes to *squares, on the
-// device, and grad_output is not read. A gradient that is null is not needed.
-// With `recompute` y and the hidden activations are computed from x. y, target,
-// hidden and the gradients are contiguous.
+// The gradients of sum(grad_output * y) if `squares` is null. Otherwise the
+// gradients of loss_scale * sum (y - target)^2: the kernel writes that sum to
+// *squares, on the device, and does not read grad_output. A null gradient is
+// not needed. With `recompute`, y and the hidden activations are computed from
+// x. y, target, hidden and the gradients are contiguous.
 template <typename T>
 struct FusedBackward {
   int64_t rows;
@@ -60,8 +60,8 @@ struct FusedBackward {
   T* grad_biases[max_layers];
 };
 
-// T is float, BFloat16 or Half. The plan is that of the call on the current
-// device, which is that of the stream.
+// T is float, BFloat16 or Half. The plan is the plan of this pass on the
+// current device. The stream is a stream of that device.
 template <typename T>
 void fused_forward(
     const FusedNetwork<T>& network,

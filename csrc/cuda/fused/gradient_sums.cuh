@@ -36,7 +36,8 @@ RELU_MLP_DEVICE void clear_sums(
   }
 }
 
-// Writes a block's sums to its part of the workspace. A barrier comes before.
+// Writes a block's sums to its part of the workspace. The caller synchronizes
+// the block first.
 template <typename T>
 RELU_MLP_DEVICE void write_sums(
     const BackwardParameters<T>& p,
@@ -68,8 +69,8 @@ struct SumParameters {
 
 // Each thread adds up one element of the workspace's sums over the blocks, in a
 // fixed order, and rounds it to T once. The first warp adds up the squares. The
-// limit is the second-level cache, which holds the workspace: 4 * blocks bytes
-// for each element, 7 MB in all for 64 -> 64 -> 64 -> 64 on an H200.
+// L2 cache, which holds the workspace, limits the speed: there are 4 * blocks
+// bytes for each element, 7 MB in all for 64 -> 64 -> 64 -> 64 on an H200.
 template <typename T>
 RELU_MLP_KERNEL void RELU_MLP_BOUNDS(tuning::fused_threads)
     sum_blocks(RELU_MLP_PARAMETER SumParameters<T> parameters) {

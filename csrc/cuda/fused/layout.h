@@ -1,5 +1,5 @@
-// What lies where in a block's shared memory and in the workspace, and the
-// index arithmetic of the fused kernels. Plain functions, the same on host and
+// The layout of a block's shared memory and of the workspace, and the index
+// arithmetic of the fused kernels. The functions are the same on host and
 // device.
 #pragma once
 
@@ -14,42 +14,42 @@ using tuning::max_layers;
 // 16-bit elements: products on tensor cores, widths in groups of 32 columns.
 
 constexpr int group_width = 32;
-constexpr int chunk_width = 8; // elements of a 16-byte access
+constexpr int vector_width = 8; // elements of a 16-byte access
 
 RELU_MLP_HOST_DEVICE int groups_of(int width) {
   return (width + group_width - 1) / group_width;
 }
 
-// mma gives lane 4 g + t the columns 2 t and 2 t + 1 of each tile of 8. Which
-// column of the matrix a tile's column stands for is ours to choose, as long as
-// the weights are read accordingly. This choice gives a lane 8 neighbouring
-// columns, a chunk, in the 4 tiles of a group: in global and shared memory it
-// reads and writes 16 bytes at once. Returns the column of the matrix for
-// column n of the given tile.
+// mma gives lane 4 g + t the columns 2 t and 2 t + 1 of each tile of 8. We may
+// choose which matrix column a tile column stands for, if the weights are read
+// accordingly. This choice gives a lane 8 neighboring columns, one vector, in
+// the 4 tiles of a group. The lane then reads and writes 16 bytes at once in
+// global and shared memory. Returns the matrix column of column n of the given
+// tile.
 RELU_MLP_HOST_DEVICE int logical_column(int tile, int n) {
-  return group_width * (tile / 4) + chunk_width * (n / 2) + 2 * (tile % 4) +
+  return group_width * (tile / 4) + vector_width * (n / 2) + 2 * (tile % 4) +
       n % 2;
 }
 
-// The byte offset of a chunk in a matrix of `groups` groups in shared memory.
-// Chunks change places within a row so that no two lanes of a phase meet in a
-// bank: neither 4 neighbouring chunks of two rows 2 i and 2 i + 1, as products
-// read weights and as tiles are written, nor the same chunk of rows
-// 8 i ... 8 i + 7, as load_transposed reads them. Rows of an odd number of
-// groups start at alternating halves of the banks' 128 bytes by themselves.
-// The places are the same ones 8 rows on, row_offset further.
+// The byte offset of a vector in a matrix of `groups` groups in shared memory.
+// Vectors are swizzled within a row to avoid bank conflicts in two patterns: 4
+// neighboring vectors of rows 2 i and 2 i + 1, in which products read weights
+// and tiles are written, and the same vector of rows 8 i ... 8 i + 7, which
+// load_transposed reads. Rows of an odd number of groups start at alternating
+// halves of the banks' 128 bytes even without the swizzle. The swizzle repeats
+// after 8 rows, row_offset further.
 RELU_MLP_HOST_DEVICE int row_offset(int row, int groups) {
   return row * groups * group_width * 2;
 }
-RELU_MLP_HOST_DEVICE int chunk_offset(int row, int chunk, int groups) {
+RELU_MLP_HOST_DEVICE int vector_offset(int row, int vector, int groups) {
   const int place = (row >> 1 & 3) | (groups % 2 == 0 ? (row & 1) << 2 : 0);
-  return row_offset(row, groups) + (chunk ^ place) * 16;
+  return row_offset(row, groups) + (vector ^ place) * 16;
 }
 
-// The sums of one layer's weight and bias gradients, float32, as mma leaves
-// them: 128 floats for each tile of 16 rows (out) and 8 columns (in), 4 to a
-// lane. After the tiles of the columns follows one whose columns are all equal
-// to the bias gradient.
+// The float32 sums of one layer's weight and bias gradients, in the layout of
+// mma's accumulators: 128 floats for each tile of 16 rows (out) and 8 columns
+// (in), 4 per lane. After the tiles of the columns comes one more tile. All of
+// its columns equal the bias gradient.
 constexpr int tile_floats = 128;
 
 RELU_MLP_HOST_DEVICE int sum_tiles_across(int in) {
@@ -59,8 +59,8 @@ RELU_MLP_HOST_DEVICE int sum_tiles_down(int out) {
   return 2 * groups_of(out);
 }
 
-// Where an element of the sums belongs. column is -1 for the bias, and row -1
-// for what belongs nowhere.
+// The gradient element that a sum belongs to. column is -1 for the bias. row is
+// -1 for padding.
 struct SumPlace {
   int row, column;
 };
@@ -82,13 +82,15 @@ RELU_MLP_HOST_DEVICE SumPlace mma_sum_place(int index, int out, int in) {
 // ---------------------------------------------------------------------------
 // float32: products on FMAs, widths in multiples of 4.
 
-// Floats from one row to the next in shared memory: an odd number of 16-byte
-// parts, so that 8 lanes that read the same part of 8 rows meet in no bank.
+// The distance between two rows in shared memory, in floats. It is an odd
+// number of 16-byte vectors, so 8 lanes that read the same vector of 8 rows
+// have no bank conflict.
 RELU_MLP_HOST_DEVICE int fma_stride(int width) {
   return 4 * ((width + 3) / 4 | 1);
 }
 
-// The sums: (out rounded up to 4, in rounded up to 4), then the bias's.
+// The sums: (out rounded up to 4, in rounded up to 4), then the sums of the
+// bias.
 RELU_MLP_HOST_DEVICE SumPlace fma_sum_place(int index, int out, int in) {
   const int across = round_up(in, 4), down = round_up(out, 4);
   const int row = index / across, column = index % across;
@@ -102,7 +104,7 @@ RELU_MLP_HOST_DEVICE SumPlace fma_sum_place(int index, int out, int in) {
 // ---------------------------------------------------------------------------
 // Both.
 
-// The floats that the sums of one layer's gradients take.
+// The number of floats in the sums of one layer's gradients.
 RELU_MLP_HOST_DEVICE int sum_floats_of(int out, int in, int element_size) {
   return element_size == 2
       ? sum_tiles_down(out) * sum_tiles_across(in) * tile_floats
@@ -111,12 +113,12 @@ RELU_MLP_HOST_DEVICE int sum_floats_of(int out, int in, int element_size) {
 
 // Byte offsets in a block's shared memory, and their end.
 struct FusedLayout {
-  int weights[max_layers]; // as they lie
+  int weights[max_layers]; // not transposed
   int transposed[max_layers]; // weights, transposed; 16-bit backward only
   int biases[max_layers]; // float32
   int inputs[max_layers]; // a tile's rows of each layer's input
   int deltas[2];
-  int sums[max_layers]; // of the layer's gradients
+  int sums[max_layers]; // of each layer's gradients
   int bytes;
 };
 

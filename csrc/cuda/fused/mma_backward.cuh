@@ -1,21 +1,22 @@
 // The fused backward pass for bfloat16 and float16.
 //
-// A block takes a tile of rows at a time, 16 rows for each warp. A warp puts
-// the inputs of the layers into shared memory, read from memory or recomputed
-// from x, and propagates delta through its rows. At each layer the warps
-// synchronize and divide the product delta^T a over the whole tile among them;
-// it is added to float32 sums in shared memory. In the end a block writes its
-// sums to the workspace, and gradient_sums.cuh adds up the sums of the blocks.
+// A block processes a tile of rows at a time, 16 rows for each warp. A warp
+// stores the inputs of the layers in shared memory, read from global memory or
+// recomputed from x, and propagates delta through its rows. At each layer the
+// warps synchronize and share the product delta^T a of the whole tile. They add
+// it to float32 sums in shared memory. At the end a block writes its sums to
+// the workspace, and gradient_sums.cuh adds up the sums of the blocks.
 //
-// From x, grad_output and the weights alone the pass reads
-// 2 (widths[0] + widths[L]) bytes a row, and writes 2 widths[0] if the gradient
-// of x is needed: 256 and 128 for 64 -> 64 -> 64 -> 64, 84 us for 2^20 rows at
-// 4.8 TB/s. The limit is shared memory, at 128 bytes a cycle. For a
-// layer of 64 x 64 and 16 rows a warp reads 8 KB of weights going forwards and
-// 8 KB going back, writes and reads 4 KB of activations and deltas, and the
-// products for the sums read 12 KB and add up 4 KB: about 36 KB, 18 cycles a
-// row. Three layers on 132 multiprocessors at 1.755 GHz come to 245 us for
-// 2^20 rows. These are predictions, not measurements.
+// From x, grad_output and the weights alone, the pass reads 2 (widths[0] +
+// widths[L]) bytes per row. It writes 2 widths[0] if the gradient of x is
+// needed. For 64 -> 64 -> 64 -> 64 these are 256 and 128 bytes, or 84 us for
+// 2^20 rows at 4.8 TB/s. Shared memory limits the speed, at 128 bytes per
+// cycle. For a layer of 64 x 64 and 16 rows, a warp reads 8 KB of weights in
+// the forward direction and 8 KB in the backward direction, and it writes and
+// reads 4 KB of activations and deltas. The products for the sums read 12 KB
+// and add up 4 KB. This is about 36 KB, or 18 cycles per row. Three layers on
+// 132 multiprocessors at 1.755 GHz take 245 us for 2^20 rows. These are
+// predictions, not measurements.
 #pragma once
 
 #include "gradient_sums.cuh"
@@ -23,8 +24,8 @@
 
 namespace relu_mlp::cuda {
 
-// One thread's view of its block's work. `row` counts the rows of the batch
-// from the first one of the warp in the present tile.
+// One thread's view of its block's work. `row` is the batch row of the warp's
+// first row in the current tile.
 template <typename T, int Groups, int Tiles>
 struct MmaBackward {
   static constexpr bool is_bf16 = is_bfloat16<T>;
@@ -45,7 +46,7 @@ struct MmaBackward {
   RELU_MLP_DEVICE int64_t row_of(int m, int half) const {
     return row + 16 * m + 8 * half + g;
   }
-  // The lane's chunk in a tile in shared memory.
+  // The lane's vector in a tile in shared memory.
   RELU_MLP_DEVICE unsigned char* place(
       int tile,
       int groups,
@@ -53,34 +54,34 @@ struct MmaBackward {
       int half,
       int q) const {
     return shared + tile +
-        chunk_offset(first + 16 * m + 8 * half + g, 4 * q + t, groups);
+        vector_offset(first + 16 * m + 8 * half + g, 4 * q + t, groups);
   }
 
-  // Puts the lane's part of a matrix into its tile. Rows beyond the last are
-  // zeros there, so that they add nothing to a sum whatever the weights are.
+  // Stores the lane's part of a matrix in its tile. Rows beyond the last are
+  // stored as zeros, so they add nothing to a sum, whatever the weights are.
   RELU_MLP_DEVICE void put(
       int tile,
       int groups,
       int m,
       int half,
       int q,
-      const Vector16& chunk) const {
-    store16(
+      const Vector16Bytes& vector) const {
+    store_16_bytes(
         place(tile, groups, m, half, q),
-        row_of(m, half) < p.pass.rows ? chunk : Vector16{});
+        row_of(m, half) < p.pass.rows ? vector : Vector16Bytes{});
   }
   RELU_MLP_DEVICE void put(int tile, int columns, const WarpRows& rows) const {
     const int groups = groups_of(columns);
-    for_each_chunk<Groups, Tiles>(groups, [&](int m, int half, int q) {
+    for_each_vector<Groups, Tiles>(groups, [&](int m, int half, int q) {
       put(tile, groups, m, half, q, rows.get(m, half, q));
     });
   }
-  // What the lane itself has put into the tile.
+  // Loads the part of a tile that the lane itself has stored.
   RELU_MLP_DEVICE WarpRows get(int tile, int columns) const {
     const int groups = groups_of(columns);
     WarpRows rows;
-    for_each_chunk<Groups, Tiles>(groups, [&](int m, int half, int q) {
-      rows.set(m, half, q, load16(place(tile, groups, m, half, q)));
+    for_each_vector<Groups, Tiles>(groups, [&](int m, int half, int q) {
+      rows.set(m, half, q, load_16_bytes(place(tile, groups, m, half, q)));
     });
     return rows;
   }
@@ -104,8 +105,8 @@ struct MmaBackward {
     }
   }
 
-  // Puts the needed ones of a_0 ... a_{L-1} into their tiles. Returns a_{L-1}
-  // if all were computed from x.
+  // Stores the needed inputs among a_0 ... a_{L-1} in their tiles. Returns
+  // a_{L-1} if all were recomputed from x.
   RELU_MLP_DEVICE WarpRows put_inputs() const {
     const int layers = p.network.layers;
     WarpRows a{};
@@ -130,11 +131,12 @@ struct MmaBackward {
     return a;
   }
 
-  // 8 elements of y, rounded to T, or zeros where it is not needed.
+  // Gets 8 elements of y in each row, rounded to T, or zeros if y is not
+  // needed.
   RELU_MLP_DEVICE void get_y(const WarpRows& a, int q, float (&y)[Tiles][2][8])
       const {
     const int l = p.network.layers - 1, columns = width(l + 1);
-    const int column = group_width * q + chunk_width * t;
+    const int column = group_width * q + vector_width * t;
     if (p.recompute_y) {
       pre_activations<is_bf16>(
           a, width(l), columns, shared + p.layout.weights[l], bias(l), q, y);
@@ -145,40 +147,40 @@ struct MmaBackward {
     for (int m = 0; m < Tiles; ++m) {
       RELU_MLP_UNROLL
       for (int half = 0; half < 2; ++half) {
-        Vector16 chunk;
+        Vector16Bytes vector;
         if (p.recompute_y) {
           activate(p.network.output_activation, y[m][half]);
-          chunk = pack_chunk<is_bf16>(y[m][half]);
+          vector = pack_vector<is_bf16>(y[m][half]);
         } else {
-          chunk = load_chunk(given, row_of(m, half), column);
+          vector = load_vector(given, row_of(m, half), column);
         }
-        unpack_chunk<is_bf16>(chunk, y[m][half]);
+        unpack_vector<is_bf16>(vector, y[m][half]);
       }
     }
   }
 
-  // delta of the last layer for one chunk, from the gradient at y, or from the
-  // target, whose error is added to `squares`.
-  RELU_MLP_DEVICE Vector16 last_delta(
+  // Computes one vector of the last layer's delta from the gradient of y, or
+  // from the target. With a target it adds the squared errors to `squares`.
+  RELU_MLP_DEVICE Vector16Bytes last_delta(
       const View16& source,
       int64_t row,
       int column,
       const float (&y)[8],
       double& squares) const {
     float delta[8];
-    unpack_chunk<is_bf16>(load_chunk(source, row, column), delta);
+    unpack_vector<is_bf16>(load_vector(source, row, column), delta);
     const float scale = static_cast<float>(2 * p.pass.loss_scale);
     if (p.pass.squares) {
       RELU_MLP_UNROLL
-      for (int i = 0; i < chunk_width; ++i) {
+      for (int i = 0; i < vector_width; ++i) {
         const bool is_inside = row < source.rows && column + i < source.columns;
         const float error = is_inside ? y[i] - delta[i] : 0.0f;
         squares += static_cast<double>(error) * static_cast<double>(error);
         delta[i] = scale * error;
       }
     }
-    times_derivative(p.network.output_activation, delta, y);
-    return pack_chunk<is_bf16>(delta);
+    activation_backward(p.network.output_activation, delta, y);
+    return pack_vector<is_bf16>(delta);
   }
 
   RELU_MLP_DEVICE WarpRows
@@ -198,7 +200,7 @@ struct MmaBackward {
         for (int half = 0; half < 2; ++half) {
           put(tile, groups, m, half, q,
               last_delta(
-                  source, row_of(m, half), group_width * q + chunk_width * t,
+                  source, row_of(m, half), group_width * q + vector_width * t,
                   y[m][half], squares));
         }
       }
@@ -207,8 +209,8 @@ struct MmaBackward {
   }
 
   // Adds delta^T a and the column sums of delta over the block's tile to the
-  // sums of layer l. A warp takes 16 rows and 32 columns of the gradient at a
-  // time. The column sums are a product with ones.
+  // sums of layer l. A warp computes 16 rows and 32 columns of the gradient at
+  // a time. The column sums are a product with ones.
   RELU_MLP_DEVICE void add_gradients(int l) const {
     const int lane = lane_index(), warps = block_size() / warp_size;
     const int tile_rows = 16 * Tiles * warps;
@@ -216,9 +218,10 @@ struct MmaBackward {
     const int groups_out = groups_of(width(l + 1));
     const bool has_weight = p.pass.grad_weights[l];
     const bool has_bias = p.pass.grad_biases[l];
-    // Where the lane's row of load_transposed's four matrices starts. They
-    // are, of delta, the upper and lower 8 rows at the left, then at the right
-    // half of the operand; of a, the upper and lower 8 rows of two tiles.
+    // The rows that the lane addresses in the four matrices of load_transposed.
+    // For delta these are the upper and lower 8 rows of the left half of the
+    // operand, then those of its right half. For a they are the upper and lower
+    // 8 rows of two tiles.
     const int left_row = lane % 8 + 8 * (lane / 16);
     const int right_row = lane % 8 + 8 * (lane / 8 % 2);
     const unsigned char* const delta = shared + p.layout.deltas[l % 2];
@@ -229,12 +232,12 @@ struct MmaBackward {
     for (int unit = warp_index(); unit < units; unit += warps) {
       const int down = unit / groups_in, q = unit % groups_in;
       float weight_sums[4][4] = {}, bias_sums[4] = {};
-      // Swapped chunks are the same ones 16 rows on.
+      // The swizzle is the same 16 rows further down.
       const unsigned char* const first =
-          delta + chunk_offset(left_row, 2 * down + lane / 8 % 2, groups_out);
+          delta + vector_offset(left_row, 2 * down + lane / 8 % 2, groups_out);
       const unsigned char* const firsts[2] = {
-          a + chunk_offset(right_row, 4 * q + lane / 16, groups_in),
-          a + chunk_offset(right_row, 4 * q + 2 + lane / 16, groups_in)};
+          a + vector_offset(right_row, 4 * q + lane / 16, groups_in),
+          a + vector_offset(right_row, 4 * q + 2 + lane / 16, groups_in)};
       RELU_MLP_UNROLL_TWICE
       for (int k = 0; k < tile_rows; k += 16) {
         uint32_t left[4], right[4];
@@ -266,8 +269,8 @@ struct MmaBackward {
     }
   }
 
-  // Computes delta_{l-1} from delta_l and puts it into its tile. Below the
-  // first layer it is the gradient of x, which goes to memory.
+  // Computes delta_{l-1} from delta_l and stores it in its tile. For l = 0 this
+  // is the gradient of x, which goes to global memory.
   RELU_MLP_DEVICE WarpRows propagate(int l, const WarpRows& delta) const {
     const int columns = width(l), groups = groups_of(columns);
     const int tile = p.layout.deltas[(l + 1) % 2];
@@ -282,34 +285,35 @@ struct MmaBackward {
         RELU_MLP_UNROLL
         for (int half = 0; half < 2; ++half) {
           if (l == 0) {
-            store_chunk(
+            store_vector(
                 p.pass.grad_x, p.pass.rows, columns, row_of(m, half),
-                group_width * q + chunk_width * t,
-                pack_chunk<is_bf16>(values[m][half]));
+                group_width * q + vector_width * t,
+                pack_vector<is_bf16>(values[m][half]));
             continue;
           }
-          const Vector16 a =
-              load16(place(p.layout.inputs[l], groups, m, half, q));
-          Vector16 chunk = pack_chunk<is_bf16>(values[m][half]);
+          const Vector16Bytes a =
+              load_16_bytes(place(p.layout.inputs[l], groups, m, half, q));
+          Vector16Bytes vector = pack_vector<is_bf16>(values[m][half]);
           RELU_MLP_UNROLL
           for (int i = 0; i < 4; ++i) {
-            chunk.word[i] = select_positive<is_bf16>(chunk.word[i], a.word[i]);
+            vector.word[i] =
+                select_positive<is_bf16>(vector.word[i], a.word[i]);
           }
-          put(tile, groups, m, half, q, chunk);
+          put(tile, groups, m, half, q, vector);
         }
       }
     }
     return l == 0 ? delta : get(tile, columns);
   }
 
-  // All layers for the block's current tile. Two tiles hold the deltas in turn,
-  // so one barrier for each layer is enough.
+  // Runs all layers for the block's current tile. Two tiles hold the deltas in
+  // turn, so one barrier for each layer is enough.
   RELU_MLP_DEVICE void run_tile(double& squares) const {
     const WarpRows a = put_inputs();
     WarpRows delta = put_last_delta(a, squares);
     RELU_MLP_NO_UNROLL
     for (int l = p.network.layers - 1; l >= p.pass.lowest; --l) {
-      sync(); // the tiles of delta_l, and of a_{l-1}, are there
+      sync(); // the tiles of delta_l and a_{l-1} are complete
       if (p.pass.grad_weights[l] || p.pass.grad_biases[l]) {
         add_gradients(l);
       }
@@ -317,7 +321,7 @@ struct MmaBackward {
         delta = propagate(l, delta);
       }
     }
-    sync(); // the tiles may be written again
+    sync(); // the tiles may be overwritten
   }
 };
 

@@ -1,26 +1,26 @@
 // The fused forward pass for bfloat16 and float16, on tensor cores.
 //
-// A warp takes 16 rows, or several times 16, through all layers in registers:
+// A warp takes 16 rows, or a multiple of 16, through all layers in registers:
 // the accumulators of one product, rounded to 16 bits, are the operand of the
 // next. Weights are staged in shared memory once per block. The backward pass
-// carries delta down with the same products, with the weights staged
-// transposed.
+// propagates delta with the same products, with the weights staged transposed.
 //
-// The forward pass reads x and writes y, and the hidden activations if they are
-// kept, and nothing else that grows with the rows: 2 (widths[0] + widths[L])
-// bytes a row, 256 for 64 -> 64 -> 64 -> 64. That is its limit: at the 4.8 TB/s
-// of an H200, 2^20 rows take 56 us. For each tile of 32 rows a warp reads all
-// weights from shared memory, 768 bytes a row for these three layers, which at
-// 128 bytes a cycle is 6 cycles a row, and 27 us on 132 multiprocessors at
-// 1.755 GHz. These are predictions, not measurements.
+// The forward pass reads x, and writes y and the hidden activations that are
+// saved. No other memory traffic grows with the rows. Without hidden
+// activations this is 2 (widths[0] + widths[L]) bytes per row, or 256 for 64 ->
+// 64 -> 64 -> 64. This limits the speed: at the 4.8 TB/s of an H200, 2^20 rows
+// take 56 us. For each tile of 32 rows a warp reads all weights from shared
+// memory, 768 bytes per row for these three layers. At 128 bytes per cycle this
+// takes 6 cycles per row, or 27 us on 132 multiprocessors at 1.755 GHz. These
+// are predictions, not measurements.
 #pragma once
 
 #include "mma_layer.cuh"
 
 namespace relu_mlp::cuda {
 
-// The forward pass of at most 32 Groups wide layers. Warps are independent of
-// each other once the weights are staged.
+// The forward pass of layers with at most 32 * Groups columns. Warps are
+// independent of each other once the weights are staged.
 template <typename T, int Groups, int Tiles>
 RELU_MLP_KERNEL void RELU_MLP_BOUNDS(
     tuning::fused_threads,
@@ -46,7 +46,7 @@ RELU_MLP_KERNEL void RELU_MLP_BOUNDS(
   const int warps = block_size() / warp_size;
   const View16 x = view(p.pass.x, widths[0]);
   constexpr int rows_of_warp = 16 * Tiles;
-  // 2^31 tiles of 32 rows are more than a device has memory for.
+  // Fits into an int: no device has memory for 2^31 tiles of 32 rows.
   const int tiles = static_cast<int>(ceil_div(x.rows, rows_of_warp));
   RELU_MLP_NO_UNROLL
   for (int tile = block_index() * warps + warp_index(); tile < tiles;
@@ -74,10 +74,10 @@ RELU_MLP_KERNEL void RELU_MLP_BOUNDS(
         RELU_MLP_UNROLL
         for (int half = 0; half < 2; ++half) {
           activate(network.output_activation, z[m][half]);
-          store_chunk(
+          store_vector(
               p.pass.y, x.rows, width, row + 16 * m + 8 * half + g,
-              group_width * q + chunk_width * t,
-              pack_chunk<is_bf16>(z[m][half]));
+              group_width * q + vector_width * t,
+              pack_vector<is_bf16>(z[m][half]));
         }
       }
     }

@@ -1,5 +1,5 @@
-// What the fused kernels share: a network and a pass as their parameters, and
-// the output activation with its derivative.
+// Shared by the fused kernels: their parameters, and the output activation with
+// its derivative.
 #pragma once
 
 #include "../machine.h"
@@ -27,8 +27,8 @@ struct BackwardParameters {
   bool recompute_y;
   int tile_rows;
   int sum_floats; // of all layers
-  float* sums; // of block b at sums + b * sum_floats
-  double* squares; // of block b at squares[b]
+  float* sums; // block b at sums + b * sum_floats
+  double* squares; // block b at squares[b]
 };
 
 // Whether delta is propagated to the input of layer l.
@@ -37,13 +37,13 @@ RELU_MLP_DEVICE bool propagates_through(const BackwardParameters<T>& p, int l) {
   return l > p.pass.lowest || p.pass.grad_x != nullptr;
 }
 
-// Matrix's own functions are the host's.
+// The member functions of Matrix are for the host only.
 template <typename T>
 RELU_MLP_DEVICE T& element(const Matrix<T>& m, int64_t i, int64_t j) {
   return m.data[i * m.row_stride + j * m.col_stride];
 }
 
-// z = phi(z) for several elements, with one decision which activation it is.
+// z = phi(z) for N elements, with one switch over the activations.
 template <int N>
 RELU_MLP_DEVICE void activate(Activation phi, float (&z)[N]) {
   with_row(phi, [&]<typename Row>() {
@@ -56,7 +56,7 @@ RELU_MLP_DEVICE void activate(Activation phi, float (&z)[N]) {
 
 // grad = grad * phi'(z), with phi' in terms of y = phi(z).
 template <int N>
-RELU_MLP_DEVICE void times_derivative(
+RELU_MLP_DEVICE void activation_backward(
     Activation phi,
     float (&grad)[N],
     const float (&y)[N]) {
@@ -68,8 +68,8 @@ RELU_MLP_DEVICE void times_derivative(
   });
 }
 
-// The sum of one double of every thread of the block, by thread 0, in a fixed
-// order; `scratch` has room for a double of each warp.
+// Sums one double of every thread of the block, in a fixed order. Thread 0
+// writes the result. `scratch` holds one double for each warp.
 RELU_MLP_DEVICE void sum_over_block(
     double value,
     double* scratch,
@@ -78,7 +78,7 @@ RELU_MLP_DEVICE void sum_over_block(
   for (int mask = warp_size / 2; mask > 0; mask /= 2) {
     value += shuffle_xor(value, mask);
   }
-  sync(); // what was in the scratch has been read
+  sync(); // the scratch may be overwritten
   if (lane_index() == 0) {
     scratch[warp_index()] = value;
   }

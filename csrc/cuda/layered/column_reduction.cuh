@@ -1,6 +1,6 @@
-// A matrix that a kernel makes element by element and sums down its columns in
-// the same pass over memory. Memory limits it: it reads and writes every
-// element once.
+// A kernel that computes a matrix element by element and sums its columns in
+// the same pass over memory. Memory bandwidth limits the speed: the kernel
+// reads and writes every element once.
 #pragma once
 
 #include "../../activation.h"
@@ -9,16 +9,16 @@
 
 namespace relu_mlp::cuda {
 
-constexpr int reduction_threads =
-    reduction_lanes * reduction_rows; // of a block
+// Threads of a block.
+constexpr int reduction_threads = reduction_lanes * reduction_rows;
 
-// `vector` elements from or to memory: 16 bytes at once, or a single one.
+// Loads or stores `vector` elements: 16 bytes at once, or a single element.
 template <int vector, typename T>
 RELU_MLP_DEVICE void load(T (&to)[vector], const T* from) {
   if constexpr (vector == 1) {
     to[0] = *from;
   } else {
-    const Vector16 v = load16(from);
+    const Vector16Bytes v = load_16_bytes(from);
     memcpy(to, &v, 16);
   }
 }
@@ -27,23 +27,24 @@ RELU_MLP_DEVICE void store(T* to, const T (&from)[vector]) {
   if constexpr (vector == 1) {
     *to = from[0];
   } else {
-    Vector16 v;
+    Vector16Bytes v;
     memcpy(&v, from, 16);
-    store16(to, v);
+    store_16_bytes(to, v);
   }
 }
 
-// grad * phi'(z), for an activation that is known at run time.
+// grad * phi'(z), for an activation chosen at run time.
 template <typename C>
-RELU_MLP_DEVICE C times_derivative(Activation phi, C grad, C y) {
+RELU_MLP_DEVICE C activation_backward(Activation phi, C grad, C y) {
   return with_row(phi, [=]<typename Row>() { return Row::backward(grad, y); });
 }
 
-// The sources of a matrix's elements: `get` returns those at (i, j) and, to
-// the right, vector - 1 more. A source that finds a loss adds to `squares`.
+// The sources of the matrix. `get` returns element (i, j) and the next vector -
+// 1 elements of the row. A source with a loss adds its squared errors to
+// `squares`.
 
 template <typename T>
-struct Mask {
+struct MaskedDelta {
   const T* delta;
   Matrix<const T> a;
 
@@ -61,7 +62,7 @@ struct Mask {
 };
 
 template <typename T>
-struct Output {
+struct OutputDelta {
   Activation phi;
   Matrix<const T> grad_output;
   const T* y;
@@ -71,13 +72,13 @@ struct Output {
       const {
     const Matrix<const T>& g = grad_output;
     const C output = y ? C(y[i * g.cols + j]) : C(0);
-    to[0] = times_derivative(
+    to[0] = activation_backward(
         phi, C(g.data[i * g.row_stride + j * g.col_stride]), output);
   }
 };
 
 template <typename T>
-struct Error {
+struct LossDelta {
   Activation phi;
   const T *y, *target;
   int64_t cols;
@@ -92,13 +93,13 @@ struct Error {
     const C output = C(y[i * cols + j]);
     const C error = output - C(target[i * cols + j]);
     squares += double(error) * double(error);
-    to[0] = times_derivative(phi, C(2 * scale) * error, output);
+    to[0] = activation_backward(phi, C(2 * scale) * error, output);
   }
 };
 
-// The sums of the chunks.
+// The sums of the chunks, one row for each chunk.
 template <typename S>
-struct Parts {
+struct PartialSums {
   const S* sums;
   int64_t cols;
 
@@ -114,16 +115,16 @@ struct Reduction {
   Source source;
   int64_t rows, cols;
   ColumnReduction plan;
-  T* delta; // where the elements go, or null
-  // Where the sums go: those of a chunk to a row of `parts` or, if there is
-  // only one chunk, to `total`. Null where they are not needed.
+  T* delta; // receives the matrix, or null
+  // The results: the sums of each chunk in a row of `parts`, or in `total` if
+  // there is only one chunk. Null if not needed.
   compute_t<T>* parts;
   T* total;
-  double* squares; // those of a block, or null
+  double* squares; // one sum per block, or null
 };
 
-// The sum of the values of the block's threads, in a fixed order. Thread 0 gets
-// it.
+// Sums one value of every thread of the block, in a fixed order. Thread 0 gets
+// the sum.
 RELU_MLP_DEVICE double block_sum(double value, double* memory) {
   memory[thread_index()] = value;
   RELU_MLP_NO_UNROLL
@@ -136,11 +137,11 @@ RELU_MLP_DEVICE double block_sum(double value, double* memory) {
   return memory[0];
 }
 
-// A block has a tile of 32 * vector columns and a chunk of the rows. Each of
-// its 8 rows of 32 threads takes every eighth row of the chunk and sums the
-// elements, rounded as they are stored, in compute_t; the 8 sums are added in
-// order. It reads what the source reads and writes delta: for Mask, 3 * rows *
-// cols * sizeof(T) bytes.
+// A block sums a tile of 32 * vector columns over a chunk of the rows. Each of
+// its 8 rows of 32 threads takes every eighth row of the chunk. It sums the
+// elements in compute_t, rounded as they are stored. The 8 sums are added in
+// order. The kernel reads the operands of the source and writes delta: for
+// MaskedDelta, 3 * rows * cols * sizeof(T) bytes.
 template <typename T, typename Source, int vector>
 RELU_MLP_KERNEL void RELU_MLP_BOUNDS(reduction_threads)
     reduce_kernel(RELU_MLP_PARAMETER Reduction<T, Source> p) {
@@ -203,8 +204,8 @@ RELU_MLP_KERNEL void RELU_MLP_BOUNDS(reduction_threads)
   }
 }
 
-// The shared memory of a block: 8 rows of 32 * 16 bytes of T in compute_t,
-// at most twice as wide, or a double for each thread.
+// The shared memory of a block: 8 rows of 32 * 16 bytes of T, converted to
+// compute_t, which at most doubles the size; or a double for each thread.
 constexpr int64_t reduction_shared = reduction_threads * 8 * sizeof(float);
 static_assert(
     reduction_shared >= reduction_threads * 2 * int64_t(sizeof(double)));
@@ -217,10 +218,11 @@ void launch_reduction(const Reduction<T, Source>& reduction, Stream stream) {
       reduction);
 }
 
-// Reduces the matrix, and then the sums of its chunks if there are several.
-// The workspace has the squares of the blocks first, then those sums.
+// Computes the matrix and its column sums, then adds the sums of the chunks if
+// there are several. The workspace holds the squares of the blocks, then the
+// sums of the chunks.
 template <typename T, int vector, typename Source>
-ColumnReduction make_and_sum(
+ColumnReduction compute_and_sum(
     const Source& source,
     T* delta,
     int64_t rows,
@@ -247,7 +249,7 @@ ColumnReduction make_and_sum(
     const ColumnReduction all{
         1, ceil_div(cols, reduction_lanes), 1, plan.chunks};
     launch_reduction<T, 1>(
-        Reduction<T, Parts<C>>{
+        Reduction<T, PartialSums<C>>{
             {parts, cols},
             plan.chunks,
             cols,

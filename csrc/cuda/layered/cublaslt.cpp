@@ -17,8 +17,8 @@ struct Functions {
   const char* (*GetStatusName)(Status);
 };
 
-// PyTorch's own copy, which is in the process already, or else what the
-// dynamic linker finds. Null if there is none.
+// Opens PyTorch's own copy, which is already in the process, or else the one
+// that the dynamic linker finds. Returns null if there is none.
 void* open_library() {
 #ifdef RELU_MLP_CUBLASLT // the tests' stand-in
   return dlopen(RELU_MLP_CUBLASLT, RTLD_NOW | RTLD_LOCAL);
@@ -71,7 +71,7 @@ void check(Status status, const char* call) {
 // Calls a function and checks its status. An error names the function.
 #define RELU_MLP_CALL(name, ...) check(functions().name(__VA_ARGS__), #name)
 
-// One of the library's objects, with the function that destroys it.
+// Owns an object of the library and the function that destroys it.
 class Object {
  public:
   Object() = default;
@@ -82,7 +82,7 @@ class Object {
       end_(object_);
     }
   }
-  // Where a function that creates the object writes it.
+  // The pointer to which a create function writes the object.
   void** create(Status (*end)(void*)) {
     end_ = end;
     return &object_;
@@ -123,17 +123,16 @@ Object description(const Problem& p, const void* bias) {
   return result;
 }
 
-// What is cached for a problem: the layouts and, if there is one, the
-// algorithm.
-struct Chosen {
+// The cache entry of a problem: the layouts, and the algorithm if there is one.
+struct CachedAlgorithm {
   Object a, b, d;
   bool has_algorithm;
   Algorithm algorithm;
   std::size_t workspace;
 };
 
-Chosen choose(Handle handle, const Problem& p, const void* bias) {
-  Chosen chosen{
+CachedAlgorithm choose(Handle handle, const Problem& p, const void* bias) {
+  CachedAlgorithm chosen{
       p.transposes_a ? layout(p.type, p.k, p.m, p.lda)
                      : layout(p.type, p.m, p.k, p.lda),
       p.transposes_b ? layout(p.type, p.n, p.k, p.ldb)
@@ -151,19 +150,20 @@ Chosen choose(Handle handle, const Problem& p, const void* bias) {
         MatmulPreferenceSetAttribute, preference.get(), attribute, &value,
         sizeof(value));
   };
-  // Workspace as PyTorch allows it on Hopper. Where k is split, the parts are
-  // added up in float32, not in 16 bits, and in their order, not in place.
-  set(most_workspace, std::size_t(32) << 20);
+  // The workspace limit is PyTorch's limit on Hopper. If k is split, the parts
+  // are added in float32, not in 16 bits, and in order, not in place.
+  set(max_workspace, std::size_t(32) << 20);
   set(reduction_schemes, reduction_in_compute_type);
-  for (const int of : {alignment_a, alignment_b, alignment_c, alignment_d}) {
-    set(of, p.alignment);
+  for (const int attribute :
+       {alignment_a, alignment_b, alignment_c, alignment_d}) {
+    set(attribute, p.alignment);
   }
 
-  const Object about = description(p, bias);
+  const Object desc = description(p, bias);
   HeuristicResult found;
   int count = 0;
   const Status status = functions().MatmulAlgoGetHeuristic(
-      handle, about.get(), chosen.a.get(), chosen.b.get(), chosen.d.get(),
+      handle, desc.get(), chosen.a.get(), chosen.b.get(), chosen.d.get(),
       chosen.d.get(), preference.get(), 1, &found, &count);
   if (status != not_supported) {
     check(status, "MatmulAlgoGetHeuristic");
@@ -174,18 +174,18 @@ Chosen choose(Handle handle, const Problem& p, const void* bias) {
   return chosen;
 }
 
-// What is cached for a device. It is never destroyed, because the library may
-// be unloaded first when a process ends.
-struct OfDevice {
+// The cache of a device. It is never destroyed, because the library may be
+// unloaded first when the process ends.
+struct DeviceCache {
   Handle handle;
-  std::map<Problem, Chosen> chosen; // entries stay where they are
+  std::map<Problem, CachedAlgorithm> chosen; // entries never move
   std::map<int, bool> relu_passes_nan;
 };
 
-std::mutex mutex; // of all of it
+std::mutex mutex; // guards all caches
 
-OfDevice& of_device() {
-  static auto& devices = *new std::map<int, OfDevice>;
+DeviceCache& device_cache() {
+  static auto& devices = *new std::map<int, DeviceCache>;
   const int device = current_device();
   const auto [entry, is_new] = devices.try_emplace(device);
   if (is_new) {
@@ -200,19 +200,21 @@ OfDevice& of_device() {
   return entry->second;
 }
 
-std::pair<Handle, const Chosen*> find(const Problem& p, const void* bias) {
+std::pair<Handle, const CachedAlgorithm*> find(
+    const Problem& p,
+    const void* bias) {
   const std::lock_guard<std::mutex> lock(mutex);
-  OfDevice& known = of_device();
-  auto entry = known.chosen.find(p);
-  if (entry == known.chosen.end()) {
-    entry = known.chosen.emplace(p, choose(known.handle, p, bias)).first;
+  DeviceCache& cache = device_cache();
+  auto entry = cache.chosen.find(p);
+  if (entry == cache.chosen.end()) {
+    entry = cache.chosen.emplace(p, choose(cache.handle, p, bias)).first;
   }
-  return {known.handle, &entry->second};
+  return {cache.handle, &entry->second};
 }
 
 // The largest power of 2 that divides the addresses of all operands, but at
 // most 256, which is the library's default.
-uint32_t common_alignment(const Buffers& operands) {
+uint32_t common_alignment(const Pointers& operands) {
   uintptr_t all = 256;
   for (const void* pointer :
        {operands.a, operands.b, static_cast<const void*>(operands.d),
@@ -230,7 +232,7 @@ bool is_available() {
 
 bool multiply(
     Problem p,
-    const Buffers& operands,
+    const Pointers& operands,
     const Tensor& like,
     Stream stream) {
   p.alignment = common_alignment(operands);
@@ -238,9 +240,9 @@ bool multiply(
   if (!chosen->has_algorithm) {
     return false;
   }
-  Tensor workspace; // goes back to the allocator, which knows the stream
+  Tensor workspace; // freed to the allocator, which knows the stream
   if (chosen->workspace > 0) {
-    // at least so many bytes, whatever the dtype
+    // at least this many bytes, whatever the dtype
     workspace = empty<1>({int64_t(chosen->workspace)}, like);
   }
   const float one = 1, zero = 0;
@@ -256,21 +258,22 @@ bool multiply(
 bool relu_passes_nan(int type, const Tensor& like, Stream stream) {
   {
     const std::lock_guard<std::mutex> lock(mutex);
-    const auto& known = of_device().relu_passes_nan;
-    if (const auto entry = known.find(type); entry != known.end()) {
+    const auto& cache = device_cache().relu_passes_nan;
+    if (const auto entry = cache.find(type); entry != cache.end()) {
       return entry->second;
     }
   }
   if (is_capturing(stream)) {
     return false;
   }
-  // NaN times NaN: in both formats, all bits set are one.
+  // NaN times NaN. In both formats, all bits set is a NaN.
   constexpr int64_t side = 64, bytes = side * side * 2;
   const Tensor operand = empty<2>({side, side}, like);
   const Tensor result = empty<2>({side, side}, like);
   set_bytes(operand.data<void>(), 0xff, bytes, stream);
   const bool has_algorithm = multiply(
-      {type, false, false, side, side, side, side, side, side, Epilogue::relu},
+      {type, false, false, side, side, side, side, side, side,
+       LtEpilogue::relu},
       {operand.data<void>(), operand.data<void>(), result.data<void>(),
        nullptr},
       like, stream);
@@ -281,7 +284,7 @@ bool relu_passes_nan(int type, const Tensor& like, Stream stream) {
   const uint16_t infinity = type == bfloat16 ? 0x7f80 : 0x7c00;
   const bool passes = (first & 0x7fff) > infinity;
   const std::lock_guard<std::mutex> lock(mutex);
-  of_device().relu_passes_nan[type] = passes;
+  device_cache().relu_passes_nan[type] = passes;
   return passes;
 }
 

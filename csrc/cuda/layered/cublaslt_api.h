@@ -1,8 +1,7 @@
-// The part of cuBLASLt's C interface that is used here. The library is opened
-// when it is first needed, so neither its header nor its import library has to
-// be there to build against. Where cublasLt.h is found, tools/cuda_check.py
-// compiles tools/cublaslt_api.cpp, which compares these declarations with
-// NVIDIA's.
+// The part of cuBLASLt's C interface that this package uses. The library is
+// opened at its first use, so a build needs neither its header nor its import
+// library. Where cublasLt.h is found, tools/cuda_check.py compiles
+// tools/cublaslt_api.cpp, which compares these declarations with NVIDIA's.
 #pragma once
 
 #include <cstddef>
@@ -13,7 +12,7 @@ namespace relu_mlp::cuda::cublaslt {
 using Status = int;
 constexpr Status success = 0, not_supported = 15;
 
-// Types of elements (cudaDataType_t), and float32 sums (cublasComputeType_t).
+// Element types (cudaDataType_t), and float32 sums (cublasComputeType_t).
 constexpr int float32 = 0, float16 = 2, bfloat16 = 14;
 constexpr int compute_float32 = 68;
 
@@ -23,14 +22,15 @@ constexpr int32_t not_transposed = 0, transposed = 1; // cublasOperation_t
 constexpr int transpose_a = 3, transpose_b = 4, epilogue = 7, bias_pointer = 8,
               bias_type = 26;
 // cublasLtMatmulPreferenceAttributes_t
-constexpr int most_workspace = 1, reduction_schemes = 3, alignment_a = 5,
+constexpr int max_workspace = 1, reduction_schemes = 3, alignment_a = 5,
               alignment_b = 6, alignment_c = 7, alignment_d = 8;
 // cublasLtReductionScheme_t; NONE is always allowed
 constexpr uint32_t reduction_in_compute_type = 2;
 
-// cublasLtEpilogue_t. A bias has an element for each row of the result.
-// gradient_of_b sums the second operand over k, and so has one for each column.
-enum class Epilogue : int32_t {
+// cublasLtEpilogue_t. A bias has one element for each row of the result.
+// gradient_of_b sums the second operand over k, so it has one element for each
+// column.
+enum class LtEpilogue : int32_t {
   none = 1,
   relu = 2,
   bias = 4,

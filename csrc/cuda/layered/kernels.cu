@@ -14,16 +14,17 @@ namespace {
 constexpr int activation_threads = 256;
 
 template <typename T>
-struct Elements {
+struct ActivationParameters {
   T* z;
   int64_t count;
 };
 
-// Memory limits it: it reads and writes 2 * count * sizeof(T) bytes. A thread
-// has 16 bytes; a shorter rest goes element by element.
+// Memory bandwidth limits the speed: the kernel reads and writes 2 * count *
+// sizeof(T) bytes in total. A thread handles 16 bytes, or a shorter remainder
+// element by element.
 template <typename T, typename Row>
 RELU_MLP_KERNEL void RELU_MLP_BOUNDS(activation_threads)
-    activation_kernel(RELU_MLP_PARAMETER Elements<T> p) {
+    activation_kernel(RELU_MLP_PARAMETER ActivationParameters<T> p) {
   using C = compute_t<T>;
   constexpr int vector = 16 / sizeof(T);
   const int64_t first =
@@ -44,18 +45,18 @@ RELU_MLP_KERNEL void RELU_MLP_BOUNDS(activation_threads)
 }
 
 template <typename T>
-struct Squares {
+struct LossParameters {
   const double* parts;
   int64_t count;
   double scale;
   T* loss;
 };
 
-// One block. Every thread sums its share of the squares, then the block sums
-// theirs.
+// One block. Every thread sums its share of the squares, then the block adds
+// the sums of its threads.
 template <typename T>
 RELU_MLP_KERNEL void RELU_MLP_BOUNDS(reduction_threads)
-    loss_kernel(RELU_MLP_PARAMETER Squares<T> p) {
+    loss_kernel(RELU_MLP_PARAMETER LossParameters<T> p) {
   double sum = 0;
   for (int64_t i = thread_index(); i < p.count; i += reduction_threads) {
     sum += p.parts[i];
@@ -67,7 +68,7 @@ RELU_MLP_KERNEL void RELU_MLP_BOUNDS(reduction_threads)
 }
 
 template <typename T>
-void launch_loss(const Squares<T>& squares, Stream stream) {
+void launch_loss(const LossParameters<T>& squares, Stream stream) {
   launch(
       loss_kernel<T>,
       {1, reduction_threads, reduction_threads * int64_t(sizeof(double))},
@@ -76,19 +77,21 @@ void launch_loss(const Squares<T>& squares, Stream stream) {
 
 } // namespace
 
-int64_t reduction_workspace(int64_t rows, int64_t cols, const Device& device) {
-  int64_t most = 0;
+int64_t reduction_workspace(
+    int64_t rows,
+    int64_t cols,
+    const DeviceProperties& device) {
+  int64_t elements = 0;
   for (const int vector : {1, 2, 4, 8}) {
     const ColumnReduction plan = plan_reduction(rows, cols, vector, device);
-    most = std::max<int64_t>(most, plan.blocks() + plan.chunks * cols);
+    elements = std::max<int64_t>(elements, plan.blocks() + plan.chunks * cols);
   }
-  return most * sizeof(double);
+  return elements * sizeof(double);
 }
 
 template <typename T>
 void apply_activation(Activation phi, T* z, int64_t count, Stream stream) {
-  constexpr int64_t elements =
-      activation_threads * 16 / sizeof(T); // of a block
+  constexpr int64_t block_elements = activation_threads * 16 / sizeof(T);
   if (count == 0) {
     return;
   }
@@ -98,8 +101,8 @@ void apply_activation(Activation phi, T* z, int64_t count, Stream stream) {
     } else {
       launch(
           activation_kernel<T, Row>,
-          {ceil_div(count, elements), activation_threads}, stream,
-          Elements<T>{z, count});
+          {ceil_div(count, block_elements), activation_threads}, stream,
+          ActivationParameters<T>{z, count});
     }
   });
 }
@@ -110,13 +113,14 @@ void mask_delta(
     const Matrix<const T>& a,
     const ColumnSums<T>& sums,
     Stream stream) {
-  constexpr int most = 16 / sizeof(T);
-  const Mask<T> mask{delta, a};
+  constexpr int max_vector = 16 / sizeof(T);
+  const MaskedDelta<T> source{delta, a};
   const bool aligned = reinterpret_cast<uintptr_t>(a.data) % 16 == 0;
-  if (vector_length(a.cols, a.row_stride, sizeof(T), aligned) == most) {
-    make_and_sum<T, most>(mask, delta, a.rows, a.cols, sums, false, stream);
+  if (vector_length(a.cols, a.row_stride, sizeof(T), aligned) == max_vector) {
+    compute_and_sum<T, max_vector>(
+        source, delta, a.rows, a.cols, sums, false, stream);
   } else {
-    make_and_sum<T, 1>(mask, delta, a.rows, a.cols, sums, false, stream);
+    compute_and_sum<T, 1>(source, delta, a.rows, a.cols, sums, false, stream);
   }
 }
 
@@ -128,9 +132,9 @@ void output_delta(
     const T* y,
     const ColumnSums<T>& sums,
     Stream stream) {
-  make_and_sum<T, 1>(
-      Output<T>{phi, grad_output, y}, delta, grad_output.rows, grad_output.cols,
-      sums, false, stream);
+  compute_and_sum<T, 1>(
+      OutputDelta<T>{phi, grad_output, y}, delta, grad_output.rows,
+      grad_output.cols, sums, false, stream);
 }
 
 template <typename T>
@@ -145,8 +149,8 @@ void loss_delta(
     T* loss,
     const ColumnSums<T>& sums,
     Stream stream) {
-  const ColumnReduction plan = make_and_sum<T, 1>(
-      Error<T>{phi, y, target, cols, scale}, delta, rows, cols, sums, true,
+  const ColumnReduction plan = compute_and_sum<T, 1>(
+      LossDelta<T>{phi, y, target, cols, scale}, delta, rows, cols, sums, true,
       stream);
   launch_loss<T>(
       {static_cast<const double*>(sums.workspace), cols > 0 ? plan.blocks() : 0,

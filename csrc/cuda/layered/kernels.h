@@ -10,12 +10,13 @@
 
 namespace relu_mlp::cuda {
 
-// z = phi(z) for `count` elements, where phi is not PyTorch's to apply.
+// z = phi(z) for `count` elements, for activations that PyTorch does not apply
+// (AppliedBy).
 template <typename T>
 void apply_activation(Activation phi, T* z, int64_t count, Stream stream);
 
-// Where the sum over the rows of delta goes. `total` has `cols` elements, or is
-// null where the sum is not needed. `workspace` has reduction_workspace(...)
+// The result of summing delta over its rows. `total` has `cols` elements, or is
+// null if the sums are not needed. `workspace` has reduction_workspace(...)
 // bytes.
 template <typename T>
 struct ColumnSums {
@@ -23,11 +24,15 @@ struct ColumnSums {
   void* workspace;
 };
 
-// The most bytes that a function below takes from its workspace.
-int64_t reduction_workspace(int64_t rows, int64_t cols, const Device& device);
+// The largest workspace in bytes that a function below needs.
+int64_t reduction_workspace(
+    int64_t rows,
+    int64_t cols,
+    const DeviceProperties& device);
 
-// delta = delta where a > 0 or is NaN, else 0, in place; and its sums.
-// delta and a: (rows, cols); a has dense rows, apart from each other.
+// delta = delta where a > 0 or is NaN, else 0, in place; and its column sums.
+// delta and a are (rows, cols). The rows of a are contiguous, with any row
+// stride.
 template <typename T>
 void mask_delta(
     T* delta,
@@ -35,8 +40,8 @@ void mask_delta(
     const ColumnSums<T>& sums,
     Stream stream);
 
-// delta_L = grad_output * phi'(z_L), (rows, cols), and its sums. `delta` may be
-// null if only the sums are needed. `y` is null where phi is the identity.
+// delta_L = grad_output * phi'(z_L), (rows, cols), and its column sums. `delta`
+// may be null if only the sums are needed. `y` is null if phi is the identity.
 template <typename T>
 void output_delta(
     Activation phi,
@@ -46,8 +51,8 @@ void output_delta(
     const ColumnSums<T>& sums,
     Stream stream);
 
-// delta_L = 2 scale (y - target) phi'(z_L) and its sums, all (rows, cols), and
-// *loss = scale * sum of (y - target)^2.
+// delta_L = 2 scale (y - target) phi'(z_L) and its column sums, and *loss =
+// scale * sum of (y - target)^2. All matrices are (rows, cols).
 template <typename T>
 void loss_delta(
     Activation phi,
@@ -61,7 +66,7 @@ void loss_delta(
     const ColumnSums<T>& sums,
     Stream stream);
 
-// *loss = scale * *squares, where another kernel has summed the squares.
+// *loss = scale * *squares. Another kernel has summed the squares.
 template <typename T>
 void write_loss(T* loss, const double* squares, double scale, Stream stream);
 

@@ -1,5 +1,5 @@
-// The three products of a layer: by cuBLASLt, with what it can fuse into its
-// epilogue, or by PyTorch.
+// The three products of a layer, computed by cuBLASLt with fused epilogues, or
+// by PyTorch.
 #pragma once
 
 #include <type_traits>
@@ -9,8 +9,9 @@
 #include "../plan.h"
 #include "kernels.h"
 
-// PyTorch's products as C functions, which know neither autograd nor autocast.
-// PyTorch without CUDA lacks these symbols, and the library loads there too.
+// PyTorch's products as C functions, which bypass autograd and autocast. The
+// symbols are weak because the library also loads with a PyTorch without CUDA,
+// which lacks them.
 #ifdef RELU_MLP_CUDA_ON_HOST
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #else
@@ -47,12 +48,12 @@ class LayerProducts {
       const T* bias,
       bool relu) const {
     if (is_for_cublaslt(shape_of(out, a, w, bias))) {
-      using cublaslt::Epilogue;
+      using cublaslt::LtEpilogue;
       const bool fuses =
           relu && cublaslt::relu_passes_nan(type(), like_, stream_);
-      const Epilogue epilogue = fuses
-          ? (bias ? Epilogue::relu_bias : Epilogue::relu)
-          : (bias ? Epilogue::bias : Epilogue::none);
+      const LtEpilogue epilogue = fuses
+          ? (bias ? LtEpilogue::relu_bias : LtEpilogue::relu)
+          : (bias ? LtEpilogue::bias : LtEpilogue::none);
       if (cublaslt::multiply(
               {type(), true, false, w.rows, a.rows, w.cols, ld(w), ld(a),
                ld(out), epilogue},
@@ -79,17 +80,17 @@ class LayerProducts {
       Matrix<const T> a,
       T* grad_bias) const {
     if (is_for_cublaslt(shape_of(delta, a, to, grad_bias))) {
-      using cublaslt::Epilogue;
-      const auto by_cublaslt = [&](Epilogue epilogue, T* bias) {
+      using cublaslt::LtEpilogue;
+      const auto by_cublaslt = [&](LtEpilogue epilogue, T* bias) {
         return cublaslt::multiply(
             {type(), false, true, to.cols, to.rows, a.rows, ld(a), ld(delta),
              ld(to), epilogue},
             {a.data, delta.data, to.data, bias}, like_, stream_);
       };
-      if (grad_bias && by_cublaslt(Epilogue::gradient_of_b, grad_bias)) {
+      if (grad_bias && by_cublaslt(LtEpilogue::gradient_of_b, grad_bias)) {
         return true;
       }
-      if (by_cublaslt(Epilogue::none, nullptr)) {
+      if (by_cublaslt(LtEpilogue::none, nullptr)) {
         return false;
       }
     }
@@ -103,7 +104,7 @@ class LayerProducts {
     if (is_for_cublaslt(shape_of(delta, out, w, nullptr)) &&
         cublaslt::multiply(
             {type(), false, false, w.cols, delta.rows, w.rows, ld(w), ld(delta),
-             ld(out), cublaslt::Epilogue::none},
+             ld(out), cublaslt::LtEpilogue::none},
             {w.data, delta.data, out.data, nullptr}, like_, stream_)) {
       return;
     }
@@ -115,7 +116,7 @@ class LayerProducts {
     return std::is_same_v<T, BFloat16> ? cublaslt::bfloat16 : cublaslt::float16;
   }
 
-  // The distance of two rows. The stride of a single row is arbitrary.
+  // The leading dimension of m. The stride of a single row is arbitrary.
   template <typename U>
   static int64_t ld(const Matrix<U>& m) {
     return m.rows == 1 ? m.cols : m.row_stride;
@@ -173,7 +174,7 @@ class LayerProducts {
     }
   }
 
-  // Memory of the device as a tensor, for the time of a call.
+  // A temporary tensor over device memory.
   template <std::size_t N>
   Tensor view(
       const T* data,

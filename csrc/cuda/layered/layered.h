@@ -1,5 +1,5 @@
 // The layered passes: a product for each layer, followed by one kernel over its
-// result where cuBLASLt cannot fuse its work into the product.
+// result if cuBLASLt cannot fuse that work into the product.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 
 namespace relu_mlp::cuda {
 
-// `like` is a tensor on the device. New tensors are made like it.
+// `like` is a tensor on the device. New tensors have its dtype and device.
 template <typename T>
 class LayeredPasses {
  public:
@@ -22,9 +22,9 @@ class LayeredPasses {
         stream_(stream),
         products_(like, stream) {}
 
-  // Computes the hidden activations, and y unless it is null. Hidden
-  // activations that `hidden` has no place for live until the next layer has
-  // read them.
+  // Computes the hidden activations, and y unless it is null. A hidden
+  // activation without a pointer in `hidden` is freed when the next layer has
+  // read it.
   void forward(const std::vector<T*>& hidden, T* y) {
     const std::size_t layers = network_.layers.size();
     Matrix<const T> a = network_.x;
@@ -78,7 +78,7 @@ class LayeredPasses {
             has_sums ? nullptr : pass.grad_biases[l]);
       }
       if (!has_sums) {
-        sum_up(delta, pass.grad_biases[l]);
+        sum_columns(delta, pass.grad_biases[l]);
         has_sums = true;
       }
       if (!needs.propagation_through(l)) {
@@ -104,11 +104,11 @@ class LayeredPasses {
   }
 
  private:
-  // The gradients of the layers `low` and low + 1, where nothing below is
+  // The gradients of the layers `low` and low + 1, if nothing below them is
   // needed. delta_{low+1}, and a_{low+1} if it is recomputed, exist only a few
   // columns at a time. Every sum still runs over all rows at once. `delta` is
-  // that of the layer above; `has_sums` is whether its bias gradient is
-  // computed already.
+  // the delta of the layer above. `has_sums` says whether its bias gradient is
+  // already computed.
   void lowest_layers(
       std::size_t low,
       const Matrix<const T>& delta,
@@ -116,14 +116,14 @@ class LayeredPasses {
       const BackwardPass<T>& pass) {
     const Needs& needs = pass.needs;
     const int64_t width = network_.width(low + 1);
-    const int64_t most =
+    const int64_t max_columns =
         columns_at_once(delta.rows, width, pass.recompute, device_properties());
     const bool is_saved = low + 1 <= pass.hidden.size();
     const Tensor a_memory =
-        is_saved ? Tensor() : empty<1>({delta.rows * most}, like_);
-    const Tensor out_memory = empty<1>({delta.rows * most}, like_);
-    for (int64_t first = 0; first < width; first += most) {
-      const int64_t count = std::min(most, width - first);
+        is_saved ? Tensor() : empty<1>({delta.rows * max_columns}, like_);
+    const Tensor out_memory = empty<1>({delta.rows * max_columns}, like_);
+    for (int64_t first = 0; first < width; first += max_columns) {
+      const int64_t count = std::min(max_columns, width - first);
       Matrix<const T> a;
       if (is_saved) {
         a = columns_of(input(low + 1, pass), first, count);
@@ -156,7 +156,7 @@ class LayeredPasses {
       }
     }
     if (!has_sums) {
-      sum_up(delta, pass.grad_biases[low + 1]);
+      sum_columns(delta, pass.grad_biases[low + 1]);
     }
   }
 
@@ -165,7 +165,7 @@ class LayeredPasses {
   }
 
   // *total = the sums of delta's columns.
-  void sum_up(const Matrix<const T>& delta, T* total) const {
+  void sum_columns(const Matrix<const T>& delta, T* total) const {
     relu_mlp::cuda::output_delta<T>(
         Activation::none, nullptr, delta, nullptr, sums(total), stream_);
   }
@@ -175,10 +175,10 @@ class LayeredPasses {
         pass.grad_weights[l], network_.width(l + 1), network_.width(l));
   }
 
-  // Enough for the sums of any delta, whole or a few columns of it. They share
-  // it, one after the other.
+  // Enough workspace for the sums of any delta, whole or a few columns of it.
+  // All sums use it in turn.
   Tensor new_workspace(const BackwardPass<T>& pass) const {
-    const Device device = device_properties();
+    const DeviceProperties device = device_properties();
     int64_t bytes = 0;
     for (std::size_t l = 0; l < network_.layers.size(); ++l) {
       const bool is_last = l + 1 == network_.layers.size();
@@ -195,8 +195,8 @@ class LayeredPasses {
     return empty<1>({bytes / int64_t(sizeof(T)) + 1}, like_);
   }
 
-  // Computes the hidden activations and, if it is needed, y, and enters them
-  // into `pass`. Leaves out what lowest_layers can compute itself.
+  // Computes the hidden activations, and y if it is needed, and sets them in
+  // `pass`. Skips the activations that lowest_layers computes itself.
   std::vector<Tensor> recompute(BackwardPass<T>& pass) {
     const std::size_t layers = network_.layers.size();
     const bool needs_y = pass.reads_y(network_.output_activation);
@@ -228,8 +228,9 @@ class LayeredPasses {
     return l == 0 ? network_.x : pass.hidden[l - 1];
   }
 
-  // delta_L. It is grad_output itself where phi is the identity and no two rows
-  // overlap; then its sums are not computed yet. Otherwise it is in `memory`.
+  // Returns delta_L. This is grad_output itself if phi is the identity and no
+  // two rows overlap; its sums are then still missing. Otherwise `memory` owns
+  // it.
   Matrix<const T> output_delta(
       const BackwardPass<T>& pass,
       Tensor& memory,

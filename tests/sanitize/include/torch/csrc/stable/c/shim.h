@@ -1,5 +1,6 @@
-// What csrc/parallel.h needs of PyTorch, in threads of our own: it stands
-// before PyTorch's header of this name for tests/sanitize/driver.cpp.
+// The functions of PyTorch that csrc/parallel.h needs, on our own threads. For
+// tests/sanitize/driver.cpp this header is found before PyTorch's header of the
+// same name.
 #pragma once
 
 #include <algorithm>
@@ -7,8 +8,8 @@
 #include <thread>
 #include <vector>
 
-// Like PyTorch's, equal parts of at least `grain`; within one of them there are
-// no others.
+// Like PyTorch's: equal parts of at least `grain`. A call from within a part is
+// not split again.
 inline int32_t torch_parallel_for(
     int64_t begin,
     int64_t end,
