@@ -1,7 +1,7 @@
 // A stand-in for cuBLASLt on the host: the functions and epilogues that
 // csrc/cuda/layered/cublaslt.cpp uses, over host memory, one element after the
-// other. It looks at its arguments as the real one does, or more strictly, and
-// says no where the real one may.
+// other. It checks its arguments as the real one does, or more strictly, and
+// fails where the real one may fail.
 
 #include <cmath>
 #include <cstring>
@@ -40,7 +40,7 @@ struct Wishes {
   uint32_t alignments[4] = {256, 256, 256, 256};
 };
 
-// What a test may set and read.
+// Settings and counts for tests.
 struct Settings {
   bool relu_passes_nan = true, has_gradient_of_b = true;
   int fails = 0; // the status of every product
@@ -48,7 +48,7 @@ struct Settings {
   int64_t heuristics, objects;
 } settings;
 
-// The algorithm: what it was chosen for.
+// An algorithm holds the problem for which it was chosen.
 struct Choice {
   uint32_t alignments[4];
   uint64_t workspace;
@@ -77,7 +77,7 @@ bool has_bias(Epilogue e) {
       e == Epilogue::gradient_of_b;
 }
 
-// m, n, k; or invalid_value where the matrices do not fit together.
+// m, n, k; or invalid_value if the shapes of the matrices do not match.
 Status sizes(
     const Desc& desc,
     const Layout& a,
@@ -98,7 +98,7 @@ Status sizes(
   return fits && one_type && leads ? success : invalid_value;
 }
 
-// The library's objects; each is to be destroyed once.
+// The library's objects. Each has to be destroyed exactly once.
 std::set<void*> objects;
 
 template <typename T>
@@ -238,7 +238,7 @@ EXPORT Status cublasLtMatmulAlgoGetHeuristic(
       return not_supported;
     }
   }
-  // Sums split in parts must not be added up in 16 bits or in any order.
+  // Partial sums must not be added in 16 bits or in an arbitrary order.
   if (wishes.schemes & ~reduction_in_compute_type) {
     return not_supported;
   }

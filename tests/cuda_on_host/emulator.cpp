@@ -88,7 +88,7 @@ void resume(int thread) {
 
 void check(bool holds, const char* message) {
   if (!holds) {
-    // What is left on the stacks of the fibers is not worth unwinding.
+    // The stacks of the remaining fibers need no unwinding.
     machine.fibers.clear();
     machine.is_running = false;
     throw std::runtime_error(std::string("CUDA on the host: ") + message);
@@ -190,7 +190,7 @@ void wait_for_block() {
       machine.fibers[n]->state = State::ready;
     }
   }
-  // The last to come waits for its turn too.
+  // The last fiber to arrive waits for its turn too.
   switch_away();
 }
 

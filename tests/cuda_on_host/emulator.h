@@ -1,19 +1,18 @@
 // The CUDA machine on the host: the other form of csrc/cuda/machine.h.
 //
 // A block's threads are fibers of one processor thread. A fiber runs until it
-// comes to a barrier or to something that a warp does together; the fibers
-// take turns in an order that is shuffled anew each time, so that a barrier
-// that is missing shows as a wrong result under some seed. Blocks run one
-// after the other, in a shuffled order too. Device memory is host memory.
-// Shared memory starts as NaNs and has guards around it. It is checked that no
-// thread leaves while others wait, that a warp's threads meet in the same
-// operation, that 16-byte accesses are aligned and that the launch is within
-// the device's limits.
+// reaches a barrier or a warp-wide operation. The fibers take turns in an order
+// that is shuffled each time, so that a missing barrier shows as a wrong result
+// under some seed. Blocks run one after the other, also in a shuffled order.
+// Device memory is host memory. Shared memory starts as NaNs and has guards
+// around it. The emulator checks that no thread ends while others wait, that a
+// warp's threads meet in the same operation, that 16-byte accesses are aligned
+// and that the launch is within the device's limits.
 //
-// Not emulated: blocks that run at the same time, what two threads do to the
-// same memory between two barriers other than one after the other, the order
-// and the rounding of a tensor core's sums, and anything about time. The
-// functions here stand beside those of machine.h, which the host never runs.
+// It does not emulate concurrent blocks, truly concurrent accesses of two
+// threads between two barriers, the order and the rounding of a tensor core's
+// sums, or anything about time. The functions here replace those of machine.h,
+// which the host never runs.
 #pragma once
 
 #include <cmath>
@@ -38,17 +37,17 @@
 namespace relu_mlp::cuda {
 namespace emulator {
 
-// What a test may set before it launches.
+// Settings that a test may change before a launch.
 struct Settings {
   uint64_t seed = 0; // of the orders of threads and blocks
   Device device{132, 232448, 233472};
 };
 Settings& settings();
 
-// How many kernels have been launched.
+// The number of kernels launched so far.
 int64_t& launches();
 
-// Where the running thread is.
+// The position of the running thread.
 struct Place {
   int thread, block;
   int threads, grid;
@@ -62,8 +61,8 @@ void run(const Launch& shape, const std::function<void()>& body);
 // A barrier of the block.
 void wait_for_block();
 
-// The running thread's part of an operation that its warp does together: when
-// all 32 have come, `operation` gets their arguments in the order of the lanes.
+// The running thread's part of a warp-wide operation. When all 32 threads have
+// arrived, `operation` gets their arguments in the order of the lanes.
 using Operation = void (*)(void* const* arguments);
 void with_warp(Operation operation, void* argument);
 

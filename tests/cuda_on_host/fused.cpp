@@ -87,7 +87,7 @@ FusedPlan plan_of(const Arguments& call, bool is_backward, bool recomputes) {
   return plan;
 }
 
-// The gradients that have a place, as Needs writes them.
+// Needs for the gradients whose pointers are given.
 std::string needs_of(const Arguments& call) {
   std::string flags(1, call.grad_x ? '1' : '0');
   for (int64_t l = 0; l < call.layers; ++l) {
@@ -99,7 +99,7 @@ std::string needs_of(const Arguments& call) {
   return flags;
 }
 
-// Whether something that the pass reads is not given.
+// Whether an operand that the pass reads is missing.
 bool recomputes(const Arguments& call, const Needs& needs) {
   const auto phi = static_cast<Activation>(call.activation);
   bool missing = (call.squares || needs.reads_y(phi)) && !call.y;
@@ -195,7 +195,7 @@ struct Backward {
   }
 };
 
-// Kernels with mistakes that the emulator is to see.
+// Kernels with mistakes that the emulator has to detect.
 struct Mistake {
   int64_t which;
 };
@@ -239,7 +239,7 @@ const char* run_mistake(int64_t which) {
   }
 }
 
-// How many of 256 threads have not received what another one sent.
+// The number of threads, of 256, that did not receive another one's value.
 int64_t mixed_up(bool with_barrier) {
   std::vector<int> received(256);
   launch(
@@ -252,7 +252,7 @@ int64_t mixed_up(bool with_barrier) {
   return count;
 }
 
-// Null, or what went wrong.
+// Null, or an error message.
 const char* run_forward(const Arguments* call) {
   return run<Forward>(*call);
 }

@@ -1,5 +1,6 @@
 // The operators of the passes in csrc/cuda, compiled for the host, on CPU
-// tensors: torch.ops.relu_mlp_cuda_on_host. With what tests set and read.
+// tensors: torch.ops.relu_mlp_cuda_on_host. It also has operators with which
+// tests set and read the emulator's state.
 
 #include "../../csrc/operators.h"
 #include "../../csrc/cuda/machine.h"

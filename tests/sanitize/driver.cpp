@@ -3,8 +3,8 @@
 //
 // Networks of small integers, whose sums are exact, go through all passes in
 // every dtype on every instruction set. The results must have the bits of plain
-// loops in double precision. PyTorch's own products are left out: this
-// package's take their place.
+// loops in double precision. PyTorch's own products are replaced by those of
+// this package.
 //
 // Every operand, result and workspace ends at a page that must not be touched,
 // has a pattern around it, and holds NaN before it is written. That finds
@@ -52,7 +52,7 @@ void* guarded(std::size_t bytes) {
   }
   mprotect(base + page + data, page, PROT_NONE);
   std::memset(base + page, 0xff, data); // NaN in every format
-  // Of no bytes, the last ones of the page before the guard.
+  // Empty data lies at the end of the page before the guard.
   char* const p = base + page + data - (used ? used : 64);
   *reinterpret_cast<Head*>(base) = {bytes, data + 2 * page};
   return p;
@@ -82,7 +82,7 @@ void release(void* p) {
 
 } // namespace
 
-// What csrc/cpu/buffer.h calls.
+// The functions that csrc/cpu/buffer.h calls.
 void* operator new(std::size_t bytes, std::align_val_t) {
   return guarded(bytes);
 }
@@ -103,12 +103,12 @@ namespace relu_mlp::cpu {
 namespace {
 
 template <typename T>
-class Array { // ends at a guard, but for at most 63 bytes
+class Array { // ends at most 63 bytes before a guard
  public:
   explicit Array(int64_t count)
       : data(static_cast<T*>(guarded(count * sizeof(T)))) {
-    // Those bytes would hide an element too many: the data moves up to the
-    // guard.
+    // Those bytes would hide an access beyond the end, so the data moves up to
+    // the guard.
     const std::size_t bytes = count * sizeof(T);
     shift_ = bytes ? (bytes + 63) / 64 * 64 - bytes : 64;
     data = reinterpret_cast<T*>(reinterpret_cast<char*>(data) + shift_);
@@ -125,7 +125,7 @@ class Array { // ends at a guard, but for at most 63 bytes
           std::abort();
         }
       }
-      // The pattern before and behind has been seen; what lies between is ours.
+      // Nothing was written before the data. Release all of it.
       const Head head = *reinterpret_cast<const Head*>(first - page);
       munmap(const_cast<char*>(first) - page, head.mapped);
     }
@@ -421,7 +421,7 @@ class Case {
     const int64_t rows = plain_.rows;
     std::vector<Placed<T>> saved;
     saved.reserve(layers + 1);
-    if (!recompute) { // what is superfluous leaves its shape behind
+    if (!recompute) { // of tensors that are not saved, only the shape remains
       network.x.data = needs.weight(0) ? network.x.data : nullptr;
       for (std::size_t l = 0; l < layers; ++l) {
         const bool is_kept = l > needs.lowest_layer() || needs.weight(l);
@@ -507,13 +507,13 @@ void run_cases(
 } // namespace
 } // namespace relu_mlp::cpu
 
-// How many cases for each instruction set.
+// The argument is the number of cases for each instruction set.
 int main(int argc, char** argv) {
   using namespace relu_mlp::cpu;
   const int64_t count = argc > 1 ? std::atoll(argv[1]) : 250;
   for (const std::string& set : supported_instruction_sets()) {
     choose_instruction_set(set);
-    // Two that know nothing of each other, each with threads of its own.
+    // Two independent runs, each with its own threads.
     std::thread other([&] { run_cases(1, 2, count, set); });
     run_cases(0, 2, count, set);
     other.join();
