@@ -1,18 +1,17 @@
-"""The build, and nothing else: names and metadata are in pyproject.toml.
+"""The build. Names and metadata are in pyproject.toml.
 
-RELU_MLP_EXTENSION=1 makes the C++ extension a must, 0 leaves it out. Unset,
-it is built where a C++ compiler is found; without one the package is
-installed in pure Python and says so at its first use. A compiler that is
-there and fails stops the build in every case but 0.
+RELU_MLP_EXTENSION=1 requires the C++ extension, and 0 leaves it out. If the variable is not set,
+the extension is built if a C++ compiler is found. Without a compiler the package is installed in
+pure Python, and says so at its first use. A compiler that fails stops the build, unless the
+variable is 0.
 
-The kernels for CUDA are part of it where PyTorch has CUDA and an nvcc of the
-same major version is found. FORCE_CUDA=1 makes them a must, 0 leaves them out.
-TORCH_CUDA_ARCH_LIST names the architectures; unset, they are those of the GPUs
-that are there, and without one those of DEFAULT_ARCHITECTURES. MAX_JOBS limits the
-compilers that run at once.
+The extension includes CUDA kernels if PyTorch has CUDA and an nvcc of the same major version is
+found. FORCE_CUDA=1 requires them, and 0 leaves them out. TORCH_CUDA_ARCH_LIST names the
+architectures. If it is not set, they are those of the installed GPUs, or DEFAULT_ARCHITECTURES
+without a GPU. MAX_JOBS limits the number of compilers that run at once.
 
-The flags in CFLAGS, CXXFLAGS and the like count, except for those that make the
-library compute wrongly. Two builds of the same sources are equal, wherever they stand.
+The flags in CFLAGS, CXXFLAGS and the like are respected, except for those that make the library
+compute wrong numbers. Two builds of the same sources are identical, whatever their directories.
 """
 
 from __future__ import annotations
@@ -37,22 +36,21 @@ Install PyTorch first, then build against it:
 
 DEFAULT_ARCHITECTURES = "8.0;9.0+PTX"
 
-#: What every C++ compiler is told, nvcc too.
+#: Flags for every C++ compiler, including nvcc.
 FLAGS = [
     "-O3",
     "-std=c++20",
-    # The oldest PyTorch whose stable ABI the library asks for: one binary
-    # serves it and every later one.
+    # The oldest PyTorch whose stable ABI the library needs. One binary serves it and all later
+    # versions.
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
 ]
 
-#: Where setuptools, PyTorch and nvcc take a person's own flags from.
+#: The variables from which setuptools, PyTorch and nvcc take the user's flags.
 FLAG_VARIABLES = ("CC", "CXX", "LDSHARED", "CPPFLAGS", "CFLAGS", "CXXFLAGS", "LDFLAGS")
 NVCC_VARIABLES = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
 
-#: Flags by which NaN, infinity, -0 or subnormal numbers come out wrong. Some link
-#: code that flushes subnormals to 0 in the whole process, so the linker must not
-#: see them either.
+#: Flags that break NaN, infinity, -0 or subnormal numbers. Some of them link code that flushes
+#: subnormals to 0 in the whole process, so the linker must not see them either.
 UNSAFE = re.compile(
     r"-Ofast|-ffast-math|-funsafe-math-optimizations|-ffinite-math-only|-fassociative-math"
     r"|-freciprocal-math|-fno-signed-zeros|-fno-honor-(nans|infinities)"
@@ -61,12 +59,12 @@ UNSAFE = re.compile(
     r"|-?-prec-(div|sqrt)=false"
 )
 
-#: Flags that choose the instructions of an x86 processor. The library chooses when it
-#: runs, and the set named baseline has to run on every one.
+#: Flags that choose the instructions of an x86 processor. The library chooses them at run time, and
+#: its baseline has to run on every processor.
 INSTRUCTIONS = re.compile(r"-march=.*|-m(no-)?(sse|ssse|avx|amx|fma|f16c|bmi|gfni|vaes)[\w.-]*")
 
-#: The same, by its opposite: such a flag may also stand in CXX or in Python's own flags.
-#: What follows on the command line counts.
+#: Flags that undo unsafe ones, which may also come from CXX or from Python's own flags. The last
+#: flag on the command line counts.
 SAFE = [
     "-fno-fast-math",
     "-fno-unsafe-math-optimizations",
@@ -77,8 +75,8 @@ SAFE = [
 ]
 
 
-#: What is always a mistake: a switch over an enumeration that leaves out a case, and a
-#: function that ends without its value.
+#: Warnings that are always mistakes: a switch over an enumeration that leaves out a case, and a
+#: function that ends without returning its value.
 MISTAKES = ["-Werror=switch", "-Werror=return-type"]
 
 
@@ -87,7 +85,7 @@ def say(line: str) -> None:
 
 
 def why_not_cuda() -> str | None:
-    """The reason not to compile for CUDA, if there is one."""
+    """The reason not to compile for CUDA, or None."""
     import torch
     from torch.utils import cpp_extension
 
@@ -100,7 +98,7 @@ def why_not_cuda() -> str | None:
         said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         return f"nvcc does not run: {error}"
-    # nvcc in PATH may be a wrapper, or a link, far from the toolkit.
+    # nvcc in PATH may be a wrapper or a link outside of the toolkit.
     if not Path(cpp_extension.CUDA_HOME, "include", "cuda_runtime.h").exists():
         return (
             f"{cpp_extension.CUDA_HOME} has no include/cuda_runtime.h; CUDA_HOME names the toolkit"
@@ -113,7 +111,7 @@ def why_not_cuda() -> str | None:
 
 
 def builds_cuda() -> bool:
-    """Whether to compile for CUDA; says so, and stops if it is a must and impossible."""
+    """Whether to compile for CUDA. Prints the answer, and exits if CUDA is required but missing."""
     forced = os.environ.get("FORCE_CUDA", "auto")
     if forced not in ("auto", "0", "1"):
         sys.exit(f"relu_mlp: FORCE_CUDA must be 0 or 1, got {forced!r}")
@@ -126,7 +124,7 @@ def builds_cuda() -> bool:
 
 
 def cuda_architectures() -> list[str]:
-    """As nvcc calls them: sm_80, ..., and compute_90 for PTX."""
+    """The architectures by nvcc's names: sm_80, ..., and compute_90 for PTX."""
     import torch
     from torch.utils import cpp_extension
 
@@ -154,9 +152,8 @@ def cuda_extension(sources: list[str], flags: list[str], **arguments):
                 *(f"-Xcompiler={flag}" for flag in without_builders_paths() + MISTAKES),
             ],
         },
-        # libtorch.so brings libtorch_cuda.so where there is one. Its symbols are
-        # weak here, and the CUDA runtime is linked in: so the library loads with a
-        # PyTorch without CUDA, too.
+        # libtorch.so loads libtorch_cuda.so where that exists. Its symbols are weak here, and the
+        # CUDA runtime is linked in. So the library also loads with a PyTorch without CUDA.
         extra_link_args=["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-lrt", "-ldl"],
         **arguments,
     )
@@ -171,12 +168,12 @@ def is_source(path: Path) -> bool:
 
 
 def find_compiler() -> str | None:
-    """The command of the C++ compiler, which CXX names if it is not c++; None if there is none."""
+    """The command of the C++ compiler: CXX if it is set, else the first one found, or None."""
     named = os.environ.get("CXX", "").split()
     if named:
         found = all(map(shutil.which, named[: 2 if is_launcher(named) else 1]))
         return " ".join(named) if found else None
-    os.environ.pop("CXX", None)  # blank, it would be taken for a command
+    os.environ.pop("CXX", None)  # a blank value would be used as a command
     command = next(filter(shutil.which, ("c++", "g++", "clang++")), None)
     if command not in (None, "c++"):
         os.environ["CXX"] = command
@@ -189,7 +186,7 @@ def is_launcher(command: list[str]) -> bool:
 
 
 def leave_out_unsafe_flags() -> None:
-    """Takes out of the person's flags what makes the library compute wrongly; says so."""
+    """Removes the user's flags that would make the library compute wrong numbers, and says so."""
     is_x86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
     for variable in (*FLAG_VARIABLES, *NVCC_VARIABLES):
         flags = os.environ.get(variable, "").split()
@@ -210,9 +207,9 @@ def leave_out_unsafe_flags() -> None:
 
 
 def without_builders_paths() -> list[str]:
-    """Flags by which two builds of the same sources are equal, wherever they stand.
+    """Flags that make builds of the same sources identical, whatever their directories.
 
-    What makes a message names the file that it is in, PyTorch's headers too.
+    Code that makes an error message contains the path of its file, also in PyTorch's headers.
     """
     from torch.utils.cpp_extension import include_paths
 
@@ -225,7 +222,7 @@ def extension_arguments() -> dict:
     wanted = os.environ.get("RELU_MLP_EXTENSION", "auto")
     if wanted not in ("auto", "0", "1"):
         sys.exit(f"relu_mlp: RELU_MLP_EXTENSION must be 0 or 1, got {wanted!r}")
-    # Only what compiles needs PyTorch: an sdist can be made without it.
+    # Only commands that compile need PyTorch. An sdist can be made without it.
     builds = {"build_ext", "build", "bdist_wheel", "editable_wheel", "install", "develop"}
     if wanted == "0" or not builds.intersection(sys.argv):
         return {}
@@ -243,21 +240,21 @@ def extension_arguments() -> dict:
     except ImportError:
         sys.exit(NO_TORCH)
 
-    # ninja lies beside the Python that runs this, even in an environment that
-    # is not activated.
+    # ninja is in the same folder as the running Python, even in an environment that is not
+    # activated.
     path = os.environ.get("PATH", os.defpath)
     os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), path])
     leave_out_unsafe_flags()
 
-    # Paths relative to this file, as setuptools wants them in an sdist. Plans for
-    # CUDA are in every build.
+    # Paths are relative to this file, as setuptools requires for an sdist. Every build contains the
+    # plans for CUDA.
     sources = [*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").rglob("*.cpp"), "csrc/cuda/plan.cpp"]
     arguments = {
         "sources": sorted(map(str, sources)),
         "depends": sorted(str(path) for path in Path("csrc").rglob("*.*h")),
         "py_limited_api": True,
     }
-    # Python's own flags may ask for debug information.
+    # Python's own flags may request debug information, hence -g0.
     flags = [*FLAGS, *SAFE, *MISTAKES, "-g0", "-fvisibility=hidden", *without_builders_paths()]
     say(f"PyTorch {torch.__version__}, compiler {compiler}, MAX_JOBS {os.environ.get('MAX_JOBS')}")
     if builds_cuda():

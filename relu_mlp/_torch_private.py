@@ -6,12 +6,12 @@ cost, and what happens without it. Where a name is missing the package works all
 slower, or without one feature. `relu_mlp.build_info()` and ``relu-mlp info`` say which names
 are missing and what that costs.
 
-The other files import from here and name nothing private of PyTorch themselves
-(tests/core/test_torch_private.py). What is called for every network is bound to a plain name of
-this module: a lookup per call would take longer than some of the calls.
+The other files import from here and use no private name of PyTorch themselves
+(tests/core/test_torch_private.py). A function that is called for every network is bound to a plain
+name of this module, because a lookup per call would take longer than some of the calls.
 
-The stable C++ library needs none of this. TorchScript's ``__jit_..__`` class attributes stay
-in scripting.py, which is all there is for TorchScript.
+The stable C++ library needs none of these names. TorchScript's ``__jit_..__`` class attributes are
+in scripting.py, with all other support for TorchScript.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 class PrivateName(NamedTuple):
     """A private name of PyTorch."""
 
-    path: str  #: where it is; ``()`` in it is a call without arguments
-    why: str  #: what the package needs it for
-    public: str  #: the public name that would do, and what it would cost
-    without: str  #: what the package does in a PyTorch that lacks it
+    path: str  #: its dotted path; ``()`` in it is a call without arguments
+    why: str  #: the reason why the package needs it
+    public: str  #: the public name that would do, and its cost
+    without: str  #: the package's behavior in a PyTorch that lacks it
 
 
-#: All of them, in the order of this file.
+#: All private names, in the order of this file.
 NAMES: list[PrivateName] = []
 
-#: Those that this PyTorch lacks.
+#: The names that this PyTorch lacks.
 MISSING: list[PrivateName] = []
 
-#: Paths that are not to be found. A test sets it before it executes this file.
+#: Paths to treat as missing. A test sets it before it executes this file.
 HIDDEN: frozenset[str] = globals().get("HIDDEN", frozenset())
 
 
 def _find(path: str, *, why: str, public: str = "none", without: str) -> Any:
-    """What is at a path, or None; either way the name is listed in `NAMES`."""
+    """The object at a path, or None. In both cases the name is listed in `NAMES`."""
     found = None
     if _listed(path, why=why, public=public, without=without):
         found = _lookup(path)
@@ -77,7 +77,10 @@ def _lookup(path: str) -> Any:
 
 
 def _listed(path: str, *, why: str, public: str = "none", without: str) -> bool:
-    """Lists a name that can't be looked up without importing much of PyTorch."""
+    """Lists a name without looking it up, which may import much of PyTorch.
+
+    Returns False if the name is hidden.
+    """
     name = PrivateName(path, why, public, without)
     NAMES.append(name)
     if path in HIDDEN:
@@ -91,10 +94,10 @@ def _zero(*_: Any) -> int:
 
 # -- The dispatcher ------------------------------------------------------------------------------
 
-#: A guard: the Autograd keys are off while it lives. It is on as soon as it is made.
+#: A guard: the Autograd keys are off while it lives. It is active from its creation.
 below_autograd: Any = _find(
     "torch._C._AutoDispatchBelowAutograd",
-    why="the Function calls the raw operators, whose Autograd kernels refuse everybody else",
+    why="the Function calls the operators below autograd, past their own Autograd kernels",
     without="the library can't be called: the reference serves every call, in Python",
 )
 HAS_BELOW_AUTOGRAD = below_autograd is not None
@@ -103,9 +106,9 @@ if not HAS_BELOW_AUTOGRAD:
 
 _has_kernel = _find(
     "torch._C._dispatch_has_kernel_for_dispatch_key",
-    why="which devices the loaded library has kernels for",
+    why="to find the devices for which the loaded library has kernels",
     public="OpOverload.has_kernel_for_dispatch_key, which takes an enum of torch._C",
-    without="the library is taken to have kernels for the CPU alone",
+    without="the library is assumed to have kernels for the CPU only",
 )
 
 
@@ -116,12 +119,12 @@ def has_kernel(operator: str, key: str) -> bool:
 
 _parse_schema = _find(
     "torch._C.parse_schema",
-    why="a library of another version is recognized by its schemas",
+    why="schemas show whether a library is of another version",
     without="a library of another version is not recognized when it is loaded",
 )
 _get_schema = _find(
     "torch._C._get_schema",
-    why="as torch._C.parse_schema",
+    why="the same as for torch._C.parse_schema",
     without="a library of another version is not recognized when it is loaded",
 )
 CAN_COMPARE_SCHEMAS = _parse_schema is not None and _get_schema is not None
@@ -140,54 +143,54 @@ def schema_of(operator: str) -> str:
 _destroy = _find(
     "torch.library.Library._destroy",
     why="a second import of the package replaces the kernels of the first",
-    public="none; a Library takes its kernels away when the garbage collector frees it",
+    public="none; a Library removes its kernels when the garbage collector frees it",
     without="a second import of the package in one process may fail",
 )
 
 
 def destroy(library: torch.library.Library) -> None:
-    """Takes the kernels of a library away."""
+    """Removes the kernels of a library."""
     if _destroy is not None:
         _destroy(library)
 
 
 _has_op = _find(
     "torch.ops.aten.relu.default._op",
-    why="a call of `OpOverload._op` takes a microsecond less than one of the OpOverload; and to "
-    "replace it leads calls past an Autograd kernel that would have nothing to do",
+    why="a call of `OpOverload._op` takes a microsecond less than one of the OpOverload, and "
+    "replacing it lets calls bypass an Autograd kernel that would have nothing to do",
     public="the OpOverload itself, a microsecond slower",
     without="every call takes a microsecond longer, and compiled inference several",
 )
 
 
 def call_of(operator: Any) -> Callable[..., Any]:
-    """What an OpOverload calls."""
+    """The function that an OpOverload calls."""
     return operator if _has_op is None else operator._op
 
 
 def replace_call(operator: Any, call: Callable[..., Any]) -> None:
-    """Makes an OpOverload call something else; does nothing where that can't be."""
+    """Makes an OpOverload call another function, where this PyTorch allows that."""
     if _has_op is not None:
         operator._op = call
 
 
 _has_schema = _find(
     "torch.ops.aten.relu.default._schema",
-    why="`check_gradients` leaves views and operations in place alone",
+    why="`check_gradients` must not perturb views and in-place operations",
     without="`check_gradients` allows for less rounding in a function of your own",
 )
 
 
 def schema_of_overload(operator: Any) -> Any:
-    """The schema of an OpOverload as an object; None if it has none, or it can't be told."""
+    """The schema of an OpOverload as an object; None if it has none, or if it can't be read."""
     return None if _has_schema is None else getattr(operator, "_schema", None)
 
 
 _parse_dispatch_key = _find(
     "torch._C._parse_dispatch_key",
-    why="to tell whether there are the dispatch keys below",
+    why="to check that the dispatch keys below exist",
     public="Library.impl, which raises RuntimeError",
-    without="they are taken to be there",
+    without="the dispatch keys are assumed to exist",
 )
 
 
@@ -211,14 +214,14 @@ _KEYS = {
     "AutocastCPU": _has_key(
         "AutocastCPU",
         why="the public operator follows autocast",
-        public="torch.library.register_autocast, which knows one dtype alone",
+        public="torch.library.register_autocast, which supports only one dtype",
         without="torch.ops.relu_mlp.relu_mlp does not follow autocast on the CPU, nor do "
         "compiled calls; the layer and the function do",
     ),
     "AutocastCUDA": _has_key(
         "AutocastCUDA",
-        why="as AutocastCPU",
-        public="as AutocastCPU",
+        why="the same as for AutocastCPU",
+        public="the same as for AutocastCPU",
         without="torch.ops.relu_mlp.relu_mlp does not follow autocast on a GPU, nor do "
         "compiled calls; the layer and the function do",
     ),
@@ -228,7 +231,7 @@ _KEYS = {
 def register(
     library: torch.library.Library, name: str, kernel: Callable[..., Any], key: str
 ) -> None:
-    """`Library.impl`, left out where this PyTorch has no such dispatch key."""
+    """`Library.impl`, if this PyTorch has the dispatch key."""
     if _KEYS[key]:
         library.impl(name, kernel, key)
 
@@ -237,14 +240,14 @@ def register(
 
 _single_level_function = _find(
     "torch.autograd.function._SingleLevelFunction",
-    why="its `apply` asks nothing of functorch, which takes as long as a small network",
+    why="its `apply` does not check for functorch, which would take as long as a small network",
     public="torch.autograd.Function, slower by that",
     without="training is slower; under torch.func and forward-mode AD the operators run as "
     "PyTorch's own operations",
 )
 enable_single_level_autograd_function: Any = _find(
     "torch._functorch.utils.enable_single_level_autograd_function",
-    why="PyTorch lets a Function run within a level of torch.func only inside of it",
+    why="PyTorch lets a Function run within a level of torch.func only inside this context",
     without="under torch.func and forward-mode AD the operators run as PyTorch's own operations",
 )
 set_fwd_grad_enabled: Any = _find(
@@ -259,8 +262,8 @@ is_fwd_grad_enabled: Any = _find(
 )
 
 #: Whether the operators can be differentiated as one node for each level of torch.func and of
-#: forward-mode AD. Where not, their Autograd kernels run the reference, which PyTorch
-#: differentiates operation by operation.
+#: forward-mode AD. If not, their Autograd kernels run the reference, which PyTorch differentiates
+#: operation by operation.
 HAS_LEVELS = HAS_BELOW_AUTOGRAD and None not in (
     _single_level_function,
     enable_single_level_autograd_function,
@@ -275,10 +278,10 @@ else:
 
 
 class SingleLevelFunction(_FunctionBase):
-    """A `torch.autograd.Function` that asks nothing of functorch.
+    """A `torch.autograd.Function` that does not check for functorch.
 
-    `torch.autograd.Function` hands a call over to functorch, which comes back with one of
-    these for each level. In this package the dispatcher handles the levels.
+    `torch.autograd.Function` passes a call to functorch, which makes one of these for each level.
+    In this package the dispatcher handles the levels.
     """
 
     apply: ClassVar[Callable[..., tuple[Tensor, ...]]]  # in C++
@@ -290,14 +293,14 @@ class SingleLevelFunction(_FunctionBase):
             return (getattr(ctx, "_autograd_function_id", 0),)
 
 
-#: ``FORWARD_AD[LEVEL] >= 0`` inside of a level of forward-mode AD. A dict and a key, because a
-#: call of a function takes longer than the comparison.
+#: ``FORWARD_AD[LEVEL] >= 0`` inside a level of forward-mode AD. It is a dict and a key, because a
+#: function call would take longer than the comparison.
 FORWARD_AD: Mapping[str, Any] = vars(torch.autograd.forward_ad)
 LEVEL = "_current_level"
 if (
     _find(
         "torch.autograd.forward_ad._current_level",
-        why="most calls are in no level, and need not look for tangents",
+        why="most calls are outside of a level, and need not look for tangents",
         public="torch.autograd.forward_ad.unpack_dual of every tensor, in every call",
         without="every call goes through PyTorch's dispatcher, which is slower",
     )
@@ -307,29 +310,29 @@ if (
 
 _will_execute = _find(
     "torch._C._will_engine_execute_node",
-    why="which of the gradients a backward pass with create_graph=True was asked for",
+    why="to find the gradients that a backward pass with create_graph=True has to compute",
     without="such a backward pass computes the gradients of all inputs that require one",
 )
 
 
 def leads_to(node: Any) -> bool:
-    """Whether the backward pass that is running goes on to a node of the graph."""
+    """Whether the running backward pass will reach a node of the graph."""
     if _will_execute is None:
         return True
     try:
         return bool(_will_execute(node))
-    except RuntimeError:  # the engine says this of a leaf that was asked for
+    except RuntimeError:  # the engine raises for a leaf that was requested
         return True
 
 
 _has_version = _find(
     "torch.Tensor._version",
-    why="how often a tensor was changed in place",
+    why="it counts the in-place changes of a tensor",
     without="`Linearization` doesn't notice that a parameter was changed in place, and second "
-    "derivatives make products with zeros",
+    "derivatives compute products with zeros",
 )
 
-#: How often a tensor was changed in place; -1 where that can't be told.
+#: The number of a tensor's in-place changes; -1 if it can't be read.
 version_of: Callable[[Tensor], int] = attrgetter("_version")
 if _has_version is None:
     version_of = lambda tensor: -1  # noqa: E731
@@ -340,7 +343,7 @@ if _has_version is None:
 #: The innermost level of torch.func, or None.
 peek_interpreter_stack: Callable[[], Any] = _find(
     "torch._C._functorch.peek_interpreter_stack",
-    why="whether a call is inside of a transform of torch.func",
+    why="to find out whether a call is inside a transform of torch.func",
     without="a backward pass with create_graph=True computes the gradients of all inputs that "
     "require one, and derivatives look for tangents in every call",
 ) or (lambda: "perhaps")
@@ -352,7 +355,7 @@ are_functorch_transforms_active: Callable[[], bool] = _find(
     without="every call goes through PyTorch's dispatcher, which is slower",
 ) or (lambda: peek_interpreter_stack() is not None)
 
-#: Whether `are_functorch_transforms_active` is an answer, and not the safe side.
+#: Whether `are_functorch_transforms_active` really knows. Otherwise it returns True to be safe.
 KNOWS_TRANSFORMS = not {
     "torch._C._functorch.peek_interpreter_stack",
     "torch._C._are_functorch_transforms_active",
@@ -360,27 +363,27 @@ KNOWS_TRANSFORMS = not {
 
 is_functorch_wrapped_tensor: Callable[[Tensor], bool] | None = _find(
     "torch._C._functorch.is_functorch_wrapped_tensor",
-    why="such a tensor has no storage of its own, and it is none that `resize_` has freed",
+    why="such a tensor has no storage of its own, which must not count as freed by `resize_`",
     without="a tensor whose storage was freed is not refused in Python",
 )
 
 _vmap_tools = (
     _find(
         "torch._functorch.pyfunctorch.retrieve_current_functorch_interpreter",
-        why="the level and the batch size of a vmap",
-        public="torch.library.register_vmap, which takes lists of tensors apart as trees, six "
-        "times a call: a small network's per-sample gradients take twice as long",
+        why="it has the level and the batch size of a vmap",
+        public="torch.library.register_vmap, which flattens lists of tensors as pytrees, six "
+        "times per call; per-sample gradients of a small network take twice as long with it",
         without="vmap is slower",
     ),
     _find(
         "torch._C._functorch._unwrap_batched",
-        why="the tensor under a vmap's, and its batch dimension",
+        why="it returns the tensor below a vmap's tensor, and its batch dimension",
         public="torch.library.register_vmap",
         without="vmap is slower",
     ),
     _find(
         "torch._C._functorch._add_batch_dim",
-        why="a tensor as a vmap's",
+        why="it makes a vmap's tensor of a tensor",
         public="torch.library.register_vmap",
         without="vmap is slower",
     ),
@@ -392,19 +395,19 @@ _vmap_tools = (
     ),
     _find(
         "torch._C.DispatchKeySet",
-        why="as torch._C._ExcludeDispatchKeyGuard",
+        why="the same as for torch._C._ExcludeDispatchKeyGuard",
         public="torch.library.register_vmap",
         without="vmap is slower",
     ),
     _find(
         "torch._C.DispatchKey.FuncTorchBatched",
-        why="as torch._C._ExcludeDispatchKeyGuard",
+        why="the same as for torch._C._ExcludeDispatchKeyGuard",
         public="torch.library.register_vmap",
         without="vmap is slower",
     ),
 )
 
-#: Whether a batching rule can be registered as a kernel; else by `torch.library.register_vmap`.
+#: Whether a batching rule can be registered as a kernel, without `torch.library.register_vmap`.
 HAS_VMAP_TOOLS = None not in _vmap_tools
 current_interpreter, unwrap_batched, add_batch_dim, *_below_vmap = _vmap_tools
 
@@ -429,7 +432,7 @@ def _devices_with_autocast() -> list[str]:
 #: Whether autocast is enabled for any device.
 is_any_autocast_enabled: Callable[[], bool] = _find(
     "torch._C._is_any_autocast_enabled",
-    why="asked in every call",
+    why="every call checks this",
     public="torch.is_autocast_enabled of every kind of device",
     without="every call takes a few microseconds longer",
 ) or (lambda: bool(_devices_with_autocast()))
@@ -446,7 +449,7 @@ def _disabled_autocast() -> ExitStack:
 disable_autocast: Callable[[], Any] = (
     _find(
         "torch._C._DisableAutocast",
-        why="what was cast is not to be cast again, on any device",
+        why="tensors that were cast must not be cast again, on any device",
         public="torch.autocast(device, enabled=False) for every kind of device",
         without="calls under autocast are slower",
     )
@@ -464,22 +467,22 @@ _modes = (
     ),
     _find(
         "torch._C._get_function_stack_at",
-        why="as torch._C._len_torch_function_stack",
+        why="the same as for torch._C._len_torch_function_stack",
         without="such a mode sees the operators and not the layers",
     ),
     _find(
         "torch._C._len_torch_dispatch_stack",
-        why="as torch._C._len_torch_function_stack",
+        why="the same as for torch._C._len_torch_function_stack",
         without="such a mode sees the operators and not the layers",
     ),
     _find(
         "torch._C._get_dispatch_stack_at",
-        why="as torch._C._len_torch_function_stack",
+        why="the same as for torch._C._len_torch_function_stack",
         without="such a mode sees the operators and not the layers",
     ),
 )
 
-#: How many modes are active, and the one at a position from the outermost on.
+#: The number of active modes, and the mode at a position, counted from the outermost.
 len_function_modes: Callable[[], int]
 function_mode_at: Callable[[int], Any]
 len_dispatch_modes: Callable[[], int]
@@ -487,10 +490,10 @@ dispatch_mode_at: Callable[[int], Any]
 len_function_modes, function_mode_at = _modes[:2] if None not in _modes[:2] else (_zero, _zero)
 len_dispatch_modes, dispatch_mode_at = _modes[2:] if None not in _modes[2:] else (_zero, _zero)
 
-#: Where the modes are defined to which an operator may be shown in place of the layers: the one
-#: of the default device, those by which PyTorch records graphs, and its counter of operations,
-#: which has formulas for the operators (flops.py). Where PyTorch has moved one, it is a mode like
-#: any other, and the native layers run under it.
+#: The modules that define modes which may see an operator in place of the layers: the mode of the
+#: default device, the modes with which PyTorch records graphs, and its counter of operations, which
+#: has formulas for the operators (flops.py). If PyTorch has moved a mode, it counts like any other,
+#: and the native layers run under it.
 MODES_FOR_OPERATORS = frozenset(
     {
         "torch.utils._device",
@@ -503,24 +506,24 @@ MODES_FOR_OPERATORS = frozenset(
     }
 )
 
-#: Where torch.fx wraps methods of Module to record a graph of operations. Where PyTorch has moved
-#: it, the native layers are recorded.
+#: The module of torch.fx that wraps methods of Module to record a graph of operations. If PyTorch
+#: has moved it, the native layers are recorded.
 TRACER_OF_FX = "torch.fx._symbolic_trace"
 
 _get_dispatch_mode = _find(
     "torch._C._get_dispatch_mode",
-    why="whether tensors are fake, so that a real one is refused",
+    why="under a mode of fake tensors, the real placeholder of a missing bias is rejected",
     without="each call of an operator by name makes new tensors for missing biases",
 )
 _fake_mode = _find(
     "torch._C._TorchDispatchModeKey.FAKE",
-    why="as torch._C._get_dispatch_mode",
+    why="the same as for torch._C._get_dispatch_mode",
     without="each call of an operator by name makes new tensors for missing biases",
 )
 
 
 def may_be_fake() -> bool:
-    """Whether a FakeTensorMode is active, or it can't be told."""
+    """Whether a FakeTensorMode is active, or may be."""
     if _get_dispatch_mode is None or _fake_mode is None:
         return True
     return _get_dispatch_mode(_fake_mode) is not None
@@ -553,7 +556,7 @@ else:
 
 
 def _key(name: str, why: str, public: str, without: str) -> str:
-    """A key of the `__dict__` of a Module; one that no dict has where PyTorch has moved it."""
+    """A key of the `__dict__` of a Module. If PyTorch has moved it, a key that no dict has."""
     path = f"torch.nn.Module().{name}"
     return name if _find(path, why=why, public=public, without=without) is not None else path
 
@@ -571,21 +574,21 @@ BACKWARD_HOOKS = _key("_backward_hooks", **_HOOKS)
 BACKWARD_PRE_HOOKS = _key("_backward_pre_hooks", **_HOOKS)
 PARAMETERS = _key(
     "_parameters",
-    why="the parameters that a call of F.linear would get, and not those of a wrapper",
-    public="module.weight, which takes a search and may run what somebody has put in the way",
+    why="it has the parameters that a call of F.linear would get, and not those of a wrapper",
+    public="module.weight, which takes a search and may run code that somebody has added",
     without="the layer runs its children one by one, as nn.Sequential does",
 )
 MODULES = _key(
     "_modules",
-    why="the children by name, in every call",
+    why="every call reads the children by name",
     public="Module.named_children(), a generator that leaves out repeated children",
     without="the layer runs its children one by one, as nn.Sequential does",
 )
 LOAD_STATE_DICT_PRE_HOOKS = _key(
     "_load_state_dict_pre_hooks",
-    why="such a hook knows its module, and would be lost by `from_sequential` and `fuse`",
+    why="such a hook refers to its module, and `from_sequential` and `fuse` would lose it",
     public="none",
-    without="such a hook is lost by `from_sequential` and `fuse`",
+    without="`from_sequential` and `fuse` lose such a hook",
 )
 
 _global_hooks = [
@@ -596,7 +599,7 @@ _global_hooks = [
     )
     for kind in ("forward", "forward_pre", "backward", "backward_pre")
 ]
-# If one can't be seen, there may be hooks: what is not empty says so.
+# If one is missing, there may be hooks, and the nonempty tuple says so.
 (
     GLOBAL_FORWARD_HOOKS,
     GLOBAL_FORWARD_PRE_HOOKS,
@@ -604,17 +607,17 @@ _global_hooks = [
     GLOBAL_BACKWARD_PRE_HOOKS,
 ) = (("unknown",) if hooks is None else hooks for hooks in _global_hooks)
 
-#: Names that an object of Module has if somebody has replaced how it is called.
+#: Attributes that a module has if somebody has replaced the way it is called.
 CALL_IMPL = "_call_impl"
 COMPILED_CALL_IMPL = "_compiled_call_impl"
-#: What a class of modules does when it is called, beneath `__call__`.
+#: The method of a class of modules that `__call__` calls.
 call_impl_of: Callable[[Any], Any] = (
     attrgetter(CALL_IMPL)
     if _find(
         f"torch.nn.Module.{CALL_IMPL}",
         why="tools replace it to see every call of a module",
-        public="Module.__call__, which is asked about too",
-        without="a tool that replaces what has taken its place does not see the children's calls",
+        public="Module.__call__, which is checked too",
+        without="a tool that replaces its successor does not see the children's calls",
     )
     is not None
     else _zero
@@ -622,19 +625,19 @@ call_impl_of: Callable[[Any], Any] = (
 
 
 def children_of(module: torch.nn.Module) -> Mapping[str, Any]:
-    """The children of a module by name; for what is not called for every network."""
+    """The children of a module by name. Too slow for every call of a network."""
     children: Mapping[str, Any] | None = module.__dict__.get(MODULES)
     return dict(module.named_children()) if children is None else children
 
 
 def parameters_of(module: torch.nn.Module) -> dict[str, torch.nn.Parameter | None]:
-    """A module's own parameters by name; for what is not called for every network."""
+    """A module's own parameters by name. Too slow for every call of a network."""
     found: dict[str, torch.nn.Parameter | None] | None = module.__dict__.get(PARAMETERS)
     return dict(module.named_parameters(recurse=False)) if found is None else found
 
 
 def set_parameter(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> None:
-    """Replaces a parameter, whatever kind of tensor it is now."""
+    """Replaces a parameter, whatever its present type."""
     parameters_of(module)[name] = parameter
     if PARAMETERS not in module.__dict__:
         setattr(module, name, parameter)
@@ -642,10 +645,10 @@ def set_parameter(module: torch.nn.Module, name: str, parameter: torch.nn.Parame
 
 # -- Graphs: torch.compile, torch.export, TorchScript --------------------------------------------
 
-#: The state of a TorchScript trace; None where nothing is traced.
+#: The state of a TorchScript trace; None outside of a trace.
 get_tracing_state: Callable[[], Any] = _find(
     "torch._C._get_tracing_state",
-    why="asked in every call",
+    why="every call checks this",
     public="torch.jit.is_tracing, a Python function",
     without="every call takes a little longer",
 ) or (lambda: torch.jit.is_tracing() or None)  # type: ignore[attr-defined]
@@ -655,7 +658,7 @@ is_scripting: Callable[[], bool] = torch.jit.is_scripting  # type: ignore[attr-d
 
 _copy_to_script_wrapper = _find(
     "torch._jit_internal._copy_to_script_wrapper",
-    why="a scripted module can be sliced, as a scripted nn.Sequential can",
+    why="it lets a scripted module be sliced, like a scripted nn.Sequential",
     without="a scripted module can't be sliced",
 )
 
@@ -667,16 +670,16 @@ def copy_to_script_wrapper(method: _Function) -> _Function:
 
 _can_mark_constants = _listed(
     "torch._dynamo: function._dynamo_marked_constant",
-    why="`torch.compile` takes the results of functions so marked for constants",
+    why="`torch.compile` treats the results of functions with this mark as constants",
     public="torch.compiler.assume_constant_result, which imports the compiler",
     without="`import relu_mlp` takes longer",
 )
 
 
 def constant_in_a_graph(function: _Function) -> _Function:
-    """`torch.compiler.assume_constant_result`, but the compiler is not imported.
+    """`torch.compiler.assume_constant_result` without importing the compiler.
 
-    What the function reads is not compared again in every call of a compiled function.
+    A compiled function does not compare in every call what this function has read.
     """
     if not _can_mark_constants:
         return torch.compiler.assume_constant_result(function)
@@ -685,10 +688,10 @@ def constant_in_a_graph(function: _Function) -> _Function:
 
 
 class _NoTensor:
-    """The type of no tensor."""
+    """A type that no tensor has."""
 
 
-#: The type that torch.export puts in the place of Tensor.
+#: The type that torch.export uses instead of Tensor.
 FakeTensor: Any = (
     _find(
         "torch._subclasses.FakeTensor",
@@ -700,13 +703,13 @@ FakeTensor: Any = (
 
 _can_see_inductor = _listed(
     "torch._inductor.virtualized.V.real_inputs",
-    why="a graph that Inductor writes in C++ gets operators of its own",
+    why="a graph that Inductor writes in C++ needs special operators",
     without="AOTInductor and `cpp_wrapper` can't serve the operators",
 )
 
 
 def inductor_writes_cpp() -> bool:
-    """Whether Inductor is at work, and will write C++."""
+    """Whether Inductor is running and will write C++."""
     virtualized = sys.modules.get("torch._inductor.virtualized")  # absent until it is used
     if virtualized is None or not _can_see_inductor:
         return False
@@ -733,7 +736,7 @@ _is_functional_tensor = _find(
 
 
 def has_no_storage_by_nature(tensor: Tensor) -> bool:
-    """Whether a tensor has no storage though nobody has freed it, or it can't be told."""
+    """Whether a tensor has, or may have, no storage although nothing has freed it."""
     return (
         _is_zerotensor is None
         or _is_functional_tensor is None
@@ -749,24 +752,24 @@ def _copy_in_shape(tensor: Tensor, shape: list[int]) -> Tensor:
     return tensor.reshape(shape).clone()
 
 
-#: A tensor in another shape, and for autograd no view, so that it may be changed in place.
+#: A tensor in another shape. Autograd does not treat it as a view, so it may be changed in place.
 unsafe_view: Callable[[Tensor, list[int]], Tensor] = (
     _find(
         "torch.ops.aten._unsafe_view",
-        why="the output of the reference may be changed in place, as that of nn.Linear",
-        public="Tensor.clone of a view, a copy of the output",
+        why="the output of the reference may be changed in place, like that of nn.Linear",
+        public="Tensor.clone of a view, which copies the output",
         without="the reference copies the output of an input that is not 2-dimensional",
     )
     or _copy_in_shape
 )
 
 
-# -- torch.distributed, which relu_mlp.parallel alone imports ------------------------------------
+# -- torch.distributed, which only relu_mlp.parallel imports -------------------------------------
 
 _listed(
     "torch.distributed.tensor.parallel.ParallelStyle._apply",
-    why="what `parallelize_module` calls",
-    public="none: the class is public, its one method is not",
+    why="`parallelize_module` calls it",
+    public="none; the class is public, but its only method is not",
     without="`ReluMLPParallel().apply(module, mesh)` shards a network; `parallelize_module` can't",
 )
 #: The name of the method that `parallelize_module` calls.

@@ -1,8 +1,8 @@
-"""The output activations: the one table of what there is.
+"""The table of output activations.
 
-To add one, add its row to `ROWS` and its name to `OutputActivation`, and see csrc/activation.h
-for the library. All else derives from the row. The import fails if the two lists differ, or if
-the library's table (csrc/activation.h) has other names. docs/adding.md has the steps.
+To add one, add a row to `ROWS`, its name to `OutputActivation`, and a row to csrc/activation.h for
+the library. Everything else derives from these rows. The import fails if `ROWS` and
+`OutputActivation` differ, or if the library's table has other names. docs/adding.md has the steps.
 """
 
 from __future__ import annotations
@@ -15,29 +15,33 @@ from torch import Tensor, nn
 
 from .checks import listed
 
-#: What `relu_mlp(..., output_activation=...)` takes, besides None.
+#: The values of `relu_mlp(..., output_activation=...)` besides None.
 OutputActivation = Literal["relu", "sigmoid", "tanh"]
 
 
 class Row(NamedTuple):
     """An output activation, y = phi(z), with its derivatives in terms of y."""
 
-    name: str  #: what people and the operators call it
+    name: str  #: its name in the public functions and in the operators
     phi: Callable[[Tensor], Tensor]  #: z -> y
     #: (gradient at y, y) -> gradient at z. PyTorch's own operators for grad * (1 - y) * y and
     #: grad * (1 - y * y) round a bfloat16 once, not three times.
     backward: Callable[[Tensor, Tensor], Tensor]
-    #: y -> the derivative of phi' by y; None where phi' is piecewise constant
+    #: y -> d phi' / d y, with phi' as a function of y; None where phi' is piecewise constant
     curvature: Callable[[Tensor], Tensor] | None
-    module: type[nn.Module]  #: the child that stands for it; it may have its defaults only
-    function: str  #: what that child calls, as a path below `torch`
+    module: type[nn.Module]  #: the module that computes it when made without arguments
+    function: str  #: the function that this module calls, as a path below `torch`
     steepest: tuple[float, float]  #: the largest |phi'|, and the largest |curvature|
 
 
 def select(change: Tensor, a: Tensor) -> Tensor:
-    """What a ReLU passes on of a change: all where a > 0 or is NaN, and 0 elsewhere.
+    """The derivative of ReLU applied to a change: `change` where a > 0 or is NaN, 0 elsewhere.
 
-    ``change.masked_fill(a <= 0, 0)`` in one pass over memory.
+    Equal to ``change.masked_fill(a <= 0, 0)``, in one pass over memory.
+
+    Args:
+        change: a gradient at a, or a tangent of its pre-activation.
+        a: the activation, of the same shape.
     """
     return torch.ops.aten.threshold_backward(change, a, 0)
 
@@ -76,7 +80,7 @@ if get_args(OutputActivation) != tuple(row.name for row in ROWS):
     raise ImportError("OutputActivation and ROWS must have the same names in the same order")
 
 
-# -- What derives from the table. The operators call the identity "none". ----------------------
+# -- Derived from the table. The operators call the identity "none". ---------------------------
 
 #: phi, by the operators' name.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -90,22 +94,22 @@ ACTIVATION_BACKWARDS: dict[str, Callable[[Tensor, Any], Tensor]] = {
     **{row.name: row.backward for row in ROWS},
 }
 
-#: y -> the derivative of phi' by y, where phi' is not piecewise constant.
+#: y -> d phi' / d y, where phi' is not piecewise constant.
 CURVATURES = {row.name: row.curvature for row in ROWS if row.curvature is not None}
 
 #: The operators' names of the output activations.
 ACTIVATION_NAMES: dict[str | None, str] = {None: "none", **{row.name: row.name for row in ROWS}}
 
-#: The modules that may follow the last Linear, and the activation each stands for.
+#: The modules that may follow the last Linear, and the activation that each computes.
 OUTPUT_ACTIVATIONS: dict[type[nn.Module], OutputActivation] = {
     row.module: name for row, name in zip(ROWS, get_args(OutputActivation), strict=True)
 }
 
-#: What those modules call, as paths below `torch`.
+#: The functions that those modules call, as paths below `torch`.
 FUNCTIONS = {row.name: row.function for row in ROWS}
 
-#: The attributes that such a module has when it is made without arguments, where there are any.
-#: With another value, nn.Softplus(beta=2) say, it is another function.
+#: The attributes of such a module when it is made without arguments, if it has any. With other
+#: values, as in nn.Softplus(beta=2), it computes another function.
 DEFAULTS = {
     row.module: defaults
     for row in ROWS

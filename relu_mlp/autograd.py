@@ -1,4 +1,4 @@
-"""The torch.autograd.Functions: what is saved, and who computes each derivative.
+"""The torch.autograd.Functions: which tensors are saved, and how each derivative is computed.
 
 `MLP` is the network, with its backward pass and its forward-mode derivative. `Gradient`
 is the backward pass as a differentiable function. Both are also the derivatives of the
@@ -151,7 +151,7 @@ class MLP(SingleLevelFunction):
         if recompute:
             ctx.save_for_backward(x, *parameters)
         else:
-            # Exactly the tensors that the native path saves, so that a change in place
+            # Exactly the tensors that the native path saves, so that an in-place change
             # raises exactly where it does natively.
             ctx.save_for_backward(*plan.saved_of((x, y, *weights, *hidden)))
         return (y, *hidden)
@@ -187,7 +187,7 @@ class MLP(SingleLevelFunction):
             # raises (which is slow) when it is asked about a leaf. So it is not asked.
             if not is_compiling and peek_interpreter_stack() is None:
                 plan, saved = _plan_for_requested(ctx, plan, saved, output_activation)
-            grads = _backward_once_more(
+            grads = _differentiable_backward(
                 implementation, grad_output, saved, output_activation, plan.needs, grad_hidden
             )
         elif recompute or is_compiling:
@@ -255,8 +255,8 @@ def _plan_for_requested(
 ) -> tuple[Plan, Sequence[Tensor]]:
     """The plan for the gradients that were requested in this backward pass, and its tensors.
 
-    `torch.autograd.grad(y, x)` requests the gradient of x alone. needs_input_grad does not
-    tell, because the parameters require gradients too.
+    `torch.autograd.grad(y, x)` requests the gradient of x alone. `needs_input_grad` does not show
+    this, because the parameters require gradients too.
     """
     asked = [node is not None and leads_to(node) for node, _ in ctx.next_functions]
     if asked == [need == "1" for need in plan.needs[: len(asked)]]:
@@ -287,7 +287,7 @@ def _forward_again(call: Call, x: Tensor, *parameters: Tensor) -> tuple[Tensor, 
 
 
 def _run_backward(implementation: Implementation, name: str, *operands: Any) -> list[Tensor]:
-    """The backward pass, not differentiable."""
+    """The backward pass, without a graph."""
     if _is_compiling() and implementation is ops.extension:
         # Compiled autograd traces this and has to find an operator.
         return getattr(torch.ops.relu_mlp, name).default(*operands)
@@ -297,7 +297,7 @@ def _run_backward(implementation: Implementation, name: str, *operands: Any) -> 
         return getattr(implementation, name)(*operands)
 
 
-def _backward_once_more(
+def _differentiable_backward(
     implementation: Implementation,
     grad_output: Tensor,
     saved: Sequence[Tensor],
@@ -305,7 +305,7 @@ def _backward_once_more(
     needs: str,
     grad_hidden: Sequence[Tensor | None],
 ) -> Sequence[Tensor]:
-    """The backward pass, differentiable."""
+    """The backward pass, recorded so that it can be differentiated."""
     if any(grad is not None for grad in grad_hidden):
         return reference.backward(grad_output, saved, output_activation, needs, grad_hidden)
     if isinstance(implementation, CallerModes):

@@ -41,14 +41,14 @@ Rule = Callable[..., tuple[Any, Any]]
 def register_rule(library: torch.library.Library, name: str, rule: Rule) -> None:
     """Registers the batching rule of an operator.
 
-    `torch.library.register_vmap` would do, but it flattens the lists of tensors as trees,
-    six times a call: a small network's per-sample gradients took twice as long. It is used
-    where this PyTorch lacks the private names that a kernel needs.
+    `torch.library.register_vmap` could do this, but it flattens the lists of tensors as pytrees,
+    six times per call. Per-sample gradients of a small network took twice as long with it. It is
+    used where this PyTorch lacks the private names that a kernel needs.
 
     Args:
-        rule: (batch_size, in_dims, *arguments) -> (results, out_dims). The dims hold a
-            batch dimension, or a list of them, for each argument and each result; None where
-            it is the same for all examples, or no tensor.
+        rule: (batch_size, in_dims, *arguments) -> (results, out_dims). The dims hold a batch
+            dimension, or a list of them, for each argument and each result. It is None for a
+            tensor that all examples share, and for an argument that is not a tensor.
     """
     if HAS_VMAP_TOOLS:
         kernel = _kernel_of(getattr(torch.ops.relu_mlp, name).default, rule)
@@ -67,14 +67,14 @@ def _kernel_of(operator: Callable[..., Any], rule: Rule) -> Callable[..., Any]:
     def kernel(*arguments: Any) -> Any:
         interpreter: Any = current_interpreter()
         level, batch_size = interpreter.level(), interpreter.batch_size()
-        pairs = [_taken_apart(argument, level) for argument in arguments]
+        pairs = [_unwrap(argument, level) for argument in arguments]
         in_dims = [dim for _, dim in pairs]
         # Runs below vmap with autocast off, as PyTorch does.
         with below_vmap(), disable_autocast():
             if not any(_is_batched(dim) for dim in in_dims):
                 return operator(*arguments)
             results, out_dims = rule(batch_size, in_dims, *[operand for operand, _ in pairs])
-        return _put_together(results, out_dims, level)
+        return _wrap(results, out_dims, level)
 
     return kernel
 
@@ -83,7 +83,7 @@ def _is_batched(dim: Any) -> bool:
     return any(each is not None for each in dim) if isinstance(dim, list) else dim is not None
 
 
-def _taken_apart(argument: Any, level: int) -> tuple[Any, Any]:
+def _unwrap(argument: Any, level: int) -> tuple[Any, Any]:
     """An argument without its batch dimension, and that dimension."""
     if isinstance(argument, Tensor):
         return unwrap_batched(argument, level)
@@ -93,10 +93,10 @@ def _taken_apart(argument: Any, level: int) -> tuple[Any, Any]:
     return argument, None
 
 
-def _put_together(result: Any, dim: Any, level: int) -> Any:
+def _wrap(result: Any, dim: Any, level: int) -> Any:
     if isinstance(result, Tensor):
         return result if dim is None else add_batch_dim(result, dim, level)
-    return type(result)(_put_together(*pair, level) for pair in zip(result, dim, strict=True))
+    return type(result)(_wrap(*pair, level) for pair in zip(result, dim, strict=True))
 
 
 def forward(
@@ -114,7 +114,7 @@ def forward(
     weights, biases = _all_to_front(weights, weight_dims), _all_to_front(biases, bias_dims)
     shape = x.shape[x_dim is not None : -1]
     are_same = all(dim is None for dim in [*weight_dims, *bias_dims])
-    if not are_same or x.dim() == 1:  # the operator can't tell the batch dimension
+    if not are_same or x.dim() == 1:  # else a batch dimension could pass for rows or features
         checks.check_layers(
             _one_of(x, x_dim),
             list(map(_one_of, weights, weight_dims)),

@@ -1,7 +1,7 @@
 """Checks of the arguments, with the same messages as csrc/checks.h.
 
 The library checks its arguments itself. These checks serve the reference and the fake
-kernels. A message names the argument, what was expected and what came.
+kernels. A message names the argument, what was expected and what was given.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def listed(names: Iterable[str]) -> str:
 
 
 def check_name(argument: str, name: str, known: Collection[str]) -> None:
-    """Raises RuntimeError unless `name` is a known one."""
+    """Raises RuntimeError unless `name` is one of the known names."""
     if name not in known:
         raise RuntimeError(f"{argument} must be {listed(known)}, got {name!r}")
 
@@ -97,7 +97,7 @@ def check_chain(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) 
                 )
             check_like_x(f"biases[{layer}]", bias, x)
         elif bias.device.type not in ("cpu", x.device.type):
-            # It means no bias, but the dispatcher would choose a kernel by its device.
+            # It stands for a missing bias, but the dispatcher chooses kernels by its device too.
             check_device(f"biases[{layer}]", bias, x)
 
 

@@ -25,7 +25,7 @@ _operators = torch.ops.relu_mlp
 _NAMES = ("relu_mlp", "forward", "backward", "recompute_backward", "loss_and_grads")
 
 for _name in _NAMES:
-    flop_registry.pop(getattr(_operators, _name), None)  # an earlier import's
+    flop_registry.pop(getattr(_operators, _name), None)  # from an earlier import
 
 
 def _products(x: Shape, weights: Iterable[Shape]) -> int:
@@ -35,7 +35,7 @@ def _products(x: Shape, weights: Iterable[Shape]) -> int:
 
 @register_flop_formula([_operators.relu_mlp, _operators.forward])
 def forward(x: Shape, weights: Sequence[Shape], *_: object, out_shape: object) -> int:
-    """a_{l-1} W_l^T for every layer."""
+    """Counts a_{l-1} W_l^T for every layer."""
     return _products(x, weights)
 
 
@@ -47,7 +47,7 @@ def backward(
     needs: str,
     out_shape: Sequence[Shape],
 ) -> int:
-    """delta_l^T a_{l-1} for every gradient wanted, and delta_l W_l for every W_l saved."""
+    """Counts delta_l^T a_{l-1} for every wanted gradient, and delta_l W_l for every saved W_l."""
     layers = len(needs) // 2
     kept = is_kept(output_activation, needs)
     first, first_wanted = sum(kept[:2]), int(needs[0])  # after x and y, and after the gradient of x
@@ -66,7 +66,7 @@ def recompute_backward(
     needs: str,
     out_shape: object,
 ) -> int:
-    """The hidden layers, the last one if y is needed, and the backward pass."""
+    """Counts the hidden layers, the last layer if y is needed, and the backward pass."""
     again = weights if output_activation != "none" else weights[:-1]
     propagated = compress(weights, is_kept(output_activation, needs)[2:])
     wanted = compress(weights, map(int, needs[1:]))
@@ -77,7 +77,7 @@ def recompute_backward(
 def loss_and_grads(
     x: Shape, target: Shape, weights: Sequence[Shape], *_: object, out_shape: object
 ) -> int:
-    """The forward pass, and the backward pass of all parameters."""
+    """Counts the forward pass, and the backward pass for all parameters."""
     return _products(x, [*weights, *weights, *weights[1:]])
 
 

@@ -67,28 +67,30 @@ def relu_mlp(
         for weight, bias in zip(weights, biases):
             x = F.relu(F.linear(x, weight, bias))   # no ReLU after the last
 
-    followed by the output activation, with the semantics of that code in
-    everything: dtypes, autocast, gradients of every order, in-place checks.
+    followed by the output activation. It behaves like that code in every respect: dtypes,
+    autocast, gradients of every order, in-place checks.
 
     Args:
-        x: (*, in_features), of dtype float64, float32, bfloat16 or float16;
-            other dtypes and tensor subclasses take the native path.
-        weights: one (out_features, in_features) tensor for each layer, as in
-            `torch.nn.Linear`, of the dtype and device of x.
-        biases: None, or for each layer None or a (out_features,) tensor.
+        x: (*, in_features), of dtype float64, float32, bfloat16 or float16. Other dtypes and
+            tensor subclasses take the native path.
+        weights: one (out_features, in_features) tensor for each layer, as in `torch.nn.Linear`,
+            with the dtype and device of x.
+        biases: None, or a sequence with None or an (out_features,) tensor for each layer.
         output_activation: None, ``"relu"``, ``"sigmoid"``, ``"tanh"`` or another name of
             `activations.OutputActivation`.
-        recompute: keep no hidden activations; compute them again in the
-            backward pass.
+        recompute: whether to save no hidden activations, and compute them again in the backward
+            pass.
 
     Returns:
-        (*, out_features), contiguous. Any size may be 0.
+        (*, out_features), contiguous, in the dtype of x (under autocast, in that of `F.linear`).
+        Any size may be 0.
 
     Raises:
         TypeError: if x, a weight or a bias is not a tensor.
-        ValueError: if there are no weights, `biases` has another length than
-            `weights`, or the activation is unknown.
-        RuntimeError: if shapes do not chain, or dtypes or devices differ.
+        ValueError: if there are no weights, if `biases` and `weights` differ in length, or if the
+            activation is unknown.
+        RuntimeError: if shapes do not chain, if dtypes or devices differ, if a storage was freed,
+            or if the backend ``"extension"`` can't serve the call.
     """
     activation = activation_name(output_activation)
     weights, present = checked_parameters(x, weights, biases)
@@ -117,8 +119,8 @@ def checked_parameters(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The weights and biases as the operators take them.
 
-    Checks what the operators can't check themselves: types, lengths, and biases without
-    elements, which to an operator mean that there is no bias.
+    Makes the checks that the operators can't make: types, lengths, and biases without elements,
+    which an operator treats as missing.
     """
     is_symbolic = not isinstance(x, Tensor)  # as in a trace of torch.fx
     if is_symbolic and not is_tensor_like(x):
@@ -144,7 +146,7 @@ def checked_parameters(
 def check_empty_biases(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
     """Raises RuntimeError for a bias without elements where the layer has outputs.
 
-    An operator would take it to mean that there is no bias.
+    An operator would treat it as a missing bias.
     """
     # In a TorchScript trace numel() is a tensor, and a symbolic size has no nbytes.
     is_traced = get_tracing_state() is not None
@@ -205,12 +207,12 @@ def is_served(x: Tensor) -> bool:
 
 @constant_in_a_graph
 def leaves_python() -> bool:
-    """Whether a graph is being made that may be used without this package.
+    """Whether PyTorch is making a graph that may be used without this package.
 
-    That is a program of `torch.export`, a TorchScript trace or an ONNX file. It gets the
+    Such a graph is a program of `torch.export`, a TorchScript trace or an ONNX file. It gets the
     native layers, as from an `nn.Sequential`, and not this package's operator.
-    ``backend("extension")`` asks for the operator all the same, except in an ONNX file. A
-    graph of `torch.compile` stays in the process.
+    ``backend("extension")`` requests the operator nevertheless, except in an ONNX file. A graph
+    of `torch.compile` stays in the process.
     """
     if not (_is_compiling() and _is_exporting()) and get_tracing_state() is None:
         return False
@@ -225,7 +227,7 @@ def call_operators(
     recompute: bool,
     children: Iterable[nn.Module] = (),
 ) -> Tensor:
-    """Runs a network by the operators, or natively in graphs that leave the process.
+    """Runs a network with the operators, or natively in graphs that leave the process.
 
     Args:
         x, weights, biases: tensors that passed `is_served` and `is_plain`; biases as
@@ -272,10 +274,10 @@ def refuse_transforms(function: str, *arguments: Any) -> None:
 
 
 def has_other_dtype(x: Tensor) -> bool:
-    """Whether x is an ordinary tensor of a dtype that the operators don't have, such as int64.
+    """Whether x is an ordinary tensor of a dtype that the operators don't support, such as int64.
 
-    The native path serves it, after a check of the arguments: PyTorch's own message about a
-    weight of another dtype would not name the argument.
+    The native path serves it, after a check of the arguments, because PyTorch's own message about
+    a weight of another dtype would not name the argument.
     """
     return (
         type(x) in PLAIN
@@ -290,7 +292,7 @@ def has_other_dtype(x: Tensor) -> bool:
 def native(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], activation: str
 ) -> Tensor:
-    """The same network by PyTorch's own layers."""
+    """The same network with PyTorch's own layers."""
     if has_other_dtype(x) and x.dim():
         checks.check_chain(x, weights, biases)
     for layer, weight in enumerate(weights):
@@ -307,10 +309,11 @@ def native(
 
 
 class LossAndGrads(NamedTuple):
-    """What `loss_and_grads` returns."""
+    """The result of `loss_and_grads`. All tensors have the dtype and device of x."""
 
-    loss: Tensor
-    weights: tuple[Tensor, ...]
+    loss: Tensor  #: of shape ()
+    weights: tuple[Tensor, ...]  #: d loss / d W_l, with the shape of each weight
+    #: d loss / d b_l, with the shape of each bias, or None for a missing bias; None without biases
     biases: tuple[Tensor | None, ...] | None
 
 
@@ -323,31 +326,32 @@ def loss_and_grads(
     loss: Loss = "sse",
     output_activation: OutputActivation | None = None,
 ) -> LossAndGrads:
-    """The loss of a network and its gradient at every parameter, by hand.
+    """The loss of a network and its gradients with respect to all parameters, in one call.
 
-    One call and no autograd graph, for training loops by hand. With
-    y = `relu_mlp(x, weights, biases)`, the loss is
+    The gradients are computed by hand (the formulas are in reference.py), without an autograd
+    graph. This is for training loops written by hand. With y = `relu_mlp(x, weights, biases)`, the
+    loss is
 
-        ``"sse"``        sum of (y - target)^2
-        ``"half_sse"``   half of that
+        ``"sse"``        the sum of (y - target)^2
+        ``"half_sse"``   half of that sum
         ``"mse"``        the mean of (y - target)^2 over all elements
 
     Args:
         x, weights, biases, output_activation: as in `relu_mlp`.
-        target: (*, out_features), the shape of y. Integers and bools are
-            converted to the dtype of x.
+        target: (*, out_features), the shape of y, with the dtype and device of x. Integers and
+            bools are converted to the dtype of x.
         loss: the name of the loss.
 
     Returns:
-        `LossAndGrads(loss, weights, biases)`: a 0-dimensional tensor and two
-        tuples of gradients with the shapes of the parameters; `biases` is None
-        if none were given, and an entry is None where the bias was. Nothing
-        requires a gradient. Autocast does not apply.
+        `LossAndGrads(loss, weights, biases)`: a 0-dimensional tensor, and two tuples of gradients
+        with the shapes of the parameters. `biases` is None if no biases were given, and an entry
+        is None for a missing bias. No result requires a gradient. Autocast does not apply.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as in `relu_mlp`; ValueError for
-            an unknown loss, RuntimeError for a target of another shape, and
-            under `torch.func` and forward-mode differentiation.
+        TypeError: as in `relu_mlp`, or if `target` is not a tensor.
+        ValueError: as in `relu_mlp`, or if the loss is unknown.
+        RuntimeError: as in `relu_mlp`; if `target` has another shape, dtype or device; or under
+            `torch.func` and forward-mode differentiation.
     """
     if is_any_autocast_enabled():
         with disable_autocast():

@@ -1,4 +1,4 @@
-"""What was built and what will run."""
+"""`build_info`: describes the build and the implementation that will run."""
 
 from __future__ import annotations
 
@@ -11,33 +11,35 @@ import torch
 from . import _torch_private, ops
 from ._version import __version__
 
-#: To be taken out when tools/on_gpu.sh has passed, and its results are in benchmarks/results.
+#: Remove this when tools/on_gpu.sh has passed and its results are in benchmarks/results.
 NOT_RUN = "compiled and checked on the host, but this project has not yet run them on a GPU"
 
 
 @dataclass(frozen=True)
 class BuildInfo:
-    """The answer of `build_info`; `print` it for a table."""
+    """The result of `build_info`. `print` shows it as a table, with a line for each field."""
 
-    relu_mlp: str  #: version of the package
-    torch: str  #: version of the PyTorch that is running
-    python: str  #: version of the Python that is running
-    backend: str  #: what is in force in this thread: auto, extension or reference
-    runs_on_cpu: str  #: what serves CPU tensors now: "extension", "reference" or "nothing"
+    relu_mlp: str  #: the version of the package
+    torch: str  #: the version of the running PyTorch
+    python: str  #: the version of the running Python
+    backend: str  #: the backend in force in this thread: "auto", "extension" or "reference"
+    #: the implementation that serves CPU tensors now: "extension", "reference" or "nothing"
+    runs_on_cpu: str
     runs_on_cuda: str  #: the same for CUDA tensors
-    library: str | None  #: path of the compiled library, if it is loaded
-    problem: str | None  #: why it is not loaded, and what to do
-    compiler: str | None  #: what compiled it
-    oldest_torch: str | None  #: the oldest PyTorch that the library loads on
-    instruction_sets: tuple[str, ...]  #: that the package's own kernels were compiled for
-    instruction_set: str | None  #: the one of them that this machine uses
-    supported_instruction_sets: tuple[str, ...]  #: those of them that this machine has
-    cuda: str  #: which CUDA the kernels for GPUs were compiled against, if they were
-    cuda_architectures: tuple[str, ...]  #: that CUDA kernels were compiled for
-    missing_in_torch: tuple[str, ...]  #: private names of PyTorch that this version lacks
+    library: str | None  #: the path of the compiled library, if it is loaded
+    problem: str | None  #: the reason why it is not loaded, and the remedy
+    compiler: str | None  #: the compiler that built the library
+    oldest_torch: str | None  #: the oldest PyTorch on which the library loads
+    #: the instruction sets for which the package's own kernels were compiled, lowest first
+    instruction_sets: tuple[str, ...]
+    instruction_set: str | None  #: the one of them that the kernels use
+    supported_instruction_sets: tuple[str, ...]  #: those of them that this processor has
+    cuda: str  #: the CUDA version of the kernels for GPUs, or "not compiled"
+    cuda_architectures: tuple[str, ...]  #: the architectures for which they were compiled
+    missing_in_torch: tuple[str, ...]  #: the private names that this PyTorch lacks
 
     def advice(self) -> list[str]:
-        """What runs slower here than it could, and the remedy, in a sentence or two each."""
+        """For each thing that runs slower here than it could: a sentence or two with the remedy."""
         lines = []
         if self.problem is not None:
             lines.append(f"The extension is missing: {self.problem}")
@@ -78,12 +80,17 @@ class BuildInfo:
 
 @functools.cache  # LibTorch leaks the strings that operators return
 def _built() -> dict[str, str]:
-    """What the library says of itself."""
-    return ops.library_says()
+    """The library's description of itself."""
+    return ops.library_info()
 
 
 def build_info() -> BuildInfo:
-    """What was built, what will run, and why, if that is less than it could be."""
+    """Describes the build, the implementation that will run, and why anything is missing.
+
+    Raises:
+        ValueError: if RELU_MLP_BACKEND is not the name of a backend.
+        RuntimeError: if RELU_MLP_ISA names an instruction set that is not supported here.
+    """
     built = _built()
     compiled = tuple(built.get("instruction_sets", "").split())
     name = ops.current_backend()

@@ -35,13 +35,13 @@ from .activations import FUNCTIONS, OUTPUT_ACTIVATIONS
 # -- Modes -------------------------------------------------------------------------------------
 
 
-#: How many function modes are active, in C.
+#: The number of active function modes. It is a C function.
 function_modes = len_function_modes
 
 
 @constant_in_a_graph  # the compiler compiles nothing under a mode, and does not know the function
 def dispatch_modes() -> int:
-    """How many dispatch modes are active."""
+    """The number of active dispatch modes."""
     return len_dispatch_modes()
 
 
@@ -65,18 +65,18 @@ def _understands(mode: Any) -> bool:
 
 # -- Replaced functions and methods --------------------------------------------------------------
 #
-# Whole tuples are compared, in a third of the steps of a chain of comparisons. For torch.compile
-# the answers are constants; else it would compare every item again in every call.
+# Comparing whole tuples takes a third of the steps of a chain of comparisons. For torch.compile the
+# answers are constants. Otherwise it would compare every item again in every call.
 
 _MODULE, _LINEAR, _RELU = vars(Module), vars(Linear), vars(ReLU)
 
-#: With one of these, the modules of a class do something else by the same `forward`. Module
+#: A class with one of these changes its modules' behavior, although `forward` is the same. Module
 #: itself has the methods.
 _ATTRIBUTES = frozenset({"weight", "bias", "inplace", "__getattribute__"})
 _METHODS = frozenset({"__call__", CALL_IMPL, "__getattr__"})
 
 
-#: From `torch`, the functions that output activations call.
+#: From `torch` to the functions that output activations call.
 _output_functions = attrgetter(*FUNCTIONS.values())
 
 
@@ -86,7 +86,7 @@ def _functions() -> tuple[Any, ...]:
 
 
 def _layers() -> tuple[Any, ...]:
-    """The functions that a network of layers calls, and how many attributes its classes have."""
+    """The functions that a network of layers calls, and the numbers of its classes' attributes."""
     return (
         Sequential.forward,
         Module.__call__,
@@ -110,7 +110,7 @@ def _output_activation(kind: type[Module]) -> tuple[Any, ...]:
 
 
 def _by_pytorch(code: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The same, but with an object that equals nothing for each that is not PyTorch's own."""
+    """The same items, but each one that is not PyTorch's own is an object that equals nothing."""
     return tuple(item if _is_by_pytorch(item) else object() for item in code)
 
 
@@ -122,7 +122,7 @@ def _is_by_pytorch(item: Any) -> bool:
 
 
 def _home_of(function: Any) -> str:
-    """The module in which a function is written; a wrapper's `__module__` may name another."""
+    """The module that defines a function. A wrapper's `__module__` may name another one."""
     return str(getattr(function, "__globals__", {}).get("__name__"))
 
 
@@ -134,7 +134,7 @@ def _do_classes_override() -> bool:
     )
 
 
-#: How a Sequential iterates over its children. A subclass may do it otherwise.
+#: How a Sequential iterates over its children. A subclass may do it differently.
 (iterate,) = _by_pytorch((Sequential.__iter__,))
 
 _FUNCTIONS = _by_pytorch(_functions())
@@ -152,9 +152,9 @@ def are_functions_replaced() -> bool:
 
 @constant_in_a_graph
 def are_layers_replaced() -> bool:
-    """Whether calling Linear, ReLU and Sequential does anything else than PyTorch defines.
+    """Whether a call of Linear, ReLU or Sequential does anything that PyTorch does not define.
 
-    That includes the hooks for all modules at once.
+    This includes global hooks.
     """
     if (
         GLOBAL_FORWARD_HOOKS
@@ -170,13 +170,13 @@ def are_layers_replaced() -> bool:
 
 @constant_in_a_graph
 def is_output_activation_replaced(kind: type[Module]) -> bool:
-    """Whether calling a module of an output activation does anything else than PyTorch defines."""
+    """Whether a call of an output activation's module does more than PyTorch defines."""
     code, known = _output_activation(kind), _OUTPUT_ACTIVATIONS[kind]
     return code != known and _is_replaced(code, known)
 
 
 def _is_replaced(code: tuple[Any, ...], known: tuple[Any, ...]) -> bool:
-    # To record a graph of operations PyTorch wraps methods of Module, but records no modules.
+    # To record a graph of operations, PyTorch wraps methods of Module, but records no modules.
     wrapper = TRACER_OF_FX if dispatch_modes() else None
     return len(code) != len(known) or any(
         item is not original and _home_of(item) != wrapper

@@ -1,12 +1,12 @@
-"""The derivative of the outputs by the parameters: the Jacobian, and products with it.
+"""The derivative of the outputs with respect to the parameters: the Jacobian, and its products.
 
-With w for all weights and biases, and J = dy/dw, a small change of the parameters
-changes the outputs by J dw, and a loss of the outputs has the gradient J^T dl/dy.
-`jacobian` returns J. `linearize` returns J as an object that multiplies and is
-never formed: it holds the activations of one forward pass.
+Let w be all weights and biases, and J = dy/dw. A small change dw of the parameters changes the
+outputs by J dw, and a loss of the outputs has the gradient J^T dl/dy. `jacobian` returns J.
+`linearize` returns an object that multiplies by J without forming it: it holds the activations of
+one forward pass.
 
-The formulas are in reference.py, in plain PyTorch for every backend; forward
-passes and J^T u run on the backend in force.
+The formulas are in reference.py, in plain PyTorch for every backend. Forward passes and J^T u run
+on the backend in force.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from .ops import NO_TENSOR, backend, implementation_for, stand_ins
 
 
 class Parameters(NamedTuple):
-    """One tensor for each parameter of a network: changes, gradients or Jacobians.
+    """One tensor for each parameter of a network: tangents, gradients or Jacobians.
 
-    `biases` is None if the network has none, and an entry is None where a layer
-    has none.
+    The function that takes or returns it gives the shapes. The dtype is that of the network.
     """
 
-    weights: tuple[Tensor, ...]
+    weights: tuple[Tensor, ...]  #: an entry for each weight
+    #: an entry for each bias, None for a missing bias; None if the network has no biases
     biases: tuple[Tensor | None, ...] | None
 
 
@@ -49,29 +49,29 @@ def jacobian(
     *,
     output_activation: OutputActivation | None = None,
 ) -> Parameters:
-    """The derivative of every output by every parameter, by hand.
+    """The derivative of every output with respect to every parameter.
 
-    With y = `relu_mlp(x, weights, biases)`, an entry holds d y[n, o] / d p at
-    [n, o], for all parameters from one batched backward pass:
+    With y = `relu_mlp(x, weights, biases)`, the entry of a parameter p holds d y[n, o] / d p at
+    [n, o]. One batched backward pass computes all entries:
 
         d y[n, o] / d W_l[i, j] = delta_l[n, o, i] a_{l-1}[n, j]
+        d y[n, o] / d b_l[i]    = delta_l[n, o, i]
 
-    with the delta of `reference.jacobian`. It has rows * out_features times as
-    many numbers as the network has parameters; `linearize` multiplies with it
-    and needs none of them.
+    with delta as in `reference.jacobian`. The result has rows * out_features times as many numbers
+    as the network has parameters. `linearize` multiplies by the Jacobian without forming it.
 
     Args:
         x: (rows, in_features), of dtype float64, float32, bfloat16 or float16.
         weights, biases, output_activation: as in `relu_mlp`.
 
     Returns:
-        `Parameters(weights, biases)`: each entry (rows, out_features,
-        *parameter.shape), in the dtype of x. Nothing requires a gradient.
-        Autocast does not apply.
+        `Parameters(weights, biases)`: each entry is (rows, out_features, *parameter.shape), in the
+        dtype of x. No result requires a gradient. Autocast does not apply.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as in `relu_mlp`; RuntimeError if x
-            is no matrix, and under `torch.func` and forward-mode differentiation.
+        TypeError, ValueError: as in `relu_mlp`.
+        RuntimeError: as in `relu_mlp`; if x is not a matrix; or under `torch.func` and
+            forward-mode differentiation.
     """
     if isinstance(x, Tensor) and x.dim() != 2:
         raise RuntimeError(f"x must have shape (rows, in_features), got {tuple(x.shape)}")
@@ -85,18 +85,22 @@ def linearize(
     *,
     output_activation: OutputActivation | None = None,
 ) -> Linearization:
-    """A network near its parameters: y + J dw, with J = dy/dw never formed.
+    """A network near its parameters, y + J dw with J = dy/dw, without forming J.
 
-    One forward pass; each product with J or its transpose after that costs about
-    as much as a forward or a backward pass.
+    This runs one forward pass. After that, each product with J or its transpose costs about as
+    much as a forward or a backward pass.
 
     Args:
         x: (*, in_features), of dtype float64, float32, bfloat16 or float16.
         weights, biases, output_activation: as in `relu_mlp`.
 
+    Returns:
+        A `Linearization`, with y as its attribute and the products as its methods. Autocast does
+        not apply.
+
     Raises:
-        TypeError, ValueError, RuntimeError: as in `relu_mlp`; RuntimeError under
-            `torch.func` and forward-mode differentiation.
+        TypeError, ValueError: as in `relu_mlp`.
+        RuntimeError: as in `relu_mlp`, or under `torch.func` and forward-mode differentiation.
     """
     return _linearize("linearize", x, weights, biases, output_activation)
 
@@ -123,14 +127,14 @@ def _by_hand(function: str, *arguments: Any) -> Iterator[None]:
 
 
 class Linearization:
-    """What `linearize` returns: y, and products with the Jacobian J = dy/dw.
+    """The result of `linearize`: y, and products with the Jacobian J = dy/dw.
 
-    Nothing that it returns requires a gradient. It refers to x and the parameters
-    and raises a RuntimeError once one of them has been changed in place. A copy, or what
-    was pickled, has an x and parameters of its own.
+    No result requires a gradient. The object refers to x and the parameters. Its methods raise a
+    RuntimeError once one of these, or y, has been changed in place, and under `torch.func` and
+    forward-mode differentiation. A copy or an unpickled object has its own x and parameters.
 
     Attributes:
-        y: (*, out_features), the outputs.
+        y: (*, out_features), the outputs, in the dtype of x.
     """
 
     def __init__(
@@ -149,10 +153,10 @@ class Linearization:
         self._versions = [version_of(tensor) for tensor in self._counted()]
 
     def __getstate__(self) -> dict[str, Any]:
-        """For `copy` and `pickle`; RuntimeError as in every method.
+        """For `copy` and `pickle`. Raises a RuntimeError after an in-place change.
 
-        The tensors are cloned: copied together with the network, they would share memory with
-        the network's copy, but no count of its changes.
+        The tensors are cloned. Copied together with the network, they would share memory with the
+        network's copy, but not its version counters.
         """
         self._check_versions()
         return {
@@ -172,19 +176,21 @@ class Linearization:
         self._versions = [version_of(tensor) for tensor in self._counted()]
 
     def jvp(self, tangent: Parameters) -> Tensor:
-        """J v: how y changes as the parameters change by v, forward-mode differentiation.
+        """J v: the change of y when the parameters change by v (forward-mode differentiation).
+
+        `reference.jvp` has the formulas.
 
         Args:
-            tangent: v, `Parameters` or another pair (weights, biases) with an
-                entry of the shape and dtype of each parameter. None for a bias,
-                or for all, is 0.
+            tangent: v, as `Parameters` or another pair (weights, biases), with an entry of the
+                shape and dtype of each parameter. None for a bias, or for all biases, means 0.
 
         Returns:
-            (*, out_features), as y.
+            (*, out_features), with the shape and dtype of y.
 
         Raises:
-            TypeError, ValueError, RuntimeError: if that is not what came; RuntimeError
-                under `torch.func` and forward-mode differentiation.
+            TypeError: if `tangent` is not a pair of sequences of tensors.
+            ValueError: if it has the wrong number of entries, or an entry for a missing bias.
+            RuntimeError: if an entry has another shape, dtype or device than its parameter.
         """
         weight_tangents, bias_tangents = self._checked(tangent)
         self._check_versions()
@@ -195,14 +201,19 @@ class Linearization:
         return change.reshape(self.y.shape)
 
     def vjp(self, grad_output: Tensor) -> Parameters:
-        """J^T u: the gradient at the parameters of a loss with the gradient u at y.
+        """J^T u: the parameters' gradients of a loss whose gradient with respect to y is u.
+
+        This is the backward pass of `reference.backward`.
 
         Args:
-            grad_output: u, of the shape and dtype of y.
+            grad_output: u, with the shape, dtype and device of y.
+
+        Returns:
+            `Parameters(weights, biases)`: each entry has the shape and dtype of its parameter.
 
         Raises:
-            TypeError, RuntimeError: if it is not; RuntimeError under `torch.func` and
-                forward-mode differentiation.
+            TypeError: if u is not a tensor.
+            RuntimeError: if u has another shape, dtype or device than y.
         """
         self._check_grad_output(grad_output)
         needs = reference.needs_of(False, [True] * len(self._weights), self._has_bias())
@@ -218,22 +229,22 @@ class Linearization:
         return Parameters(*split_by_kind([*of_weights, *of_biases], self._biases))
 
     def row_norms(self, grad_output: Tensor) -> Tensor:
-        """The norm of each row's contribution to J^T u, over all parameters together.
+        """The norm of each row's gradient, over all parameters together.
 
-        The gradients of the single rows are the terms of J^T u. Row n adds the outer product
+        The rows' gradients are the terms of J^T u. Row n adds the outer product
         delta_l[n]^T a_{l-1}[n] to the gradient of W_l and delta_l[n] to that of b_l, so
 
             norm[n]^2 = sum over l of |delta_l[n]|^2 (|a_{l-1}[n]|^2 + 1)
 
-        without the 1 where there is no bias: none of the gradients is ever held. With
-        factors min(1, C / norm[n]), ``vjp(factors[:, None] * grad_output)`` is the sum of
-        the clipped gradients, as differentially private training needs it.
+        without the 1 where there is no bias. So no row's gradient is ever stored. With factors
+        min(1, C / norm[n]), ``vjp(factors[:, None] * grad_output)`` is the sum of the clipped
+        gradients, as differentially private training needs it.
 
         Args:
-            grad_output: u, of the shape and dtype of y.
+            grad_output: u, with the shape, dtype and device of y.
 
         Returns:
-            y.shape[:-1], one norm for each row, in the dtype of x, or float32 if that has
+            y.shape[:-1], one norm for each row, in the dtype of x, or in float32 if that dtype has
             16 bits.
 
         Raises:
@@ -251,16 +262,16 @@ class Linearization:
         return norms.reshape(self.y.shape[:-1])
 
     def row_gradients(self, grad_output: Tensor) -> Parameters:
-        """Each row's part of J^T u: what `vjp` sums, by the same formulas as `row_norms`.
+        """Each row's gradient, by the formulas of `row_norms`. `vjp` returns their sum.
 
-        As `torch.func.vmap` of `torch.func.grad` gives it, without their overhead.
+        The result is that of `torch.func.vmap` of `torch.func.grad`, without their overhead.
 
         Args:
-            grad_output: u, of the shape and dtype of y.
+            grad_output: u, with the shape, dtype and device of y.
 
         Returns:
-            `Parameters(weights, biases)`: each entry (rows, *parameter.shape), where the
-            leading dimensions of x count as rows.
+            `Parameters(weights, biases)`: each entry is (rows, *parameter.shape), in the dtype of
+            x. All leading dimensions of x together count as rows.
 
         Raises:
             TypeError, RuntimeError: as in `vjp`.
@@ -269,7 +280,7 @@ class Linearization:
             of_weights = [
                 delta[:, :, None] * a[:, None, :] for delta, a in zip(deltas, inputs, strict=True)
             ]
-            deltas[-1] = deltas[-1].clone()  # which may be grad_output
+            deltas[-1] = deltas[-1].clone()  # it may be grad_output itself
         return Parameters(*split_by_kind([*of_weights, *deltas[: len(self._biases)]], self._biases))
 
     @contextmanager
@@ -289,14 +300,28 @@ class Linearization:
             )
 
     def gauss_newton(self, tangent: Parameters) -> Parameters:
-        """J^T J v, with v as in `jvp`: the Gauss-Newton product of the loss ½ sum (y - t)².
+        """J^T J v: the Gauss-Newton product of the loss ½ sum (y - t)².
 
-        That is its Hessian without the second derivative of the network.
+        J^T J is the Hessian of that loss without the second derivative of the network.
+
+        Args:
+            tangent: v, as in `jvp`.
+
+        Returns:
+            `Parameters(weights, biases)`, as from `vjp`.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as in `jvp`.
         """
         return self.vjp(self.jvp(tangent))
 
     def jacobian(self) -> Parameters:
-        """J itself; see `jacobian`. Each entry is (rows, out_features, *parameter.shape)."""
+        """J itself, by the formulas of `relu_mlp.jacobian`.
+
+        Returns:
+            `Parameters(weights, biases)`: each entry is (rows, out_features, *parameter.shape), in
+            the dtype of x. All leading dimensions of x together count as rows.
+        """
         self._check_versions()
         with _by_hand("jacobian"):
             of_weights, of_biases = reference.jacobian(*self._pass(), self._activation)
@@ -319,7 +344,7 @@ class Linearization:
         return as_matrix(self._x), as_matrix(self.y), self._weights, self._hidden
 
     def _counted(self) -> Iterator[Tensor]:
-        """The tensors that must not change; inference tensors do not count their versions."""
+        """The tensors that must not change, without inference tensors, which have no versions."""
         for tensor in (self._x, self.y, *self._weights, *self._biases):
             if not tensor.is_inference():
                 yield tensor

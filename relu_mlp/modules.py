@@ -38,30 +38,32 @@ _function_modes = interception.function_modes
 class ReluMLP(Scriptable):
     """`nn.Sequential(Linear, ReLU, ..., Linear)` as one operator each way.
 
-    The children are those that the `nn.Sequential` would have, under the same
-    names and with the same initial values after a given seed. `state_dict`,
-    optimizers, hooks and slices work as they do there. If a child carries a
-    hook or has been replaced, parametrized or pruned, or if the operators
-    can't serve the input, the children are called one by one.
+    The children are those that the `nn.Sequential` would have, with the same names and, after a
+    given seed, the same initial values. `state_dict`, optimizers, hooks and slices work as they do
+    there. If a child carries a hook or has been replaced, parametrized or pruned, or if the
+    operators can't serve the input, the children are called one by one. `relu_mlp` has the formula.
 
     Args:
-        in_features: size of the last dimension of the input.
-        hidden_features: the width of the hidden layer, or a sequence of widths,
-            each at least 1. The empty sequence is the linear model.
-        out_features: size of the last dimension of the output.
+        in_features: the size of the last dimension of the input.
+        hidden_features: the width of the hidden layer, or a sequence of widths, each at least 1.
+            The empty sequence gives the linear model.
+        out_features: the size of the last dimension of the output.
         bias: whether the layers have biases.
         output_activation: None, ``"relu"``, ``"sigmoid"``, ``"tanh"`` or another name of
-            `activations.OutputActivation`, which adds the module of that name at the end.
-        recompute: keep no hidden activations for the backward pass but compute
-            them again in it. An attribute; it may be changed at any time.
-        device, dtype: of the parameters.
+            `activations.OutputActivation`. The module of that name becomes the last child.
+        recompute: whether to save no hidden activations, and compute them again in the backward
+            pass. It is an attribute, which may be changed at any time.
+        device, dtype: the device and dtype of the parameters.
 
     Shape:
-        (*, in_features) to (*, out_features).
+        (*, in_features) to (*, out_features), in the dtype of the parameters (under autocast, in
+        that of `F.linear`).
 
     Raises:
         TypeError: if a width is not an int.
-        ValueError: if a hidden width is below 1, or the activation is unknown.
+        ValueError: if a hidden width is below 1, or if the activation is unknown.
+        RuntimeError: if `in_features` or `out_features` is negative. A call raises it if the shape,
+            dtype or device of the input does not fit.
 
     Example::
 
@@ -103,18 +105,19 @@ class ReluMLP(Scriptable):
     def from_sequential(cls, sequential: nn.Sequential, recompute: bool = False) -> ReluMLP:
         """A `ReluMLP` that holds the same children under the same names.
 
-        It also gets the mode of `sequential`, its hooks (in dicts of their own), its own
-        parameters and buffers, and its attributes.
+        It also gets the training mode of `sequential`, its attributes, its hooks (in new dicts),
+        and any parameters and buffers of its own.
 
         Args:
-            sequential: Linear, ReLU, ..., Linear, and at most one output activation
-                at the end, such as ReLU, Sigmoid or Tanh.
+            sequential: Linear, ReLU, ..., Linear, and at most one output activation at the end,
+                such as ReLU, Sigmoid or Tanh.
+            recompute: as for the constructor.
 
         Raises:
             TypeError: if `sequential` is not an `nn.Sequential`.
-            ValueError: if its children are others, or carry hooks or parametrizations; or if
-                something would be lost: a `forward` of its own, what a subclass defines, or a
-                hook that belongs to this one module.
+            ValueError: if it has other children, or children with hooks or parametrizations; or if
+                something would be lost: a `forward` set on the object, a definition of a subclass,
+                or a hook that refers to this one module.
         """
         if not isinstance(sequential, nn.Sequential):
             raise TypeError(f"sequential must be an nn.Sequential, got {type(sequential).__name__}")
@@ -132,10 +135,10 @@ class ReluMLP(Scriptable):
         result = cls.__new__(cls)
         nn.Sequential.__init__(result)
         for name, value in sequential.__dict__.items():
-            # Of what nn.Module manages, a copy: to edit one is not to edit the other.
+            # Dicts and sets that nn.Module manages are copied, so that both can be edited apart.
             is_managed = name in result.__dict__ and isinstance(value, (dict, set))
             result.__dict__[name] = value.copy() if is_managed else value
-        result.__dict__.pop("_is_fused", None)  # which `fuse` has said of the other one
+        result.__dict__.pop("_is_fused", None)  # `fuse` has set it on the other one
         result.recompute = bool(recompute)
         return result
 
@@ -163,15 +166,15 @@ class ReluMLP(Scriptable):
     def _traced_forward(self, input: Tensor) -> Tensor | None:
         """The output in a graph of `torch.compile`; None where `forward` has to look closer.
 
-        A compiled function compares everything that was read here in every call, and
-        comparing all that `forward` reads takes as long as a small network. So this reads the
-        children as their own forward methods would, and asks the rest once per graph.
+        In every call, a compiled function compares everything that was read here, and comparing
+        all that `forward` reads takes as long as a small network. So this method reads the children
+        as their own forward methods would, and checks the rest once per graph.
         """
         activation = self._activation_in_a_graph(this_thread.backend)
         weights: list[Tensor] = []
         biases: list[Tensor] = []
         for child in self:
-            if child.forward is None:  # never; but the read guards against another `forward`
+            if child.forward is None:  # never true, but the read is guarded
                 return None
             if type(child) is Linear:
                 weights.append(child.weight)
@@ -180,7 +183,7 @@ class ReluMLP(Scriptable):
             elif DEFAULTS and not has_defaults(child):
                 return None
         if (
-            activation is None  # asked last, because the reads above guard `forward` too
+            activation is None  # checked last, so that the reads above are guarded
             or (_function_modes() and interception.is_under_a_mode())
             or type(input) is not torch.Tensor
             or input.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -194,7 +197,7 @@ class ReluMLP(Scriptable):
 
     @constant_in_a_graph
     def _activation_in_a_graph(self, name: str) -> str | None:
-        """The output activation, if the operator serves all children under that backend."""
+        """The output activation, if the operator serves all children under the backend `name`."""
         network = None if are_layers_replaced() else network_of(self)
         if network is None or torch.onnx.is_in_onnx_export():
             return None
@@ -228,7 +231,7 @@ def _lost_by_another_class(sequential: nn.Sequential) -> str | None:
         if name in sequential.__dict__:
             return f"a {name} of its own"
     if sequential.__dict__.get(LOAD_STATE_DICT_PRE_HOOKS):
-        return "a hook for load_state_dict, which knows its module"
+        return "a hook for load_state_dict, which refers to its module"
     for kind in itertools.takewhile(
         lambda kind: kind is not nn.Sequential, type(sequential).__mro__
     ):

@@ -1,15 +1,15 @@
 """A `ReluMLP` over several processes: tensor parallelism through DTensor.
 
-Layers are sharded in pairs. The first of a pair is cut by columns of W^T: a process
-holds some of its outputs, with their biases. The second is cut by rows: the process
-holds the inputs that these outputs are. So between the two nothing is exchanged, and
-with S the sum over the processes p, a pair computes
+Layers are sharded in pairs. The first layer of a pair is cut by columns of W^T: each process holds
+some of its outputs, with their biases. The second layer is cut by rows: the process holds the
+weights of the matching inputs. So the two layers exchange nothing, and with S_p the sum over the
+processes p, a pair computes
 
     x -> S_p [ max(x W_1p^T + b_1p, 0) W_2p^T ] + b_2
-    d loss / d x = S_p [ d loss / d x, as far as it comes through the shard p ]
+    d loss / d x = S_p [ the part of d loss / d x that comes through shard p ]
 
-One all-reduce in the forward pass, one in the backward pass; what is in brackets is a
-call of `relu_mlp` for the local shards.
+This takes one all-reduce in the forward pass and one in the backward pass. Each bracket is a call
+of `relu_mlp` for the local shards, or its backward pass.
 """
 
 from __future__ import annotations
@@ -47,22 +47,23 @@ class ReluMLPParallel(ParallelStyle):
     Layers 1, 3, ... are sharded over their outputs (weight and bias `Shard(0)`),
     layers 2, 4, ... over their inputs (weight `Shard(1)`, bias `Replicate()`). If
     the number of layers is odd, the last one is replicated, and every process
-    computes all of it. A width that the number of processes does not divide is cut
+    computes all of it. If the number of processes does not divide a width, it is cut
     as `torch.chunk` cuts it, and a shard may be empty.
 
-    The parameters become DTensors, under their old names, and the module a
-    `TensorParallelReluMLP`, which takes and returns what it did before: the whole
-    input and the whole output, the same ones in every process of the mesh.
+    The parameters become DTensors under their old names, with their old dtypes. The module becomes
+    a `TensorParallelReluMLP`. As before, it takes the whole input and returns the whole output,
+    which are the same in every process of the mesh.
 
-    Raises (by `parallelize_module`, before anything is changed):
-        TypeError: if the module is not a `ReluMLP`, but a subclass, say.
-        ValueError: if the mesh is not 1-dimensional, a child has been touched (a hook, a
-            parametrization, parameters that are sharded already), or two layers share
-            a parameter.
+    `parallelize_module` raises, before anything is changed:
+
+    Raises:
+        TypeError: if the class of the module is not `ReluMLP` itself, but a subclass for example.
+        ValueError: if the mesh is not 1-dimensional, if a child was changed (by a hook, a
+            parametrization or sharded parameters), or if two layers share a parameter.
     """
 
     def apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        """What `parallelize_module` does; returns the module."""
+        """Shards the module in place and returns it, as `parallelize_module` does."""
         linears = _checked_linears(module, device_mesh)
         for linear, placements in zip(linears, _layouts(len(linears)), strict=True):
             for name, placement in zip(("weight", "bias"), placements, strict=True):
@@ -85,16 +86,17 @@ class TensorParallelReluMLP(ReluMLP):
     """A `ReluMLP` whose parameters `ReluMLPParallel` has sharded.
 
     Shape:
-        (*, in_features) to (*, out_features). The input is a tensor that is the
-        same in every process, and so is the output; or a DTensor of any placement on
-        the mesh of the parameters, and the output is a replicated one.
+        (*, in_features) to (*, out_features). The input and the output are tensors that are the
+        same in every process. For an input that is a DTensor of any placement on the mesh of the
+        parameters, the output is a replicated DTensor.
 
-    Where a child carries a hook or has been replaced, and where the parameters have
-    other placements, the children are called one by one, with DTensors.
+    If a child carries a hook or has been replaced, or if the parameters have other placements, the
+    children are called one by one, with DTensors.
 
     Raises:
         ValueError: if the input is a DTensor on another mesh.
-        RuntimeError: if shapes do not chain, or dtypes or devices differ.
+        RuntimeError: if shapes do not chain, if dtypes or devices differ, or under `torch.func` and
+            forward-mode differentiation.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -146,14 +148,14 @@ def _forward_by_shards(x: Tensor, run: Run, recompute: bool, mesh: DeviceMesh) -
             )
             x = _SumOfShards.apply(term, mesh)
             if bias is not None:
-                x = x + bias.to(x.dtype)  # which is another one under autocast
+                x = x + bias.to(x.dtype)  # under autocast, x has another dtype
         x = ACTIVATIONS["relu" if layer + 1 < last else run.activation](x)
     return x
 
 
-# Each is the derivative of the other, so that derivatives of every order are right. (The
-# derivative of PyTorch's own differentiable all-reduce is an all-reduce: that of the
-# sum of the processes' losses. Here all processes have the same loss.)
+# Each of these two is the derivative of the other, so derivatives of every order are right. (The
+# derivative of PyTorch's own differentiable all-reduce is an all-reduce, because it assumes that
+# the losses of all processes are summed. Here all processes have the same loss.)
 
 
 class _ToShards(torch.autograd.Function):
@@ -170,7 +172,7 @@ class _ToShards(torch.autograd.Function):
 
 
 class _SumOfShards(torch.autograd.Function):
-    """One term in each process -> their sum in all; the gradient is that of every term."""
+    """A term in each process -> the sum in every process; each term gets the sum's gradient."""
 
     @staticmethod
     def forward(ctx: Any, term: Tensor, mesh: DeviceMesh) -> Tensor:
@@ -185,10 +187,10 @@ class _SumOfShards(torch.autograd.Function):
 
 
 class _OnceDifferentiable(torch.autograd.Function):
-    """x -> x, whose gradient can't be differentiated.
+    """The identity, whose gradient can't be differentiated.
 
-    `DTensor.from_local` sums it without a graph, so a second derivative would lack
-    terms in silence.
+    `DTensor.from_local` sums the gradient without a graph, so a second derivative would silently
+    lack terms.
     """
 
     @staticmethod
@@ -200,7 +202,8 @@ class _OnceDifferentiable(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "the gradient of the input of a TensorParallelReluMLP can't be differentiated "
-                "where its children run one by one: remove the hook or whatever else is there"
+                "where its children run one by one. Remove the hook, or restore the child or the "
+                "placement that was changed"
             )
         return grad
 
@@ -232,7 +235,7 @@ def _local(parameter: Tensor) -> Tensor:
 
 
 def _checked_linears(module: nn.Module, mesh: DeviceMesh) -> list[nn.Module]:
-    """The layers of a module that can be sharded; TypeError or ValueError if it can't be."""
+    """The Linears of a module, if it can be sharded; otherwise raises TypeError or ValueError."""
     if type(module) is not ReluMLP:
         raise TypeError(f"module must be a ReluMLP, got {type(module).__name__}")
     if mesh.ndim != 1:
@@ -253,6 +256,6 @@ def _checked_linears(module: nn.Module, mesh: DeviceMesh) -> list[nn.Module]:
     if len(parameters) < len(run.weights) + sum(bias is not NO_TENSOR for bias in run.biases):
         raise ValueError(
             "module must have a parameter of its own for every weight and bias, got one that "
-            "two of its layers share, which the shards could not"
+            "two of its layers share, and shards can't be shared"
         )
     return [child for child in children if isinstance(child, nn.Linear)]

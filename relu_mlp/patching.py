@@ -1,3 +1,3 @@
-"""The former home of `FusedSequential`: pickles of whole models look for it here."""
+"""The former module of `FusedSequential`. Pickles of whole models look for it here."""
 
 from .fusion.sequential import FusedSequential as FusedSequential

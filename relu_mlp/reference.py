@@ -1,4 +1,4 @@
-"""The mathematics in plain PyTorch: the text to read first, and the fallback.
+"""The mathematics in plain PyTorch. Read this file first. It is also the fallback.
 
 A network of L layers maps x = a_0 to y:
 
@@ -18,9 +18,9 @@ phi' is written in terms of y, so no z is kept. The mask of the ReLU selects
 and does not multiply: an infinite gradient at a unit that is off gives 0.
 
 The functions `relu_mlp`, `forward`, `backward`, `recompute_backward` and
-`loss_and_grads` have the signatures of the operators of those names and stand in
-for them. `jvp` and `jacobian` are the same derivative taken forwards, and for
-all outputs at once; the second derivative is in second_order.py. All are made of
+`loss_and_grads` have the signatures of the operators of those names and can replace
+them. `jvp` is the same derivative in forward mode, and `jacobian` is the derivative of
+all outputs at once. The second derivative is in second_order.py. All functions consist of
 differentiable operations. In the code, layers are counted from 0.
 """
 
@@ -110,7 +110,7 @@ def relu_mlp(
     biases: Sequence[Tensor],
     output_activation: str = "none",
 ) -> Tensor:
-    """The forward pass where there will be no backward pass."""
+    """The forward pass when there will be no backward pass. Arguments are as in `forward`."""
     return forward(x, weights, biases, output_activation, False)[0]
 
 
@@ -240,7 +240,15 @@ def recompute_backward(
     output_activation: str,
     needs: str,
 ) -> list[Tensor]:
-    """The backward pass where nothing was kept but x and the parameters."""
+    """The backward pass when only x and the parameters were saved.
+
+    Args:
+        grad_output, needs: as in `backward`.
+        x, weights, biases, output_activation: as in `forward`.
+
+    Returns:
+        As `backward`.
+    """
     checks.check_layers(x, weights, biases)
     checks.check_needs("recompute_backward", needs, len(weights))
     checks.check_grad_output("recompute_backward", grad_output)
@@ -258,11 +266,11 @@ def loss_and_grads(
     loss: str,
     output_activation: str,
 ) -> tuple[Tensor, list[Tensor]]:
-    """The loss, and its gradients for all weights, then for all biases.
+    """The loss, and its gradients with respect to all weights, then to all biases.
 
-    ``"sse"`` is the sum of (y - target)^2, ``"half_sse"`` half of it, ``"mse"``
-    its mean over all elements. `target` has the shape of y; the rest is as in
-    `forward`. A missing bias has a gradient without elements.
+    ``"sse"`` is the sum of (y - target)^2, ``"half_sse"`` half of that sum, and ``"mse"`` the mean
+    over all elements. `target` has the shape of y. The other arguments are as in `forward`. The
+    gradient of a missing bias has no elements.
     """
     y, hidden = forward(x, weights, biases, output_activation, True)
     checks.check_like_output("target", target, x, y.shape)
@@ -289,7 +297,7 @@ def jvp(
     weight_tangents: Sequence[Tensor | None],
     bias_tangents: Sequence[Tensor | None],
 ) -> tuple[Tensor, list[Tensor]]:
-    """The forward-mode derivative: how y changes as x and the parameters change.
+    """The forward-mode derivative: the change of y when x and the parameters change.
 
     With a prime for a change,
 
@@ -354,10 +362,10 @@ def jacobian(
     hidden: Sequence[Tensor],
     output_activation: str,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The derivative of every output of every row by every parameter.
+    """The derivative of every output of every row with respect to every parameter.
 
-    The backward pass with a delta for each output: delta_l[n, o] is the gradient
-    of y[n, o] at row n of z_l. Rows do not mix, so nothing is summed over them:
+    This is the backward pass with a delta for each output: delta_l[n, o] is the gradient
+    of y[n, o] with respect to row n of z_l. Rows do not mix, so nothing is summed over them:
 
         delta_L[n, o, i]             = phi'(z_L)[n, o] where i = o, else 0
         d y[n, o] / d W_l[i, j]      = delta_l[n, o, i] a_{l-1}[n, j]

@@ -37,7 +37,7 @@ class Run(NamedTuple):
 
 
 def is_patched(state: dict[str, Any]) -> Any:
-    """Whether calling a module does anything but what its class defines, as a truth value.
+    """Whether a call of a module may do more than its class defines, as a truth value.
 
     `state` is the module's `__dict__`. Python looks up attributes there before it asks the
     class or the parameters.
@@ -59,7 +59,7 @@ def is_patched(state: dict[str, Any]) -> Any:
 
 
 def has_defaults(child: nn.Module) -> bool:
-    """Whether a module computes what its class computes by default: no nn.Softplus(beta=2)."""
+    """Whether a module has its class's default settings: nn.Softplus(beta=2) has not."""
     defaults = DEFAULTS.get(type(child), {})
     return all(getattr(child, name) == value for name, value in defaults.items())
 
@@ -78,7 +78,7 @@ def _activation_of(child: nn.Module) -> OutputActivation | None:
 def find_run(
     children: Iterable[nn.Module], is_known: Callable[[object], bool] = is_plain
 ) -> Run | None:
-    """The longest run of untouched children from the first on, or None.
+    """The longest run of unchanged children that starts with the first child, or None.
 
     `is_known` says which parameters the caller can serve.
     """
@@ -101,7 +101,7 @@ def find_run(
             parameters = child.__dict__.get(PARAMETERS, {})
             if "weight" not in parameters or "bias" not in parameters:
                 break  # pruned
-            # Not by `get`: a dict of its own may fetch a parameter from elsewhere.
+            # Not with `get`: a custom dict may fetch a parameter from elsewhere on access.
             weight, bias = parameters["weight"], parameters["bias"]
             if not is_known(weight) or not (bias is None or is_known(bias)):
                 break  # quantized or distributed, which the operators can't serve
@@ -124,9 +124,9 @@ def network_of(
 ) -> tuple[list[Tensor], list[Tensor], str] | None:
     """(weights, biases, activation) of the run of all children of a module, or None.
 
-    It finds what `find_run` finds, but calls no function for each child: every call of a
-    `ReluMLP` asks for it. A `ReluMLP` caches nothing, because its children can be changed in
-    many ways that it would not notice, and a cache would keep them alive.
+    It finds the same run as `find_run`, but calls no function for each child, because every call
+    of a `ReluMLP` needs it. A `ReluMLP` caches nothing, because its children can be changed in many
+    ways that it would not notice, and a cache would keep old ones alive.
     """
     weights: list[Tensor] = []
     biases: list[Tensor] = []

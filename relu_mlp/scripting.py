@@ -1,7 +1,7 @@
-"""All there is for TorchScript, which can't compile the modules' `forward`.
+"""Support for TorchScript, which can't compile the modules' `forward`.
 
-PyTorch deprecates TorchScript. Nothing of it belongs into other files, but for the branch in
-a `forward` that leads here. The ``__jit_..__`` attributes are private names of PyTorch.
+PyTorch has deprecated TorchScript. Other files contain only the branch in a `forward` that leads
+here. The ``__jit_..__`` attributes are private names of PyTorch.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Scriptable(nn.Sequential):
 
     @property
     def _script_steps(self) -> tuple[str, ...]:
-        """A step for each child: "call" it, "gather" its parameters, or the output activation
-        of the run that ends with it."""
+        """A step for each child: "call" it, "gather" its parameters, or run the operator with the
+        output activation that the step names, because a run ends with this child."""
         steps = ["call"] * len(children_of(self))
         for position, run in self._find_runs():
             first = run.weights[0]
@@ -42,14 +42,14 @@ class Scriptable(nn.Sequential):
         return tuple(steps)
 
     def _find_runs(self) -> list[tuple[int, Run]]:
-        """The runs that are served as one operator, with the position of each one's first child."""
+        """The runs that become one operator, each with the position of its first child."""
         raise NotImplementedError
 
     def _scripted_forward(self, input: Tensor) -> Tensor:
-        """TorchScript unrolls the loop; what is decided by constants is not in the graph."""
+        """TorchScript unrolls the loop. Branches on constants are not in the graph."""
         weights: list[Tensor] = []
         biases: list[Tensor] = []
-        for step, child in zip(self._script_steps, self):  # noqa: B905, it knows no `strict`
+        for step, child in zip(self._script_steps, self):  # noqa: B905, TorchScript has no `strict`
             if step == "call":
                 input = child(input)
             else:

@@ -5,13 +5,13 @@
     delta_L = g * phi'(z_L)            dW_l = delta_l^T a_{l-1}         db_l = sum of delta_l
     delta_{l-1} = delta_l W_l where a_{l-1} > 0 or is NaN, else 0      dx = delta_1 W_1
 
-The mask is locally constant, so this is a chain of products like the forward pass,
-and has two derivatives: the vector-Jacobian product `backward_vjp`, for reverse over
-reverse, and the Jacobian-vector product `backward_jvp`, for forward over reverse.
+The mask is locally constant, so this is a chain of products like the forward pass. It has two
+derivatives: the vector-Jacobian product `backward_vjp`, for reverse over reverse, and the
+Jacobian-vector product `backward_jvp`, for forward over reverse.
 
-Let the gradients that reach dx, dW_l, db_l be x', W_l', b_l'. The gradient that they send
-to delta_l is z_l' of the forward-mode derivative (`reference.jvp`) with x', W_l', b_l' as
-tangents: the transpose of the backward pass runs forwards. With a_l' from there,
+Let x', W_l', b_l' be the gradients that reach dx, dW_l, db_l. The gradient that they send to
+delta_l is z_l' of the forward-mode derivative (`reference.jvp`) with x', W_l', b_l' as tangents,
+because the transpose of the backward pass runs forwards. With its a_l', the gradients are
 
     for g      phi'(z_L) * z_L'                     (which is y')
     for W_l    delta_l^T a_{l-1}'
@@ -21,7 +21,7 @@ tangents: the transpose of the backward pass runs forwards. With a_l' from there
 ReLU masks send explicit zeros (not None) to the a_l or y that they are computed from, as
 PyTorch does, so the same inputs are reachable in a second derivative.
 
-Everything is made of differentiable operations, so third derivatives exist.
+Everything consists of differentiable operations, so third derivatives exist.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ from .reference import (
 
 
 def symbolic_zeros_like(tensor: Tensor) -> Tensor:
-    """Zeros of the shape of a tensor, which `is_symbolic_zero` recognizes.
+    """Zeros with the shape of a tensor, which `is_symbolic_zero` recognizes.
 
-    They have memory of their own, because autograd may add to them in place.
+    They have their own memory, because autograd may add to them in place.
     """
     zeros = torch.zeros_like(tensor)
     zeros.is_symbolic_zero = True  # type: ignore[attr-defined]
@@ -55,7 +55,7 @@ def symbolic_zeros_like(tensor: Tensor) -> Tensor:
 
 
 def is_symbolic_zero(tensor: Tensor) -> bool:
-    """Whether a tensor came from `symbolic_zeros_like` and is unchanged, if that can be told.
+    """Whether a tensor is known to come from `symbolic_zeros_like` and to be unchanged.
 
     If autograd adds to it in place, or a hook changes it, its version increases.
     """
@@ -197,7 +197,7 @@ def propagate_deltas(
 def _by_need(
     items: Iterable[Tensor | None], needs: str
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    """The items of x, of every weight, of every bias; None where no gradient was wanted."""
+    """The items for x, every weight and every bias; None where no gradient was wanted."""
     remaining = iter(items)
     x, *rest = [next(remaining) if need == "1" else None for need in needs]
     return x, rest[: len(rest) // 2], rest[len(rest) // 2 :]

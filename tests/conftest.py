@@ -10,7 +10,7 @@ import relu_mlp
 import support
 from support.covering import covering
 
-#: Where tests make their tensors; tools/on_gpu.sh sets it.
+#: The device on which tests make their tensors. tools/on_gpu.sh sets it.
 if "RELU_MLP_TEST_DEVICE" in os.environ:
     torch.set_default_device(os.environ["RELU_MLP_TEST_DEVICE"])
 
@@ -20,15 +20,15 @@ def pytest_addoption(parser):
         "--strength",
         type=int,
         metavar="N",
-        help="of every test, the fewest cases in which all combinations of the values of N "
-        "parameters occur: 1 is the fast set, 99 all combinations. Unless told, 3 for tests "
-        "marked with `covering`, and all for the others",
+        help="run each test in few cases that still contain all combinations of the values of any "
+        "N parameters: 1 is the fast set, 99 means all cases (default: 3 for tests marked with "
+        "`covering`, all cases for the others)",
     )
 
 
-@pytest.hookimpl(trylast=True)  # of what -k and -m have chosen
+@pytest.hookimpl(trylast=True)  # after the selection by -k and -m
 def pytest_collection_modifyitems(config, items):
-    """Leaves a covering array of the cases of each test; see support/covering.py."""
+    """Reduces the cases of each test to a covering array; see support/covering.py."""
     chosen = config.getoption("--strength")
     kept, left_out = [], []
     for _, cases in itertools.groupby(items, lambda item: item.nodeid.partition("[")[0]):
@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def levels_of(case):
-    """The values of a test's parameters, as they are told apart."""
+    """The values of a test's parameters, in a form that can be compared."""
     parameters = sorted(case.callspec.params.items())
     return [(type(v), v if is_hashable(v) else repr(v)) for _, v in parameters]
 
@@ -66,7 +66,7 @@ def seeded():
 
 @pytest.fixture(params=support.BACKENDS)
 def backend(request):
-    """Every backend present in turn; the test runs under it."""
+    """Every available backend in turn. The test runs under it."""
     with relu_mlp.backend(request.param):
         yield request.param
 
@@ -75,7 +75,7 @@ def backend(request):
 def made_once(tmp_path_factory):
     """made_once(name, make): the path of a folder that make(path) has filled.
 
-    The processes of one test run share it. Who comes while another fills it waits.
+    The processes of one test run share it. A process waits while another one fills it.
     """
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
@@ -85,7 +85,7 @@ def made_once(tmp_path_factory):
         with (base / f"{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not done.exists():
-                shutil.rmtree(folder, ignore_errors=True)  # of a process that failed
+                shutil.rmtree(folder, ignore_errors=True)  # left by a process that failed
                 folder.mkdir()
                 make(folder)
                 done.touch()
@@ -96,7 +96,7 @@ def made_once(tmp_path_factory):
 
 @pytest.fixture
 def fresh_compiler():
-    """Neither graphs nor guards of an earlier test, and none left for a later one."""
+    """Removes the graphs and guards of earlier tests before the test, and its own after it."""
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()

@@ -1,6 +1,6 @@
 """Record the bits of many random networks' results, and compare another build's with them.
 
-A change that must not change any result is checked with it:
+It checks a change that must not change any result:
 
     PYTHONPATH=. python tools/bits.py record bits.json     # before the change
     PYTHONPATH=. python tools/bits.py compare bits.json    # after it, and a new build

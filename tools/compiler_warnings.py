@@ -2,8 +2,8 @@
 
 Nothing is linked or run, and no object file is written (-fsyntax-only). The flags are those of
 setup.py. csrc/cuda and tests/cuda_on_host are compiled for the host, as
-tests/kernels/test_cuda_on_host.py compiles them. MAX_JOBS compilers run at once, 2 if it is not
-set. A compiler that is not installed is left out; if neither is, the command fails.
+tests/kernels/test_cuda_on_host.py compiles them. MAX_JOBS compilers (default: 2) run at once. A
+compiler that is not installed is left out. If neither is installed, the command fails.
 
     python tools/compiler_warnings.py                # every file by every compiler found
     python tools/compiler_warnings.py csrc/cpu/plan.cpp   # some files
@@ -60,7 +60,7 @@ def flags_of(name: str) -> list[str]:
         flags += [f"-I{ROOT}/tests/sanitize/include"]
     if name.startswith(("csrc/cuda/", "tests/cuda_on_host/")):
         flags += ["-DRELU_MLP_CUDA_ON_HOST", f"-I{ROOT}", f"-I{ROOT}/tests/cuda_on_host"]
-    # PyTorch's headers are not ours to warn about.
+    # Warnings in PyTorch's headers are suppressed.
     return [*flags, *(f"-isystem{path}" for path in cpp_extension.include_paths())]
 
 

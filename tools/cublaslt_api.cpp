@@ -1,5 +1,5 @@
-// Holds csrc/cuda/layered/cublaslt_api.h against NVIDIA's header.
-// tools/cuda_check.py compiles this where it finds cublasLt.h; nothing is
+// Compares csrc/cuda/layered/cublaslt_api.h with NVIDIA's header.
+// tools/cuda_check.py compiles this file if it finds cublasLt.h. Nothing is
 // linked.
 #include <cublasLt.h>
 
@@ -46,8 +46,8 @@ SAME(offsetof(Ours, algorithm), offsetof(Theirs, algo));
 SAME(offsetof(Ours, workspace), offsetof(Theirs, workspaceSize));
 SAME(offsetof(Ours, state), offsetof(Theirs, state));
 
-// Every pointer, and every enumeration of four bytes, is passed alike:
-// arguments agree in number and in size.
+// All pointers are passed alike, and so are all enumerations of four bytes. So
+// it is enough that arguments agree in number and in size.
 template <typename F, typename G>
 struct Alike : std::false_type {};
 template <typename R, typename... As, typename S, typename... Bs>

@@ -1,9 +1,9 @@
-"""Compiles all of csrc for CUDA with plain nvcc, and looks at the result: `make cuda-check`.
+"""Compiles all of csrc for CUDA with plain nvcc, and checks the result: `make cuda-check`.
 
-It needs neither a GPU nor a PyTorch with CUDA. Every .cu file is compiled for sm_80, sm_90 and
-PTX, the whole library is linked and loaded in a fresh process, its operators for CUDA are
-listed, and what ptxas says of every kernel is written to build/cuda_check/resources.txt. A kernel
-that spills registers is an error. Nothing is run on a device.
+It needs neither a GPU nor a PyTorch with CUDA. It compiles every .cu file for sm_80, sm_90 and PTX,
+links the whole library, loads it in a new process, lists its operators for CUDA, and writes ptxas's
+report on every kernel to build/cuda_check/resources.txt. A kernel that spills registers is an
+error. Nothing is run on a device.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ CUDA_FLAGS = [
     "-D__CUDA_NO_HALF2_OPERATORS__",
     *(f"-gencode=arch=compute_{name.split('_')[1]},code={name}" for name in ARCHITECTURES),
 ]
-# That of the CPU is here to be linked, and has tests of its own.
+# The CPU's code is compiled only to be linked, and has its own tests.
 CPP_FLAGS = ["-O1"]
 
-#: Run in a fresh process, with the library's path.
+#: Runs in a new process, with the library's path as its argument.
 LOAD = """
 import sys, torch
 torch.ops.load_library(sys.argv[1])
@@ -61,7 +61,7 @@ OPERATORS |= {f"_{name}_in_cpp" for name in OPERATORS}
 
 
 def run(*command: str | Path) -> str:
-    """What the command says; ends the program, saying it, if the command fails."""
+    """The command's output. If the command fails, exits with that output."""
     result = subprocess.run(
         list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -71,7 +71,7 @@ def run(*command: str | Path) -> str:
 
 
 def compiled(nvcc: str, source: Path) -> tuple[Path, str]:
-    """The object of a source, and what nvcc said."""
+    """The object file of a source file, and nvcc's output."""
     target = OUT / (str(source.relative_to(ROOT)).replace("/", "-") + ".o")
     flags = CUDA_FLAGS if source.suffix == ".cu" else CPP_FLAGS
     return target, run(nvcc, *FLAGS, *flags, "-c", source, "-o", target)
@@ -101,7 +101,7 @@ def resources(said: str) -> list[tuple[str, str, int, int, int, int]]:
 
 
 def demangled(names: list[str]) -> list[str]:
-    """Names as in C++, without namespaces, where a tool for that is found."""
+    """Names as in C++, without namespaces, or unchanged if no demangler is installed."""
     tool = shutil.which("cu++filt") or shutil.which("c++filt")
     if tool is None:
         return names
@@ -111,7 +111,7 @@ def demangled(names: list[str]) -> list[str]:
 
 
 def report(kernels: list[tuple[str, str, int, int, int, int]]) -> bool:
-    """Prints and writes the table; says whether a kernel spills."""
+    """Prints and writes the table, and returns whether a kernel spills."""
     names = demangled([kernel[0] for kernel in kernels])
     lines = ["registers  stack  spills  shared  for    kernel"]
     spilling = 0
@@ -128,7 +128,7 @@ def report(kernels: list[tuple[str, str, int, int, int, int]]) -> bool:
 
 
 def check_cublaslt() -> None:
-    """Holds our declarations against NVIDIA's header, where it is found."""
+    """Compares our declarations with NVIDIA's header, if it is found."""
     cuda = Path(shutil.which("nvcc") or "").resolve().parent.parent / "include"
     folders = [cuda, *Path(sysconfig.get_path("purelib")).glob("nvidia/*/include")]
     folders += map(Path, filter(None, os.environ.get("CPATH", "").split(os.pathsep)))
@@ -148,7 +148,7 @@ def main() -> None:
     print(run(nvcc, "--version").strip().splitlines()[-2], "| PyTorch", torch.__version__)
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir(parents=True)
-    # those that take longest first
+    # The slowest files come first.
     sources = sorted((ROOT / "csrc").rglob("*.c*"), key=lambda path: (path.suffix != ".cu", path))
     sources = [path for path in sources if path.suffix in (".cu", ".cpp")]
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:
@@ -156,7 +156,7 @@ def main() -> None:
     spills = report(resources("".join(said for _, said in done)))
     check_cublaslt()
 
-    # libtorch.so brings libtorch_cuda.so where there is one; the CUDA runtime is linked in.
+    # libtorch.so loads libtorch_cuda.so where that exists. The CUDA runtime is linked in.
     lib = Path(torch.__file__).parent / "lib"
     run(nvcc, "-shared", *(target for target, _ in done), "-o", LIBRARY, f"-L{lib}",
         "-Xlinker=--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10")  # fmt: skip

@@ -1,11 +1,11 @@
-"""One training step by each of CUDA's methods and dtype against float64: the first stage on a GPU.
+"""Compares a training step by each CUDA method and dtype with float64: the first stage on a GPU.
 
     python tools/gpu_smoke.py [--device cuda] [--small]
 
-Prints a line for each case: the error of y and of the gradients (the largest of their root
-mean squares), for the operators and for PyTorch's own layers on the same device. A case
-fails if the operators' error is more than 1.5 times the other and a few roundings, or if
-another run gives other bits. `--small` is what compute-sanitizer can watch in a minute.
+Prints a line for each case: the error of y and of the gradients (the largest of their root mean
+squares), for the operators and for PyTorch's own layers on the same device. A case fails if the
+operators' error is more than 1.5 times PyTorch's plus a few roundings, or if a second run gives
+other bits. With `--small`, the cases are small enough for compute-sanitizer to finish in a minute.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import nn
 
 from relu_mlp import ReluMLP, backend
 
-#: Rows and widths, by what serves them on CUDA.
+#: Rows and widths, by the code that serves them on CUDA.
 CASES = {
     "fused, one row": (1, [64, 64, 64, 64]),
     "fused, ragged": (77, [5, 128, 33, 1]),
@@ -43,9 +43,10 @@ def step(net: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> list[torch.Tens
 
 
 def errors(found: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
-    """The largest error of a tensor, as a root mean square relative to that of its values.
+    """The largest error of a tensor: its root mean square relative to that of the values.
 
-    Where rounding turns a unit on or off, single gradients are far off, natively as well.
+    Single elements would be too strict: where rounding switches a unit, they are far off, also
+    natively.
     """
     return max(
         float((f.double() - e).norm() / e.norm().clamp(min=1e-30))
@@ -78,7 +79,7 @@ def check(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--device", default="cuda", help="cpu tries this program")
+    parser.add_argument("--device", default="cuda", help="cpu rehearses this program")
     parser.add_argument("--small", action="store_true")
     arguments = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -88,7 +89,7 @@ def main() -> int:
             for recompute in (False, True):
                 try:
                     good = check(name, rows, widths, dtype, recompute, arguments.device)
-                except Exception as error:  # the next case may teach something else
+                except Exception as error:  # the next case may still be informative
                     print(f"{name:20} {dtype!s:15} {type(error).__name__}: {error}", flush=True)
                     good = False
                 failed += not good

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 class Mutation(NamedTuple):
     name: str
-    file: str  #: where `old` stands once; elsewhere if it has moved
+    file: str  #: the file that contains `old` once; another file is found if the text has moved
     old: str
     new: str
-    tests: str  #: the test files that are asked, without test_ and .py
+    tests: str  #: the test files to run, without test_ and .py
 
 
 MUTATIONS = [

@@ -4,13 +4,13 @@
 
 Each mutation of tools/mutation_table.py replaces one piece of text in one file. The tool applies
 it to a copy of this tree in build/mutations, rebuilds the extension where the file is C++, and
-runs the test files that the mutation names. It is caught if one test fails. `--all` asks the whole
-suite about those that escape the named files.
+runs the test files that the mutation names. It is caught if one test fails. With `--all`, the whole
+suite runs for mutations that escape the named files.
 
 At the end the tests that failed run once more on the copy without any mutation. A test that fails
 there too has caught nothing.
 
-The exit status is 1 if a mutation escapes. Times are long: run it at night, not in CI.
+The exit status is 1 if a mutation escapes. A run takes hours, so it is not part of CI.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mutation_table import MUTATIONS, Mutation
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("csrc", "relu_mlp")
-#: A run that takes longer hangs, and the mutation is caught. In seconds.
+#: The time limit of a run in seconds. A run that takes longer hangs, and the mutation is caught.
 LONGEST_RUN = 1800
 
 
@@ -43,13 +43,13 @@ def copy_of(tree: Path, scratch: Path) -> None:
         if not name or not source.is_file():
             continue
         if target.is_file() and target.read_bytes() == source.read_bytes():
-            continue  # its time of change stays, so that nothing is rebuilt
+            continue  # keeps its modification time, so that nothing is rebuilt
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)
 
 
 def place_of(mutation: Mutation, tree: Path) -> Path:
-    """The file that has the text once: the one that is named, or else any other."""
+    """The file that contains the text once: the named file, or else another one."""
     sources = [p for folder in SOURCES for p in sorted((tree / folder).rglob("*")) if p.is_file()]
     sources = [p for p in sources if p.suffix in (".py", ".h", ".cpp", ".cu", ".cuh")]
     named = [p for p in sources if p.relative_to(tree).as_posix() == mutation.file]
@@ -85,7 +85,7 @@ def applied(mutation: Mutation, tree: Path) -> Iterator[Path]:
 def build(tree: Path) -> bool:
     """Whether the extension builds."""
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
-    # Without a library there would be tests of the reference alone.
+    # Without the library, only the reference would be tested.
     environment = {**os.environ, "RELU_MLP_EXTENSION": "1"}
     with open(tree / "build.log", "w") as log:
         done = subprocess.run(command, cwd=tree, env=environment, stdout=log, stderr=log)
@@ -110,7 +110,7 @@ def failure_of(tree: Path, tests: Sequence[str]) -> str | None:
 
 
 def verdict_on(mutation: Mutation, tree: Path, ask_all: bool) -> str | None:
-    """What caught a mutation, or None."""
+    """The test or compiler that caught a mutation, or None."""
     tests = tests_of(mutation, tree)
     with applied(mutation, tree) as path:
         if path.suffix != ".py" and not build(tree):
@@ -120,16 +120,16 @@ def verdict_on(mutation: Mutation, tree: Path, ask_all: bool) -> str | None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help="all mutations unless told")
-    parser.add_argument("--all", action="store_true", help="ask the whole suite in the end")
-    parser.add_argument("--tree", type=Path, default=ROOT, help="another checkout than this")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="mutations to run (default: all)")
+    parser.add_argument("--all", action="store_true", help="also run the whole suite if needed")
+    parser.add_argument("--tree", type=Path, default=ROOT, help="the checkout (default: this one)")
     options = parser.parse_args()
     tree = options.tree.resolve() / "build" / "mutations"
     copy_of(options.tree.resolve(), tree)
     if not build(tree):
         raise SystemExit(f"the copy does not build: see {tree / 'build.log'}")
     chosen = [m for m in MUTATIONS if not options.names or m.name in options.names]
-    for mutation in chosen:  # a table that does not fit is found out before the first run
+    for mutation in chosen:  # finds mistakes in the table before the first run
         place_of(mutation, tree), tests_of(mutation, tree)
     escaped, caught_by = [], []
     for mutation in chosen:

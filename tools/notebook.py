@@ -1,8 +1,8 @@
 """Runs examples/backpropagation.ipynb and writes its outputs into it: `python tools/notebook.py`.
 
-It needs what the notebook's test needs (nbclient, ipykernel, matplotlib) and Pillow, with which
-the pictures are cut down to 96 colors, so that the file stays small. What belongs to this machine
-(times, paths) is not written.
+It needs the packages of the notebook's test (nbclient, ipykernel, matplotlib) and Pillow, which
+reduces the pictures to 96 colors, so that the file stays small. Machine-dependent data (times,
+paths) is not written.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ COLORS = 96
 
 
 def small(picture: str) -> str:
-    """A picture (PNG, base64) with few colors, and without what matplotlib notes in it."""
+    """A picture (PNG, base64) with few colors, and without matplotlib's metadata."""
     image = Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB")
     smaller = io.BytesIO()
     few = image.quantize(COLORS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
@@ -39,7 +39,7 @@ def main() -> None:
             cell.outputs, cell.execution_count = [], None
     with tempfile.TemporaryDirectory() as folder:
         manager = jupyter_client.AsyncKernelManager(
-            # No kernel that somebody has installed, but ipykernel's own, which is this Python.
+            # Not an installed kernel, but ipykernel's own, which runs this Python.
             kernel_name="python3",
             kernel_spec_manager=jupyter_client.kernelspec.KernelSpecManager(kernel_dirs=[]),
             transport="ipc",  # sockets that are files

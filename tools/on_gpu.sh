@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# All that needs a GPU, by the clock:
+# Runs everything that needs a GPU, with a time limit for each stage:
 #
 #     tools/on_gpu.sh [STAGE ...]        smoke check speed suite sanitize; all, unless some are named
 #     REHEARSE=1 tools/on_gpu.sh         tries the script without a GPU
 #
-# Needs PyTorch with CUDA, pytest and pytest-xdist, and the library: WHEEL names a wheel that
-# `make gpu-wheel` built (build/gpu/*.whl unless it is set), whose library is unpacked into the
-# checkout; without one the library in the checkout serves. Every stage has a budget in seconds,
-# is killed past it, leaves its log in $OUT (build/on_gpu unless it is set) and stops no other.
-# The last lines say how each stage went and how long it took.
+# It needs PyTorch with CUDA, pytest and pytest-xdist, and the library. WHEEL names a wheel that
+# `make gpu-wheel` built (default: build/gpu/*.whl), whose library is unpacked into the checkout.
+# Without a wheel, the library in the checkout is used. Each stage has a budget in seconds, is killed
+# when that is used up, leaves its log in $OUT (default: build/on_gpu), and does not stop the others.
+# The last lines give the result and the duration of each stage.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=${OUT:-build/on_gpu}
@@ -21,16 +21,16 @@ if [ -n "${REHEARSE:-}" ]; then
 fi
 export sanitizer=$(command -v compute-sanitizer)
 
-smoke() { # loads, and one step by each method and dtype against float64
+smoke() { # loads the package, and compares one step of each method and dtype with float64
     "$python" -m relu_mlp info && "$python" tools/gpu_smoke.py --device "$device"
 }
 check() { # the kernels' own tests
     "$python" -m pytest -q -n "$processes" tests/kernels/test_cuda*.py
 }
-speed() { # by CUDA events, beside eager, torch.compile and what else can be imported
+speed() { # with CUDA events, compared with eager, torch.compile and other installed libraries
     "$python" benchmarks/on_gpu.py --out "$out" --device "$device" --seconds 130 $shapes
 }
-suite() { # the tests of what goes through the layer, most telling first
+suite() { # the tests that run the layer, the most informative first
     "$python" -m pytest -q -n "$processes" --maxfail 200 -k 'not reference' \
         tests/core/test_random_networks.py tests/core/test_gradcheck.py \
         tests/core/test_autograd_semantics.py tests/composition/test_transforms.py \

@@ -1,17 +1,16 @@
 """The kernels and operators under sanitizers: `make sanitize`.
 
-Under AddressSanitizer and UndefinedBehaviorSanitizer, the first complaint of which ends the
-process:
+AddressSanitizer and UndefinedBehaviorSanitizer, whose first report ends the process, check:
 
-- the fuzzer (tools/fuzz) on a copy of the package in build/sanitize, whose library is built
-  for that. PyTorch is not: what its own code does to memory is not looked at.
-- tests/sanitize/driver.cpp, the passes on plain data without PyTorch. Every operand, result and
-  workspace ends at a page that must not be touched, so that accesses that the sanitizer does
-  not see, masked ones and those of AMX, are found too.
+- the fuzzer (tools/fuzz) on a copy of the package in build/sanitize, whose library is built with
+  them. PyTorch is not, so memory accesses of its own code are not checked.
+- tests/sanitize/driver.cpp, which runs the passes on plain data without PyTorch. Every operand,
+  result and workspace ends at a page that must not be touched. This also finds accesses that the
+  sanitizer does not see: masked ones and those of AMX.
 
-Under ThreadSanitizer: the same driver on several threads of its own.
+ThreadSanitizer checks the same driver on several threads of its own.
 
-Arguments are passed on to the fuzzer. MAX_JOBS compilers run at once, 2 if it is not set.
+Arguments are passed on to the fuzzer. MAX_JOBS compilers (default: 2) run at once.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ FLAGS = [
     "-fvisibility=hidden",
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
 ]
-# -w: the compiler warns of what the sanitizers' own branches look like to it.
+# -w: the sanitizers' own branches cause spurious compiler warnings.
 MEMORY = [
     "-fsanitize=address,undefined,float-cast-overflow",
     "-fno-sanitize-recover=all",
@@ -49,7 +48,7 @@ MEMORY = [
 ]
 THREADS = ["-fsanitize=thread", "-w"]
 
-#: What needs no PyTorch but two of its headers.
+#: Sources that need nothing of PyTorch except two headers.
 KERNELS = [
     "csrc/cpu/packing.cpp",
     "csrc/cpu/plan.cpp",
@@ -57,7 +56,7 @@ KERNELS = [
     *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/isa/*.cpp")),
 ]
 OPTIONS = {
-    # Python and PyTorch keep what they have; nobody frees it at the end.
+    # Python and PyTorch do not free all memory at the end.
     "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
     "UBSAN_OPTIONS": "print_stacktrace=1",
     "TSAN_OPTIONS": "halt_on_error=1",
@@ -74,7 +73,7 @@ def run(*command: str | Path, **variables: str) -> None:
 
 
 def objects(sources: Iterable[str], flags: Sequence[str], kind: str) -> list[Path]:
-    """The compiled sources; what is newer than all of csrc is kept."""
+    """The object files of the sources. Files that are newer than all of csrc are reused."""
     newest = max(path.stat().st_mtime for path in [*ROOT.glob("csrc/**/*"), Path(__file__)])
     folder = OUT / kind
     folder.mkdir(parents=True, exist_ok=True)
@@ -108,7 +107,7 @@ def build_package() -> None:
 
 
 def runtime(*names: str) -> str:
-    """What has to be in a process before the Python that knows nothing of sanitizers."""
+    """The libraries to preload into a Python that was not built with sanitizers."""
     found = (
         subprocess.run([*COMPILER, f"-print-file-name={name}"], capture_output=True, text=True)
         for name in names
@@ -127,7 +126,7 @@ def fuzz(arguments: Sequence[str]) -> None:
 
 
 def drive(kind: str, flags: Sequence[str], networks: int) -> None:
-    """Builds and runs the driver, with a few lines in the place of PyTorch's threads."""
+    """Builds and runs the driver, with a small replacement for PyTorch's threads."""
     compiled = objects(KERNELS, [*flags, *includes()], kind)
     own = ["-Itests/sanitize/include", *includes()]
     compiled += objects(["tests/sanitize/driver.cpp"], [*flags, *own], kind)

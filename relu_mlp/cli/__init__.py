@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
 
 
-#: Words in the RuntimeError that PyTorch raises without memory.
+#: Words in the RuntimeError that PyTorch raises when memory runs out.
 NO_MEMORY = ("allocate memory", "not enough memory", "out of memory")
 
 
@@ -133,7 +133,7 @@ def in_one_line(error: Exception) -> str:
         text = f"{error.filename}: {error.strerror}"
     elif isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
         text = "there is not enough memory for this"
-    else:  # the first line alone: below it, PyTorch may list its frames
+    else:  # only the first line, because PyTorch may list its stack frames below it
         first = next(iter(str(error).splitlines()), "")
         text = f"{type(error).__name__}: {first} (RELU_MLP_TRACEBACK=1 shows where)"
     return " ".join(text.splitlines())

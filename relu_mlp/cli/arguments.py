@@ -18,7 +18,7 @@ def positive_integer(text: str) -> int:
 
 
 def count(text: str) -> int:
-    """A positive integer that PyTorch and C take for an int."""
+    """A positive integer that fits into a C int."""
     if (value := positive_integer(text)) >= 2**31:
         _refuse("an integer below 2**31", text)
     return value

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="in_features, hidden widths and out_features (default: 8 16 16 4)",
     )
     parser.add_argument("--rows", type=count, default=256, help="rows of the input (default: 256)")
-    parser.add_argument("--seed", type=seed, default=0, help="of the random network (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the network (default: 0)")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -102,8 +102,8 @@ class Case:
     def random(
         cls, options: argparse.Namespace, dtype: torch.dtype, activation: OutputActivation | None
     ) -> Case:
-        """A random network. It keeps only the rows in which no rounding can switch a ReLU: for
-        those the bounds hold."""
+        """A random network. It keeps only rows in which no rounding can switch a ReLU, because the
+        bounds hold for these."""
         generator = torch.Generator().manual_seed(options.seed)
 
         def randn(*shape: int) -> Tensor:

@@ -1,9 +1,9 @@
 """Error bounds: how far rounding may move a network's outputs and gradients.
 
-A sum of n products, in any order, in arithmetic of unit roundoff u, is off by at
+The error of a sum of n products, in any order, in arithmetic of unit roundoff u, is at
 most gamma(n) = n u / (1 - n u) times the sum of the absolute values of its terms
-(Higham, Accuracy and Stability of Numerical Algorithms, section 3.1). Here such
-bounds are carried through the layers beside the values.
+(Higham, Accuracy and Stability of Numerical Algorithms, section 3.1). This module
+propagates such bounds through the layers together with the values.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ class Table:
     def read(cls, path: Path) -> Table:
         """Reads comma-separated values in UTF-8. The first line has the names of the columns.
 
-        Blank lines don't count. Missing values are what pandas takes for missing.
+        Blank lines don't count. pandas decides which values are missing.
 
         Raises:
             Problem: if the file is missing or is not such a table, if two columns have the

@@ -1,4 +1,4 @@
-"""Output streams on which no character and no closed pipe ends a command."""
+"""Output streams that do not stop a command for a character or a closed pipe."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Output:
 
 @contextmanager
 def forgiving() -> Iterator[Output]:
-    """Makes sys.stdout and sys.stderr an `Output`, also if they are closed. Yields the first."""
+    """Replaces sys.stdout and sys.stderr, which may be closed, by an `Output`. Yields the first."""
     saved = sys.stdout, sys.stderr
     out, err = (Output(io.StringIO() if stream is None else stream) for stream in saved)
     sys.stdout, sys.stderr = out, err

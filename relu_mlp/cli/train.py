@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--target",
         nargs="+",
         metavar="COLUMN",
-        help="to predict; several for regression only",
+        help="the column to predict; several only for regression",
     )
     parser.add_argument(
         "--task",
@@ -100,7 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the fraction of the rows kept for validation (default: 0.2)",
     )
     training.add_argument(
-        "--seed", type=nonnegative_seed, help="of weights, split and order (default: 0)"
+        "--seed", type=nonnegative_seed, help="seed of weights, split and order (default: 0)"
     )
 
     output = parser.add_argument_group("output")
@@ -152,7 +152,7 @@ def given(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_task(options: argparse.Namespace, table: Table, resumed: Checkpoint | None) -> Task:
-    """The task that the flags ask for. A resumed training has one already."""
+    """The task that the flags request. A resumed training already has one."""
     asked = options.target or (resumed.targets if resumed else ())
     if not asked:
         raise Problem("--target: expected the name of a column, got none")
@@ -190,7 +190,7 @@ def choose_features(options: argparse.Namespace, table: Table, targets: list[str
 def check_same_network(
     options: argparse.Namespace, resumed: Checkpoint, targets: list[str], features: list[str]
 ) -> None:
-    """Raises a `Problem` if the flags ask for another network than that of the checkpoint."""
+    """Raises a `Problem` if the flags request another network than that of the checkpoint."""
     held = {
         "target": resumed.targets,
         "columns": resumed.features,
@@ -214,7 +214,7 @@ def as_flag(name: str, value: Any) -> str:
 
 
 def train(training: Training, path: Path) -> None:
-    """Runs the remaining epochs. Saves now and then, and keeps the last good state.
+    """Runs the remaining epochs. Saves at intervals, and keeps the last good state.
 
     Raises:
         Problem: if a loss is not finite.

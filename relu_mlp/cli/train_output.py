@@ -1,4 +1,4 @@
-"""What `relu-mlp train` prints and writes."""
+"""The output of `relu-mlp train`: printed lines and files."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def write_all(checkpoint: Checkpoint, files: Files) -> None:
         draw(checkpoint, files.picture)
         written.append(files.picture)
     except Missing as missing:
-        files.picture.unlink(missing_ok=True)  # it would be that of another training
+        files.picture.unlink(missing_ok=True)  # it may be from another training
         print(f"No {files.picture}: {missing}")
     print(f"Wrote {', '.join(map(str, written))}")
 

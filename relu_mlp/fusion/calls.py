@@ -1,7 +1,7 @@
-"""A call of a network that was found in a method: by the operators, or layer by layer.
+"""A call of a network that was found in a method: with an operator, or layer by layer.
 
-Rewritten methods (see recognition.py) hand over the functions that make up the network,
-the last one first: that is the order in which a nested call evaluates them.
+Rewritten methods (see recognition.py) pass the functions that make up the network. The last one
+comes first, because a nested call evaluates them in that order.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from ..interception import are_layers_replaced
 from ..run import Run, find_run
 from .conditions import DROPOUT_FUNCTION, does_nothing, is_relu
 
-#: Of the functions that compute ReLU, the only one with a second argument: `inplace`.
+#: The only ReLU function with a second argument, `inplace`.
 _relu_with_inplace = F.relu
 _relu_methods = Tensor.relu, Tensor.relu_
 
-#: Stands for an activation that is a function, and carries no hooks.
+#: Stands for an activation that is a function, and so carries no hooks.
 _RELU = nn.ReLU()
 
 
@@ -48,7 +48,7 @@ def call_relu_(input: Any) -> Any:
 
 
 def cast(input: Any) -> Any:
-    """Marks a cast to the dtype of the next weight. It is looked for and never called."""
+    """Marks a cast to the dtype of the next weight. It is recognized and never called."""
     raise NotImplementedError
 
 
@@ -68,14 +68,14 @@ def call_natively(functions: tuple[Any, ...], input: Any) -> Any:
 
 
 def call(functions: tuple[Any, ...], input: Any) -> Any:
-    """The network's output, by one operator if that can serve the call."""
+    """The network's output, from one operator if that can serve the call."""
     output = call_fused(functions, input)
     return call_natively(functions, input) if output is None else output
 
 
 def _run_of(functions: tuple[Any, ...], x: Any) -> Run | None:
     """The network that these functions make up, or None if the operators can't serve it
-    as it is now, for this x."""
+    in its present state and for this x."""
     if leaves_python() or not is_served(x) or are_layers_replaced():
         return None
     chain: list[nn.Module] = []
@@ -115,7 +115,7 @@ def _drops(p: Any = 0.5, training: Any = True, inplace: Any = False) -> bool:
 
 
 def _check_relu_arguments(inplace: Any = False) -> None:
-    """Raises a TypeError for the arguments for which `F.relu` does."""
+    """Raises a TypeError for the arguments for which `F.relu` raises one."""
 
 
 def _casts_change_nothing(x: Tensor, run: Run) -> bool:

@@ -19,12 +19,12 @@ from .rules import Rule, rule_for
 
 
 class FusedModule:
-    """What all classes made by rules have in common."""
+    """The common base of all classes that are made for rules."""
 
-    #: The class that the module had, and that `unfuse` gives back.
+    #: The class that the module had. `unfuse` restores it.
     _relu_mlp_original: type[nn.Module]
 
-    # These names stand in rewritten methods.
+    # Rewritten methods use these names.
     _relu_mlp_try = staticmethod(calls.call_fused)
     _relu_mlp_natively = staticmethod(calls.call_natively)
     _relu_mlp_call = staticmethod(calls.call)
@@ -74,7 +74,7 @@ def fused_method(original: type[nn.Module], rule: Rule) -> RecognizedMethod:
     return _fusion_of(original, rule).method
 
 
-#: What was made for a class, its rule and its method; or why nothing was.
+#: By class, rule and method: the fused class, or the reason why there is none.
 _fusions: dict[tuple[type[nn.Module], Rule, Any], _Fusion | str] = {}
 
 
@@ -105,7 +105,7 @@ def _make_fusion(original: type[nn.Module], rule: Rule, known: Any) -> _Fusion:
         rule.method: method,
         "_relu_mlp_original": original,
         "__doc__": f"A {original.__name__} whose {', '.join(rule.linears)} are one operator.",
-        # torch.fx takes the layers of torch.nn for leaves, and knows them by this.
+        # torch.fx treats the layers of torch.nn as leaves, and identifies them by this name.
         "__module__": original.__module__,
     }
     name = f"Fused{original.__name__}"
@@ -114,7 +114,7 @@ def _make_fusion(original: type[nn.Module], rule: Rule, known: Any) -> _Fusion:
     except Exception as error:
         raise NotRecognized(f"its class can't have a subclass: {error}") from error
     if recognized.knows_itself and made.__dict__[rule.method] is method:
-        # The decorator's function may ask whether it is the method of its object, and here
-        # it is not. (A class that decorates methods itself has decorated ours anew.)
+        # The decorator's function may check whether it is the method of its object, and here it
+        # is not. (A class that decorates methods itself has decorated this one again.)
         raise NotRecognized(f"its {rule.method} has a decorator that may do anything")
     return _Fusion(made, recognized)

@@ -1,4 +1,4 @@
-"""Which layers can be fused, which of them do nothing, and what keeps a layer from it."""
+"""Which layers can be fused, which layers do nothing, and why a layer can't be fused."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def may_do_nothing(child: nn.Module) -> bool:
 
 
 def is_linear_like(child: Any) -> bool:
-    """Whether a child is a Linear, by PyTorch or by somebody else."""
+    """Whether a child is a Linear of PyTorch or of another library."""
     return isinstance(child, nn.Linear) or (
         isinstance(child, nn.Module) and type(child).__name__.endswith("Linear")
     )
@@ -58,7 +58,7 @@ def is_relu(function: Any) -> bool:
 
 
 def problem_of(child: Any) -> str | None:
-    """What keeps a Linear, an activation or a dropout from being fused, or None."""
+    """The reason why a Linear, an activation or a dropout can't be fused, or None."""
     if isinstance(child, nn.Module) and is_patched(child.__dict__):
         return "has a forward of its own" if "forward" in child.__dict__ else "carries a hook"
     if not isinstance(child, nn.Linear):
@@ -81,7 +81,7 @@ def problem_of(child: Any) -> str | None:
 
 
 def described(value: Any) -> str:
-    """A module or a function in the words of a report."""
+    """The description of a module or a function for a report."""
     if isinstance(value, nn.Module):
         return type(value).__name__
     return getattr(value, "__name__", "None" if value is None else f"a {type(value).__name__}")

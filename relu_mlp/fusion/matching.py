@@ -1,4 +1,4 @@
-"""Whether a module is what its rule expects."""
+"""Whether a module matches its rule."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .steps import CAST, METHODS, Path
 
 
 def reason_to_leave(module: nn.Module, rule: Rule) -> str | None:
-    """Why a module is not what its rule expects, or None."""
+    """The reason why a module does not match its rule, or None."""
     if rule.method in module.__dict__:
         return f"has a {rule.method} of its own"
     if not callable(getattr(type(module), rule.method, None)):
@@ -47,7 +47,7 @@ def reason_to_leave(module: nn.Module, rule: Rule) -> str | None:
 
 
 def dropouts_of(module: nn.Module, rule: Rule) -> list[Any]:
-    """The dropouts in the networks of a module that `reason_to_leave` has no objection to."""
+    """The dropouts in the networks of a module that matches its rule."""
     method = fused_method(type(module), rule)
     values = [
         value_of(method.function, module, path) for network in method.networks for path in network
@@ -56,7 +56,7 @@ def dropouts_of(module: nn.Module, rule: Rule) -> list[Any]:
 
 
 def _attribute(module: nn.Module, name: str) -> Any:
-    """An attribute. Of a property it is the property itself: reading it may have effects."""
+    """An attribute. For a property it is the property object, whose value may have side effects."""
     if is_computed(type(module), name):
         return inspect.getattr_static(type(module), name)
     return getattr(module, name, None)
@@ -65,7 +65,7 @@ def _attribute(module: nn.Module, name: str) -> Any:
 def _problem_between(
     module: nn.Module, rule: Rule, method: RecognizedMethod, network: list[Path]
 ) -> str | None:
-    """What a network calls besides Linear, ReLU and dropout, or where ReLU is missing."""
+    """A call in a network other than Linear, ReLU and dropout, or a place where ReLU is missing."""
     is_activated = True
     for path in network:
         if path[0] == "self" and path[1] in rule.linears:

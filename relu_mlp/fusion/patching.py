@@ -1,4 +1,4 @@
-"""`fuse` and `unfuse`: which modules of a model get another class, and the way back."""
+"""`fuse` and `unfuse`: give modules of a model another class, and restore the classes."""
 
 from __future__ import annotations
 
@@ -39,12 +39,16 @@ def fuse(model: M, report: bool = False) -> M | FuseReport[M]:
     object changes: parameters, `state_dict` keys, names and hooks stay. Subclasses of
     `nn.Sequential`, of `Linear` and of classes with a rule are left as they are.
 
+    Outputs and gradients stay the same. The formula is that of `relu_mlp`.
+
     Args:
-        model: any module.
-        report: whether to return a report on what was replaced, what was not, and why.
+        model: any module, with parameters of any dtype. A network of a dtype that the operators
+            don't support stays as it is.
+        report: whether to return a report of the modules that were replaced, those that were not,
+            and the reasons.
 
     Returns:
-        The same object, or with `report` a `FuseReport(model, replaced, left)`.
+        The same object, or with `report=True` a `FuseReport(model, replaced, left)`.
 
     Raises:
         TypeError: if `model` is not a module.
@@ -110,7 +114,7 @@ def _set_class(module: nn.Module, module_class: type[nn.Module]) -> None:
 
 
 class _Plan(NamedTuple):
-    """What `fuse` does with one module."""
+    """The change that `fuse` makes to one module."""
 
     module: nn.Module
     module_class: type[nn.Module]  #: the class that it gets
@@ -193,7 +197,7 @@ def _why_no_rule(module: nn.Module) -> str:
 
 
 def _when(functions: list[Any]) -> str:
-    """When the dropouts of a network make it run natively, in the words of a report."""
+    """For a report: when the dropouts of a network make it run natively."""
     p = max((function.p for function in functions if isinstance(function, nn.Dropout)), default=0)
     if p:
         return f"; native in training, because a Dropout has p = {p:g}"
@@ -201,7 +205,7 @@ def _when(functions: list[Any]) -> str:
 
 
 def _why_not(children: list[nn.Module], position: int) -> str:
-    """Why the Linear at a position of an `nn.Sequential` is not in a run."""
+    """The reason why the Linear at a position of an `nn.Sequential` is not in a run."""
     problem = problem_of(children[position])
     if problem is not None:
         return problem

@@ -1,6 +1,6 @@
 """The networks in a method: recognized in its source, and replaced there by fused calls.
 
-A network is recognized in two forms. One is an expression, whose hidden values nobody sees::
+A network is recognized in two forms. One is an expression, whose hidden values no other code sees::
 
     self.fc2(self.dropout(F.relu(self.fc1(E))))
 
@@ -10,9 +10,9 @@ It becomes a call that evaluates the same things in the same order::
 
 The other form is a sequence of statements, see statements.py.
 
-The rest of the method may be anything; it is searched only for readers of the variables that
-hold hidden values. Names are looked up in every call, so they mean what they mean then. The
-source is certain to be the right one: compiled, it must give the code that the method has.
+The rest of the method may be anything. It is searched only for readers of the variables that hold
+hidden values. Names are looked up in every call, so they have their current meaning. The source is
+verified: compiling it must give the method's code.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ _IS_PAUSED = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENE
 
 
 class NotRecognized(Exception):
-    """A method or a class can't be fused. The message says why; its subject is the module."""
+    """A method or a class can't be fused. The message is the reason, with the module as subject."""
 
 
 class RecognizedMethod(NamedTuple):
     """A method whose networks were found."""
 
     function: types.FunctionType  #: the method with its networks fused
-    networks: list[list[Path]]  #: what each network calls, in the order of the calls
+    networks: list[list[Path]]  #: the functions that each network calls, in the order of the calls
     knows_itself: bool  #: whether a decorator's function has a reference to itself
 
 
@@ -111,8 +111,8 @@ def _recognize_decorated(
 
 
 def _is_only_called(function: types.FunctionType, name: str) -> bool:
-    """Whether a function only calls one of its free variables, directly or by a
-    `functools.partial`, or asks for its name."""
+    """Whether a function only calls one of its free variables, directly or with a
+    `functools.partial`, or reads its name."""
     _, node = _checked_source(function)
     parts = [part for statement in node.body for part in ast.walk(statement)]
     harmless: list[Any] = []

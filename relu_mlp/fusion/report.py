@@ -1,4 +1,4 @@
-"""What `fuse` did to a model: what it replaced, what it left as it was, and why."""
+"""The report of `fuse`: the modules that it replaced, and those that it left, with the reasons."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ M = TypeVar("M", bound=nn.Module)
 class Replaced(NamedTuple):
     """A module that `fuse` replaced."""
 
-    name: str  #: as in `named_modules`; empty for the model itself
+    name: str  #: its name in `named_modules`; empty for the model itself
     kind: str  #: the name of its class before
     became: str  #: the name of its class now
-    note: str  #: what runs as one operator, and when
+    note: str  #: the children that run as one operator, and when they run natively
 
 
 class Left(NamedTuple):
     """A module with two Linears or more, or one of its Linears, that `fuse` left as it was."""
 
-    name: str  #: as in `named_modules`; empty for the model itself
+    name: str  #: its name in `named_modules`; empty for the model itself
     kind: str  #: the name of its class
-    reason: str
+    reason: str  #: why it was left, as a predicate: "is followed by GELU"
 
 
 @dataclass(frozen=True)
 class FuseReport(Generic[M]):
-    """What `fuse(model, report=True)` returns. `print` shows it as text."""
+    """The result of `fuse(model, report=True)`. `print` shows it as a table."""
 
-    model: M
-    replaced: list[Replaced]
-    left: list[Left]
+    model: M  #: the model itself
+    replaced: list[Replaced]  #: (name, kind, became, note) of each module that was replaced
+    left: list[Left]  #: (name, kind, reason) of each module, or Linear, that was left as it was
 
     def __str__(self) -> str:
         replaced = [

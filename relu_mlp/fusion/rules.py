@@ -19,7 +19,7 @@ class Rule(NamedTuple):
     method: str
 
 
-#: By class, or by its full name: no package is imported for the sake of its rule.
+#: By class, or by its full name, so that no package has to be imported for its rule.
 _rules: dict[type[nn.Module] | str, Rule] = {}
 
 
@@ -86,7 +86,7 @@ def register_fusion(
             "module_class must be a subclass of nn.Module or its path as text, "
             f"got {module_class!r}"
         )
-    # A string is iterable too: it would be taken for the names of its letters.
+    # A string is iterable too, and each of its letters would count as a name.
     if isinstance(linears, str) or not isinstance(linears, Iterable):
         raise TypeError(f"linears must be a sequence of names, got {linears!r}")
     names = tuple(linears)

@@ -18,11 +18,17 @@ from .conditions import does_nothing
 
 
 class FusedSequential(Scriptable):
-    """What `fuse` makes of an `nn.Sequential` that has runs among its children.
+    """The class that `fuse` gives to an `nn.Sequential` with runs among its children.
 
-    It holds the same children and calls them in the same order, except that each run
-    of Linear, ReLU, ..., Linear is one operator. Within a run, Identity is skipped, and
-    so is Dropout in eval mode or with p = 0.
+    It holds the same children and calls them in the same order, except that each run of Linear,
+    ReLU, ..., Linear is one operator (see `relu_mlp` for the formula and the dtypes). Within a run,
+    Identity is skipped, and so is Dropout in eval mode or with p = 0.
+
+    Shape:
+        As for the `nn.Sequential`.
+
+    Raises:
+        The errors of the `nn.Sequential`, or those of `relu_mlp` for a run.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -71,7 +77,7 @@ def run_at(
     """The run of two Linears or more that begins at `start`, or None; and where it ends."""
     kept = []
     for n in range(start, len(children)):
-        if children[n] is None:  # calling it raises, and that is left to the call
+        if children[n] is None:  # calling it raises, as it does natively
             break
         if not is_skipped(children[n]):
             kept.append(n)

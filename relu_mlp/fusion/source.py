@@ -1,4 +1,4 @@
-"""Functions and their source: code, closures, and what the names in them mean."""
+"""Functions and their source: code, closures, and the values of names."""
 
 from __future__ import annotations
 import __future__
@@ -15,10 +15,10 @@ from typing import Any
 
 from torch import nn
 
-#: Functions by which a function could read its own variables.
+#: Functions with which a function could read its own variables.
 READS_VARIABLES = {"locals", "vars", "dir", "eval", "exec", "inspect", "_getframe", "currentframe"}
 
-#: `from __future__ import annotations` and the like, which a notebook takes from another cell.
+#: `from __future__ import annotations` and the like, which a notebook inherits from another cell.
 _FUTURE = functools.reduce(
     operator.or_, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
 )
@@ -28,10 +28,10 @@ _FUTURE = functools.reduce(
 
 
 def source_of(function: types.FunctionType) -> tuple[ast.Module, Any] | None:
-    """A module that can be compiled and has the function in it, and the function's node there.
+    """The source as a module that can be compiled, and the function's node in it.
 
-    None if the source can't be found, or is not what the function was compiled from: it is
-    compiled again, and must give the code that the function has.
+    None if the source can't be found, or if the function was compiled from another source. To find
+    out, the source is compiled again, and must give the function's code.
     """
     code = function.__code__
     try:
@@ -57,7 +57,7 @@ def source_of(function: types.FunctionType) -> tuple[ast.Module, Any] | None:
 
 
 def recompiled(function: types.FunctionType, tree: ast.Module) -> types.FunctionType:
-    """The function as it stands in a tree, which was changed since `source_of` returned it."""
+    """The function compiled from a tree that was changed since `source_of` returned it."""
     code = function.__code__
     (new,) = (
         found
@@ -106,7 +106,7 @@ def copied(
     return result
 
 
-# -- What names mean --------------------------------------------------------------------------
+# -- The values of names ----------------------------------------------------------------------
 
 
 def cells_of(function: types.FunctionType) -> dict[str, types.CellType]:
@@ -122,7 +122,7 @@ def contents_of(cell: types.CellType) -> Any:
 
 
 def value_of(function: Any, module: nn.Module | None, path: tuple[str, ...]) -> Any:
-    """What dotted names mean in a method of a module; None if they mean nothing."""
+    """The value of dotted names in a method of a module; None if they have none."""
     root, *attributes = path
     value: Any = module
     if root != "self":
@@ -158,7 +158,7 @@ def names_in(node: ast.AST) -> Iterator[str]:
 
 
 def bound_names(node: ast.AST) -> list[str]:
-    """The names that a function binds or declares anywhere, each as often as it does."""
+    """The names that a function binds or declares anywhere, once for each time."""
     names: list[Any] = []
     for part in ast.walk(node):
         if isinstance(part, ast.Name):

@@ -1,6 +1,6 @@
 """Networks that a method computes in several statements, with hidden tensors in variables.
 
-They stay as they are, in one branch; the other branch serves the call by an operator::
+The statements stay unchanged in one branch. The other branch serves the call with an operator::
 
     h = F.relu(self.fc1(E))
     h = self.dropout(h)
@@ -65,7 +65,7 @@ _GUARDS = tuple(
 
 
 class Statements(NamedTuple):
-    """A network in the statements [start, stop) of a block, and what to put in their place."""
+    """A network in the statements [start, stop) of a block, and the replacement for them."""
 
     block: list[ast.stmt]
     start: int
@@ -75,7 +75,7 @@ class Statements(NamedTuple):
 
 
 def networks_in_statements(method: Method) -> Iterator[Statements]:
-    """All networks in statements of a method, of its blocks at any depth."""
+    """All networks in the statements of a method, in blocks at any depth."""
     return _Finder(method).all()
 
 

@@ -47,8 +47,8 @@ class Method:
     def steps(self, node: Any, hidden: str | None = None) -> list[Step]:
         """The calls that lead from the input of the first Linear to the value of an expression.
 
-        With `hidden`, they lead from the variable of that name instead. The first call comes
-        first. The list is empty if the expression is not made in this way.
+        With `hidden`, they lead from the variable of that name instead. They are in the order of
+        the calls. The list is empty if the expression has another form.
         """
         steps: list[Step] = []
         while not is_name(node, hidden or ""):
@@ -150,5 +150,5 @@ class _Filler(ast.NodeTransformer):
 
 
 def tuple_of(steps: list[Step], *others: ast.expr) -> ast.Tuple:
-    """The functions of some steps, the last first, as a nested call evaluates them."""
+    """The functions of some steps in reverse order, as a nested call evaluates them."""
     return ast.Tuple([*(step.function for step in reversed(steps)), *others], ast.Load())

@@ -5,7 +5,7 @@
     backend.py     which implementation serves a call
     fake.py        the fake kernels
     fallback.py    the reference as kernels, where the library has none
-    guards.py      raw operators refuse to be differentiated
+    guards.py      operators without a derivative raise when they would be differentiated
     cpp_graphs.py  the operators in graphs that Inductor writes in C++
 
 The kernels for autograd, vmap and autocast are in autograd.py, batching.py and autocast.py.
@@ -30,7 +30,7 @@ from .library import (
     REMEDY,
     SCHEMAS,
     kernels_of,
-    library_says,
+    library_info,
     this_thread,
 )
 
@@ -51,7 +51,7 @@ __all__ = [
     "implementation_for",
     "is_differentiated",
     "kernels_of",
-    "library_says",
+    "library_info",
     "raising_out_of_memory",
     "stand_ins",
     "this_thread",

@@ -17,16 +17,16 @@ from .library import outside_modes
 PLAIN = frozenset({Tensor, Parameter})
 
 
-#: Stands in an operator's arguments for a tensor that is missing. It is an ordinary tensor
-#: without elements, even if the first import happens under a transform or a mode, which would
-#: make a tensor of its own kind.
+#: Stands for a missing tensor in an operator's arguments. It is an ordinary tensor without
+#: elements, even if the first import happens under a transform or a mode, which would make a tensor
+#: of another kind.
 NO_TENSOR = outside_modes(lambda: torch.empty(0, dtype=torch.float32, device="cpu"))
 
 
 def stand_ins(biases: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The biases as an operator takes them in the modes that are in force.
+    """The biases as an operator takes them in the active modes.
 
-    A FakeTensorMode refuses the real `NO_TENSOR`, and gets one of its own.
+    A FakeTensorMode rejects the real `NO_TENSOR`, and gets a fake one.
     """
     if not may_be_fake():
         return biases
@@ -43,8 +43,8 @@ def _tensors_in(arguments: Iterable[Any]) -> Iterator[Tensor]:
 
 def carries_tangent(*arguments: Any) -> bool:
     """Whether a tensor among the arguments carries a forward-mode tangent."""
-    # Level 0 is the only one. A graph that is being compiled enters it without the knowledge
-    # of `forward_ad`, but its tensors are wrapped or of another type.
+    # Level 0 is the only one. A graph that is being compiled enters it without setting
+    # `forward_ad`'s level, but its tensors are wrapped or of another type.
     if FORWARD_AD[LEVEL] < 0 and peek_interpreter_stack() is None and _are_plain(arguments):
         return False
     return any(

@@ -18,7 +18,7 @@ from .library import HAS_CUDA, LIBRARY_PATH, LIBRARY_PROBLEM, REMEDY, process, t
 
 
 class Implementation(Protocol):
-    """What serves a call: functions with the signatures of the operators."""
+    """Serves calls, with functions that have the signatures of the operators."""
 
     @property
     def relu_mlp(self) -> Callable[..., Tensor]: ...
@@ -33,9 +33,10 @@ class Implementation(Protocol):
 
 
 def raising_out_of_memory(call: Callable[..., Any]) -> Callable[..., Any]:
-    """`call`, which raises torch.OutOfMemoryError where a GPU lacks memory, as PyTorch does.
+    """Makes `call` raise torch.OutOfMemoryError if a GPU runs out of memory, as PyTorch does.
 
-    The library raises a RuntimeError with PyTorch's words: its C interface has no classes.
+    The library raises a RuntimeError with PyTorch's message, because LibTorch's C interface passes
+    on no exception classes.
     """
 
     def called(*arguments: Any) -> Any:
@@ -50,7 +51,7 @@ def raising_out_of_memory(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def original_call(name: str) -> Callable[..., Any]:
-    """What PyTorch calls for an operator, before guards.py replaces it."""
+    """The function that PyTorch calls for an operator, before guards.py replaces it."""
     return process.calls.setdefault(name, call_of(getattr(torch.ops.relu_mlp, name).default))
 
 
@@ -80,24 +81,26 @@ _has_warned = False
 class backend:
     """Chooses the implementation of the operators, for the calling thread.
 
-    A context manager, and a decorator of functions::
+    It is a context manager and a decorator of functions::
 
         with relu_mlp.backend("reference"):
             y = net(x)
 
-    A backward pass uses the implementation that its forward pass used. The
-    environment variable RELU_MLP_BACKEND, read at import, is the default for
-    all threads.
+    A backward pass uses the implementation that its forward pass used. The environment variable
+    RELU_MLP_BACKEND, read at import, is the default for all threads.
 
     Args:
-        name: ``"extension"``: the compiled library; RuntimeError where it is
-            absent or can't serve the device. Around `torch.export` or a trace it puts the
-            operator into the graph, not the layers. ``"reference"``: the same
-            mathematics in Python. ``"auto"``: the extension where it can serve
-            the call, and the reference elsewhere.
+        name: one of
+
+            ``"extension"``  the compiled library. Around `torch.export` or a trace it also puts the
+                             operator, and not the layers, into the graph.
+            ``"reference"``  the same mathematics in Python (reference.py).
+            ``"auto"``       the extension where it can serve the call, elsewhere the reference.
 
     Raises:
         ValueError: for any other name.
+        RuntimeError: in a call under ``"extension"``, if the library is missing or can't serve the
+            device.
     """
 
     def __init__(self, name: Literal["auto", "extension", "reference"]) -> None:
@@ -132,13 +135,13 @@ def _checked_backend(name: str, argument: str) -> str:
 
 
 def current_backend() -> str:
-    """The name that is in force in this thread."""
+    """The name of the backend in force in this thread."""
     return _checked_backend(this_thread.backend, "RELU_MLP_BACKEND")
 
 
 def implementation_for(x: Tensor) -> Implementation:
-    """What serves a call on the device of `x`, under the backend in force."""
-    if x is None:  # an operator takes it for a tensor, as PyTorch's own do
+    """The implementation that serves a call on the device of `x`, under the backend in force."""
+    if x is None:  # PyTorch passes None on as an operator's first tensor
         raise TypeError("the first argument must be a Tensor, got None")
     name = this_thread.backend
     if name == "auto" or name == "extension":
@@ -156,7 +159,7 @@ def implementation_for(x: Tensor) -> Implementation:
 
 @contextmanager
 def using(implementation: Implementation) -> Iterator[None]:
-    """`backend` with the name of an implementation, for a call through the dispatcher."""
+    """`backend` for an implementation instead of a name, for a call through the dispatcher."""
     outer, this_thread.backend = (
         this_thread.backend,
         "reference" if implementation is reference else "extension",

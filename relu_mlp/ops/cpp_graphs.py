@@ -22,7 +22,7 @@ _library = kernels_of(__name__)
 
 
 def _as_list(function: Callable[..., tuple[Tensor, list[Tensor]]]) -> Callable[..., list[Tensor]]:
-    """A function that returns (tensor, tensors), with the tensor as the first of one list."""
+    """Turns a function that returns (tensor, tensors) into one that returns a single list."""
 
     def as_list(*arguments: Any) -> list[Tensor]:
         first, others = function(*arguments)

@@ -1,4 +1,4 @@
-"""The fake kernels: what an operator returns for tensors without values."""
+"""The fake kernels: the shapes, strides and dtypes that an operator returns, without values."""
 
 from __future__ import annotations
 

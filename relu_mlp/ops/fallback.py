@@ -1,4 +1,4 @@
-"""The reference as kernels of the operators, for what the library has no kernels for."""
+"""The reference as kernels of the operators, where the library has no kernels."""
 
 from __future__ import annotations
 
@@ -28,6 +28,6 @@ for _name, _kernel in _OPERATORS.items():
 for _name in ("relu_mlp", "forward", "backward", "recompute_backward"):
     register(_library, _name, _OPERATORS[_name], "Batched")
 
-# Without the library it says nothing.
+# Without the library, there is nothing to describe.
 if LIBRARY_PATH is None and not has_kernel("relu_mlp::_build_info", "CompositeExplicitAutograd"):
     _library.impl("_build_info", lambda: "", "CompositeExplicitAutograd")

@@ -1,6 +1,6 @@
-"""The raw operators' guards, and the way around the Autograd kernels of the others.
+"""Guards of the operators without a derivative, and a bypass of the others' Autograd kernels.
 
-A raw operator has no derivative, and must not seem to have one.
+An operator without a derivative must raise instead of silently dropping a gradient or a tangent.
 """
 
 from __future__ import annotations
@@ -50,17 +50,17 @@ for _name in ("recompute_backward", "loss_and_grads"):
     _library.impl(_name, _guard(_name), "Autograd")
 
 
-# -- Around the Autograd kernel ------------------------------------------------
+# -- A bypass of the Autograd kernels --------------------------------------------
 
 _is_grad_enabled = torch.is_grad_enabled
 _nothing = nullcontext()
 
 
 def _bypass_autograd_when_idle(name: str) -> None:
-    """Lets calls from Python bypass the Autograd kernel where it would have nothing to do.
+    """Lets calls from Python bypass the Autograd kernel when it would have nothing to do.
 
-    A compiled graph calls its operators in that state. The Autograd kernel is written in
-    Python, and a call of it takes as long as a small network.
+    A compiled graph calls its operators in that state. The Autograd kernel is written in Python,
+    and calling it takes as long as a small network.
     """
     operator = getattr(torch.ops.relu_mlp, name).default
     call = original_call(name)
@@ -74,8 +74,8 @@ def _bypass_autograd_when_idle(name: str) -> None:
             and arguments
             and type(arguments[0]) in PLAIN  # another type where a graph is recorded
         )
-        # In one line for both: `torch.jit.trace` writes its number into the graph, and compares
-        # the graph with that of a second trace, made without gradients.
+        # One line serves both cases, because `torch.jit.trace` writes line numbers into the graph
+        # and compares the graph with that of a second trace, made without gradients.
         with below_autograd() if is_idle else _nothing:
             return call(*arguments, **named)
 

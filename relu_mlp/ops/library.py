@@ -1,4 +1,4 @@
-"""Loading the compiled library, and what the operators need once in a process."""
+"""Loads the compiled library, and holds the operators' state, which exists once per process."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ from ..activations import ACTIVATIONS
 
 _T = TypeVar("_T")
 
-#: csrc/operators.h has the same schemas. They are needed here only where the
-#: library is not, so that the operators exist all the same.
+#: csrc/operators.h has the same schemas. These define the operators where the library is missing.
 SCHEMAS = (
     'relu_mlp(Tensor x, Tensor[] weights, Tensor[] biases, str output_activation="none") -> Tensor',
     "forward(Tensor x, Tensor[] weights, Tensor[] biases, "
@@ -58,10 +57,10 @@ REMEDY = (
 
 
 def _load_library() -> tuple[Path | None, str | None]:
-    """The library's path, or None and the reason why there is none.
+    """The library's path and None, or None and the reason why there is no library.
 
-    If the process has the operators already, this copy of the library registers nothing
-    (csrc/registration.h). The operators that are there are used, if their schemas are the same.
+    If the process already has the operators, this copy of the library registers nothing
+    (csrc/registration.h). The package then uses the existing operators, if their schemas are equal.
     """
     if not HAS_BELOW_AUTOGRAD:
         return None, "PyTorch has no torch._C._AutoDispatchBelowAutograd, which its calls need"
@@ -83,16 +82,16 @@ def _load_library() -> tuple[Path | None, str | None]:
     return None, problem
 
 
-def library_says() -> dict[str, str]:
-    """What the library says of itself, by key. LibTorch leaks the string, so ask seldom."""
+def library_info() -> dict[str, str]:
+    """The library's description of itself, by key. LibTorch leaks the string, so call it rarely."""
     lines = torch.ops.relu_mlp._build_info().splitlines()
     return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
 def outside_modes(function: Callable[[], _T]) -> _T:
-    """The result of `function` where no functorch transform and no mode is in force.
+    """The result of `function` without functorch transforms and modes.
 
-    Both belong to a thread, and a new thread has none.
+    Both belong to a thread, so a new thread has none.
     """
     results: list[_T] = []
     thread = threading.Thread(target=lambda: results.append(function()))
@@ -103,11 +102,11 @@ def outside_modes(function: Callable[[], _T]) -> _T:
 
 def _check_activations(folder: Path) -> None:
     """Raises ImportError unless activations.py and csrc/activation.h have the same names."""
-    said = outside_modes(library_says).get("output_activations", "nothing")
+    said = outside_modes(library_info).get("output_activations", "nothing")
     if sorted(said.split()) != sorted(ACTIVATIONS):
         raise ImportError(
             f"the package in {folder} has the output activations {' '.join(ACTIVATIONS)}, and "
-            f"its library has {said}. Build it anew, or load one version alone in a process."
+            f"its library has {said}. Rebuild it, or load only one version in a process."
         )
 
 
@@ -126,7 +125,7 @@ def _check_schema(expected: str, folder: Path) -> None:
     raise ImportError(
         f"the package in {folder} needs the operator {expected}, and the one in this process is "
         f"{actual}. Its library was built from another version of relu_mlp, or is loaded from "
-        "elsewhere. Build it anew, or load one version alone in a process."
+        "elsewhere. Rebuild it, or load only one version in a process."
     )
 
 
@@ -136,32 +135,31 @@ LIBRARY_PATH, LIBRARY_PROBLEM = _load_library()
 HAS_CUDA = LIBRARY_PATH is not None and has_kernel("relu_mlp::forward", "CUDA")
 
 
-# -- What there is once in a process --------------------------------------------
+# -- State that exists once per process -------------------------------------------
 #
-# The operators belong to the process. The package may be imported again, after it left
-# `sys.modules` or from another place, while objects of the first import live on. So the
-# state that the operators need is stored beside them, and the kernels of the last import
-# serve all.
+# The operators belong to the process. The package may be imported again, after it was removed from
+# `sys.modules` or from another place, while objects of the first import live on. So the operators'
+# state is stored beside them, and the kernels of the last import serve all objects.
 
 
 class _Thread(threading.local):
-    """The backend in force in a thread; the environment's choice to begin with."""
+    """The backend in force in a thread. Initially it is the environment's choice."""
 
     backend = os.environ.get("RELU_MLP_BACKEND", "auto")
 
     def __init__(self) -> None:
-        self.outer: list[str] = []  #: what to go back to, innermost last
+        self.outer: list[str] = []  #: the backends to restore, innermost last
 
 
 class _Process:
-    """What outlives an import, as an attribute of `torch.ops.relu_mlp`."""
+    """The state that outlives an import. It is an attribute of `torch.ops.relu_mlp`."""
 
     def __init__(self) -> None:
         self.thread = _Thread()
         self.definitions = torch.library.Library("relu_mlp", "FRAGMENT")
         #: The kernels that a module of the package has registered, by its name.
         self.kernels: dict[str, torch.library.Library] = {}
-        #: What PyTorch calls for an operator, before guards.py replaces it.
+        #: The function that PyTorch calls for an operator, before guards.py replaces it.
         self.calls: dict[str, Callable[..., Any]] = {}
 
 
@@ -181,7 +179,7 @@ this_thread = process.thread
 
 
 def kernels_of(module: str) -> torch.library.Library:
-    """Where a module registers its kernels. Those that it registered before are removed."""
+    """The Library for the kernels of a module. Kernels that it registered before are removed."""
     module = module.rpartition(".")[2]
     if module in process.kernels:
         destroy(process.kernels.pop(module))

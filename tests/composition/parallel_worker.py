@@ -1,12 +1,11 @@
-"""What each process of test_parallel.py does: every case, on every backend.
+"""The cases that each process of test_parallel.py runs, on every backend.
 
     torchrun ... tests/composition/parallel_worker.py FOLDER
 
-A process adds a line to FOLDER/rank<n> for each case that it has passed, and ends at
-the first that fails. Everything is compared with one process that computes natively.
-Parameters and inputs are integers, or in training multiples of `GRID`, so that all
-sums of their products are exact in float64, in any order (`check_exact`), and all
-results have the same bits.
+A process adds a line to FOLDER/rank<n> for each case that it has passed, and ends at the first that
+fails. Everything is compared with one process that computes natively. Parameters and inputs are
+integers, or in training multiples of `GRID`. So all sums of their products are exact in float64, in
+any order (`check_exact`), and all results have the same bits.
 """
 
 from __future__ import annotations
@@ -47,18 +46,18 @@ LIMIT = 150
 
 
 def whole(tensor):
-    """All of a tensor, wherever its shards are."""
+    """The whole tensor, wherever its shards are."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def held(tensor):
-    """The part that this process holds; it shares the memory."""
+    """The part that this process holds. It shares the memory."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 @contextmanager
 def counted():
-    """`support.count_calls`, and "all_reduce" and "other" collective operations."""
+    """`support.count_calls`, with the counts "all_reduce" and "other" of collective operations."""
 
     class Mode(TorchDispatchMode):
         understands_relu_mlp = True
@@ -86,7 +85,7 @@ def integers_like(tensor):
 
 
 def check(net, sequential, x, x_needs_grad=True, names=""):
-    """y and every gradient are those of the native network; returns the counts."""
+    """Compares y and every gradient with the native network, and returns the counts."""
     grad_output = integers_like(sequential(x)).detach()
     found = []
     for module in (sequential, net):
@@ -126,16 +125,18 @@ def case_tensor_parallel(mesh):
             pairs, alone = divmod(len(sizes) - 1, 2)
             assert counts["forward"] == counts["backward"] == pairs + alone, counts
             assert counts["native"] == counts["other"] == 0, counts
-            of_x = pairs > 0 and not x_needs_grad  # nobody needs that sum
+            of_x = pairs > 0 and not x_needs_grad  # no gradient needs that sum
             assert counts["all_reduce"] == 2 * pairs - of_x, counts
 
 
 def case_parts_are_where_they_should_be(mesh):
-    """Each process holds its share and no more; the names stay; a hidden width may be too small."""
+    """Each process holds its share and no more. Names stay. A hidden width may be too small to
+    share.
+    """
     net, sequential = pair((5, 7, 3, 2))
     with torch.no_grad():
         for parameter in net.parameters():
-            parameter.mul_(1 + mesh.get_local_rank())  # those of the first process count
+            parameter.mul_(1 + mesh.get_local_rank())  # the values of the first process count
     model = nn.ModuleDict({"mlp": net, "other": nn.Linear(2, 2)})
     parallelize_module(model, mesh, {"mlp": ReluMLPParallel()})
     assert type(net) is TensorParallelReluMLP and isinstance(net, relu_mlp.ReluMLP)
@@ -182,7 +183,7 @@ def case_smooth_output_activations(mesh):
 
 
 def case_recompute(mesh):
-    """No hidden units are kept, but for the sum after a pair."""
+    """No hidden units are saved, except for the sum after a pair."""
     x = support.integers(9, 4)
     for recompute in (False, True):
         net, _ = pair((4, 64, 3), recompute=recompute)
@@ -194,7 +195,7 @@ def case_recompute(mesh):
 
 
 def case_frozen_layers(mesh):
-    """requires_grad is kept, and a gradient that nobody needs is not summed either."""
+    """requires_grad is kept, and a gradient that nothing needs is not summed."""
     net, sequential = pair((4, 6, 5, 6, 2))
     for module in (net, sequential):
         module[:3].requires_grad_(False)
@@ -243,7 +244,7 @@ def case_second_derivatives(mesh):
 
 
 def case_transforms(mesh):
-    """Forward mode and `torch.func` raise; in all processes, so that none waits."""
+    """Forward mode and `torch.func` raise in all processes, so that none waits for another."""
     net, _ = pair((4, 6, 3))
     parallelize_module(net, mesh, ReluMLPParallel())
     x = support.integers(6, 4)
@@ -255,7 +256,7 @@ def case_transforms(mesh):
 
 
 def case_dtensors_as_input(mesh):
-    """They come out as they went in; each placement is made a replicated one first."""
+    """DTensors return DTensors. Every placement is changed to a replicated one first."""
     for placement in (Replicate(), Shard(0), Shard(1)):
         net, sequential = pair((4, 6, 3))
         parallelize_module(net, mesh, ReluMLPParallel())
@@ -281,7 +282,7 @@ def case_dtensors_as_input(mesh):
 
 
 def case_autocast(mesh):
-    """Autocast of the local shards: integers up to 256 are bfloat16."""
+    """Autocast of the local shards. Integers up to 256 are exact in bfloat16."""
     for sizes in ((2, 4, 2), (2, 4, 2, 2)):
         net, sequential = pair(sizes)
         for module in (net, sequential):
@@ -322,7 +323,7 @@ def case_hooks_on_children(mesh):
 
 
 def case_styles_for_the_children(mesh):
-    """`ColwiseParallel` and `RowwiseParallel` put hooks there: natively."""
+    """`ColwiseParallel` and `RowwiseParallel` add hooks, so the children run natively."""
     net, sequential = pair((4, 8, 3))
     parallelize_module(net, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
     counts = check(net, sequential, support.integers(6, 4))
@@ -331,7 +332,7 @@ def case_styles_for_the_children(mesh):
 
 
 def case_other_placements_and_children(mesh):
-    """Whoever places parameters otherwise, or adds a child, gets the native children."""
+    """Other placements of the parameters, or an added child, make the native children run."""
     net, sequential = pair((4, 6, 3))
     parallelize_module(net, mesh, ReluMLPParallel())
     for module in (net, sequential):
@@ -347,7 +348,7 @@ def case_other_placements_and_children(mesh):
 
 
 def case_functional_call(mesh):
-    """Whole parameters lent to the module: as if it had never been sharded."""
+    """`functional_call` with whole parameters: the module behaves as if it were not sharded."""
     net, sequential = pair((4, 6, 3))
     parallelize_module(net, mesh, ReluMLPParallel())
     x = support.integers(6, 4)
@@ -358,7 +359,7 @@ def case_functional_call(mesh):
 
 
 def case_functions_of_dtensors(mesh):
-    """`relu_mlp` takes the native path; `loss_and_grads` of a mixture raises."""
+    """`relu_mlp` takes the native path. `loss_and_grads` raises for a mixture."""
     net, sequential = pair((4, 6, 3))
     parallelize_module(net, mesh, ReluMLPParallel())
     x, target = support.integers(6, 4), support.integers(6, 3)
@@ -367,7 +368,7 @@ def case_functions_of_dtensors(mesh):
     y = relu_mlp.relu_mlp(replicated, *parameters)
     support.assert_same(whole(y), sequential(x).detach())
     raises(RuntimeError, "mixed torch.Tensor and DTensor", relu_mlp.relu_mlp, x, *parameters)
-    kinds = (RuntimeError, ValueError)  # PyTorch 2.11: the latter
+    kinds = (RuntimeError, ValueError)  # PyTorch 2.11 raises the latter
     raises(kinds, "", relu_mlp.loss_and_grads, x, target, *parameters)
 
 
@@ -439,8 +440,8 @@ def case_refused(mesh):
 STEPS = 20
 PART = 5
 GRID = 1 / 4
-ROWS = 8  # powers of two, as are the outputs and the processes: means are exact
-TRAINED = (4, 6, 5, 6, 2)  # widths that the processes do not divide
+ROWS = 8  # powers of two, like the numbers of outputs and processes, so means are exact
+TRAINED = (4, 6, 5, 6, 2)  # widths that the number of processes does not divide
 
 
 def start():
@@ -459,11 +460,11 @@ def make_optimizer(model):
 
 
 def train(model, optimizer, x, target, steps, before_step=lambda model: None):
-    """The loss, the gradients and the parameters after it that are held here, for each step.
+    """For each step: the loss, the gradients, and the updated parameters that this process holds.
 
-    After each step the parameters are rounded to the grid. Equal gradients make
-    updates that are equal but for the last bits (a compiler may contract products
-    and sums), which the rounding removes.
+    After each step the parameters are rounded to the grid. Equal gradients make equal updates
+    except for the last bits (a compiler may contract products and sums), and the rounding removes
+    these.
     """
     history = []
     for _ in range(steps):
@@ -485,11 +486,11 @@ def train(model, optimizer, x, target, steps, before_step=lambda model: None):
 
 
 def check_exact(model, x, target):
-    """Every sum in a training step is a multiple of a power of two, and less than 2^53 of it.
+    """Every sum in a training step is a multiple of a power of two, and less than 2^53 times it.
 
-    With L layers, y is a multiple of GRID^L, the gradient at y one of that times
-    2 / elements, and every other gradient has at most L - 1 factors more. The
-    majorant bounds the sums of the absolute values.
+    With L layers, y is a multiple of GRID^L, the gradient at y a multiple of that times 2 /
+    elements, and every other gradient has at most L - 1 more factors. The majorant bounds the sums
+    of the absolute values.
     """
     weights, biases = support.layers_of(model)
     layers, elements = len(weights), target.numel()
@@ -504,7 +505,7 @@ def check_exact(model, x, target):
 
 @functools.cache
 def expected_history():
-    """The steps of one process by PyTorch's own layers, and two more."""
+    """The steps of one process with PyTorch's own layers, and two more."""
     _, sequential, x, target = start()
     optimizer = make_optimizer(sequential)
     history = train(
@@ -529,7 +530,7 @@ class Layout:
         with torch.no_grad():
             for parameter in numbered.parameters():
                 parameter.copy_(torch.arange(parameter.numel()).view_as(parameter))
-        #: Of each parameter, which elements this process holds.
+        #: For each parameter, the elements that this process holds.
         self.elements = [held(p).long() for p in self._spread(numbered).parameters()]
         return self._spread(net)
 
@@ -539,16 +540,17 @@ class Layout:
         if self.by_rows == "ddp":
             return DistributedDataParallel(net, process_group=self.mesh.get_group("rows"))
         if self.by_rows == "fsdp":
-            # The parameters are gone when the forward pass ends, and come back for the other.
+            # The parameters are freed when the forward pass ends, and gathered again for the
+            # backward pass.
             fully_shard(net, mesh=self.mesh["rows"], reshard_after_forward=True)
         return net
 
     def rows(self, tensor):
-        """Those of this process."""
+        """The rows of this process."""
         return tensor[self.mesh.get_local_rank("rows") :: self.mesh.size(0)]
 
     def check(self, model, history, first=0):
-        """The steps from `first` on are those of the single process."""
+        """Compares the steps from `first` on with those of the single process."""
         assert history
         for step, actual in enumerate(history, first):
             expected = expected_history()[step]
@@ -584,12 +586,12 @@ def case_training(mesh):
         calls = STEPS * (2 if layout.by_units else 1)
         assert counts["forward"] == counts["backward"] == calls, (name, counts)
         assert counts["native"] == 0, (name, counts)
-        if name == "units":  # twice forward and once backward: x needs no gradient
+        if name == "units":  # twice forward and once backward, because x needs no gradient
             assert counts["all_reduce"] == 3 * STEPS and counts["other"] == 0, counts
 
 
 def case_fsdp_of_the_children(mesh):
-    """`fully_shard` on a child puts hooks there: natively."""
+    """`fully_shard` on a child adds hooks, so the children run natively."""
     net, _, x, target = start()
     layout = Layout(mesh, "fsdp")
     layout.spread(copy.deepcopy(net))
@@ -604,7 +606,9 @@ def case_fsdp_of_the_children(mesh):
 
 
 def case_fsdp_of_a_larger_model(mesh):
-    """The `ReluMLP` is sharded with what is around it, in bfloat16: the operators, in bfloat16."""
+    """The `ReluMLP` is sharded together with the module around it, in bfloat16, and the operators
+    run in bfloat16.
+    """
     net, sequential = pair((2, 4, 2))
     for module in (net, sequential):
         module.float()
@@ -647,7 +651,7 @@ def load(folder, model, optimizer):
 
 
 def other_start():
-    """As `start`, with parameters that a checkpoint must replace."""
+    """The same as `start`, with parameters that a checkpoint must replace."""
     net, _, x, target = start()
     with torch.no_grad():
         for parameter in net.parameters():
@@ -656,7 +660,7 @@ def other_start():
 
 
 def case_checkpoints(mesh):
-    """Begun by one process alone, and after every `PART` steps carried on in another layout."""
+    """Started in one process, and continued in another layout after every `PART` steps."""
     saved = checkpoint("alone")
     for part, name in enumerate(["units", "fsdp", "fsdp and units"], 1):
         layout = Layout(mesh, *LAYOUTS[name])
@@ -679,14 +683,14 @@ def checkpoint(layout):
 
 folder = Path()
 CASES = {name: case for name, case in globals().items() if name.startswith("case_")}
-#: Those in which the number of processes matters; the others run with two.
+#: The cases in which the number of processes matters. The others run with two.
 WITH_FOUR = [
     "case_tensor_parallel",
     "case_parts_are_where_they_should_be",
     "case_training",
     "case_checkpoints",
 ]
-#: Those that end in PyTorch's own layers, or say nothing of layers: the same on every backend.
+#: Cases that end in PyTorch's own layers, or involve no layers: the same on every backend.
 ON_ONE_BACKEND = [
     "case_parts_are_where_they_should_be",
     "case_transforms",
@@ -701,7 +705,7 @@ ON_ONE_BACKEND = [
 
 
 def cases(processes):
-    """(backend, name) of all cases for so many processes."""
+    """(backend, name) of all cases for this number of processes."""
     return [
         (backend, name)
         for backend in support.BACKENDS

@@ -1,8 +1,8 @@
 """Precision: autocast, gradient scaling, and PyTorch's settings for products and determinism.
 
-Under autocast the native layers are the standard: the same dtypes, the same
-errors, and of small integers, which bfloat16 and float16 hold exactly, the same
-bits. The operators serve these calls too, with tensors that were cast before.
+Under autocast the native layers are the standard. The dtypes and errors must be the same, and with
+small integers, which bfloat16 and float16 hold exactly, the bits too. The operators serve these
+calls with tensors that were cast before.
 """
 
 import contextlib
@@ -30,12 +30,12 @@ from support import (
 
 every_half = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
-#: So few ones add up to less than 256, up to which bfloat16 holds every integer.
+#: So few that their sums stay below 256, up to which bfloat16 holds every integer.
 SIZES = (3, 5, 4, 2)
 
 
 def network(bias="all", sizes=SIZES, rows=7, dtype=torch.float32):
-    """x, weights and biases: leaves with entries -1, 0 and 1."""
+    """x, weights and biases: leaves with the entries -1, 0 and 1."""
     weights, biases = integer_network(sizes, bias, largest=1, dtype=dtype)
     x = integers(rows, sizes[0], largest=1, dtype=dtype).requires_grad_()
     if biases is not None:
@@ -44,7 +44,7 @@ def network(bias="all", sizes=SIZES, rows=7, dtype=torch.float32):
 
 
 def children(weights, biases, output_activation=None):
-    """The layers that hold these parameters."""
+    """The layers with these parameters."""
     layers = []
     for weight, bias in zip(weights, biases or [None] * len(weights)):
         linear = nn.Linear(*reversed(weight.shape), device="meta")
@@ -87,7 +87,7 @@ def small(y):
 
 
 def both_passes(mlp, dtype, tensors, backward_inside=False, **settings):
-    """y and the gradients, of a forward pass under autocast."""
+    """y and the gradients of a forward pass under autocast."""
     with torch.autocast("cpu", dtype):
         y = mlp(*tensors, **settings)
         if backward_inside:
@@ -130,7 +130,7 @@ def test_recompute(backend, form, dtype, backward_inside):
 @every_half
 @pytest.mark.parametrize("activation", support.ACTIVATIONS)
 def test_within_the_bounds_of_rounding(backend, activation, dtype):
-    """Of numbers that are no integers: the native path meets the same bounds."""
+    """With real numbers. The native path meets the same bounds."""
     weights, biases = support.make_network((13, 17, 9, 3), dtype=torch.float32)
     weights, biases = [nn.Parameter(w) for w in weights], [nn.Parameter(b) for b in biases]
     x = torch.randn(19, 13, requires_grad=True)
@@ -143,7 +143,8 @@ def test_within_the_bounds_of_rounding(backend, activation, dtype):
     for mlp in (*FORMS.values(), native_mlp):
         with support.count_calls() as calls:
             found = both_passes(mlp, dtype, (x, weights, biases), output_activation=activation)
-        # An activation of the implementation's own decides where a sum is close to 0.
+        # Where a sum is close to 0, the mask comes from the activation that the implementation
+        # found.
         if mlp is native_mlp:
             hidden, a = [], cast[0]
             for weight, bias in list(zip(*cast[1:]))[:-1]:
@@ -181,7 +182,7 @@ def test_without_a_graph(backend, form, dtype):
 
 @pytest.mark.parametrize("frozen", ["x", "weights", "biases", "first layer"])
 def test_partly_frozen(backend, frozen):
-    """Only what needs a gradient gets one, and the rest is cast all the same."""
+    """Only tensors that need a gradient get one. All of them are cast."""
     x, weights, biases = network()
     which = {"x": [x], "weights": weights, "biases": biases, "first layer": [weights[0], biases[0]]}
     for tensor in which[frozen]:
@@ -218,7 +219,7 @@ def test_saves_what_the_native_path_saves(backend, activation):
 
 
 def test_a_weight_may_change_after_the_forward_pass(backend):
-    """What is saved of a float32 weight is its cast copy, and of a bfloat16 one itself."""
+    """A float32 weight is saved as its cast copy, and a bfloat16 weight itself."""
     for dtype, raises in [(torch.float32, False), (torch.bfloat16, True)]:
         results = []
         for mlp in (relu_mlp.relu_mlp, native_mlp):
@@ -235,7 +236,7 @@ def test_a_weight_may_change_after_the_forward_pass(backend):
 
 
 def test_one_network_twice_in_a_region(backend):
-    """Natively the second call finds the casts of the first; the sums are the same."""
+    """Natively the second call reuses the cached casts of the first. The sums are the same."""
     x, weights, biases = network(rows=3)
     results = []
     for mlp in (*FORMS.values(), native_mlp):
@@ -253,7 +254,7 @@ def test_one_network_twice_in_a_region(backend):
 @pytest.mark.parametrize("backward_inside", [False, True])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_second_derivative(backend, backward_inside, recompute):
-    """A gradient penalty, taken in float32, of sums that stay integers in bfloat16."""
+    """A gradient penalty, computed in float32, of sums that stay integers in bfloat16."""
     tensors = network(sizes=(2, 3, 2, 1), rows=2)
     results = []
     for mlp in (relu_mlp.relu_mlp, native_mlp):
@@ -295,10 +296,10 @@ NESTED = {
 @every_form
 @pytest.mark.parametrize("nest", NESTED)
 def test_nested_regions(backend, form, nest):
-    """Calls before, in and behind every region.
+    """Calls before, inside and after every region.
 
-    Natively without the cache of casts: it has one place for a weight, and in a region
-    of another dtype PyTorch finds the wrong one and raises.
+    The native calls run without the cache of casts. It has one place for each weight, so in a
+    region of another dtype PyTorch finds the wrong cast and raises.
     """
     tensors = network()
     results = []
@@ -326,7 +327,7 @@ def test_nested_regions(backend, form, nest):
 
 @every_form
 def test_activations_cast_between_regions(backend, form):
-    """What one region made is the input of the next."""
+    """The output of one region is the input of the next."""
     x, weights, biases = network(sizes=(3, 4, 3))
     results = []
     for mlp in (FORMS[form], native_mlp):
@@ -344,7 +345,7 @@ def test_activations_cast_between_regions(backend, form):
 @every_form
 def test_autocast_of_another_device_changes_nothing(backend, form):
     tensors = network()
-    torch.set_autocast_enabled("cuda", True)  # torch.autocast refuses where there is no GPU
+    torch.set_autocast_enabled("cuda", True)  # torch.autocast raises without a GPU
     try:
         assert torch.is_autocast_enabled("cuda") and not torch.is_autocast_enabled("cpu")
         with support.count_calls() as calls:
@@ -359,7 +360,7 @@ def test_autocast_of_another_device_changes_nothing(backend, form):
 
 
 def test_the_operator_has_a_rule_for_cuda():
-    """Shown by fake tensors, which say they are on a GPU where there is none."""
+    """Tested with fake tensors, which can claim to be on a GPU without one."""
     with FakeTensorMode():
         x = torch.ones(7, 3, device="cuda")
         weights = [torch.ones(*shape, device="cuda") for shape in [(5, 3), (2, 5)]]
@@ -402,13 +403,13 @@ ALL_DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float8_e4m3fn,
 
 @pytest.mark.parametrize("x_dtype", ALL_DTYPES, ids=str)
 def test_mixed_dtypes(backend, x_dtype):
-    """Cast is what is floating-point and not float64; what is left of other dtypes, an error."""
+    """Floating-point tensors other than float64 are cast. Any other mixture is an error."""
     x = torch.ones(2, 3).to(x_dtype)
     values = torch.ones(4, 3), torch.ones(2, 4), torch.ones(4)
     for dtypes in itertools.product(ALL_DTYPES, repeat=3):
         first, last, bias = map(torch.Tensor.to, values, dtypes)
         forms = [relu_mlp.relu_mlp]
-        if torch.int64 not in dtypes:  # which no Parameter can be
+        if torch.int64 not in dtypes:  # a Parameter can't have this dtype
             first, last, bias = map(nn.Parameter, (first, last, bias))
             forms.append(module)
         with torch.autocast("cpu"), torch.no_grad():
@@ -430,7 +431,7 @@ def test_float64_stays(backend):
 
 @every_half
 def test_half_precision_parameters(backend, dtype):
-    """A bfloat16 network under float16 autocast runs in float16, and the other way about."""
+    """A bfloat16 network under float16 autocast runs in float16, and vice versa."""
     for own in (torch.bfloat16, torch.float16):
         tensors = network(dtype=own)
         found = both_passes(relu_mlp.relu_mlp, dtype, tensors)
@@ -438,7 +439,7 @@ def test_half_precision_parameters(backend, dtype):
         assert_same(found, both_passes(native_mlp, dtype, tensors))
 
 
-def test_loss_and_grads_is_no_matter_of_autocast(backend):
+def test_autocast_does_not_apply_to_loss_and_grads(backend):
     x, weights, biases = network()
     arguments = (x.detach(), torch.ones(7, 2), weights, biases)
     expected = relu_mlp.loss_and_grads(*arguments)
@@ -454,7 +455,7 @@ def test_loss_and_grads_is_no_matter_of_autocast(backend):
 
 @every_half
 def test_grad_scaler(backend, dtype):
-    """The first scale is too large for float16: those steps are skipped, natively too."""
+    """The first scales are too large for float16, so those steps are skipped, natively too."""
     torch.manual_seed(0)
     x, target = integers(7, 3, largest=1).float(), integers(7, 2, largest=1).float()
     models, scales, calls = [], [], []
@@ -481,7 +482,7 @@ def test_grad_scaler(backend, dtype):
     assert_fused(calls[0], 6)
     assert scales[0] == scales[1]
     if dtype is torch.float16:
-        assert min(scales[0]) < 2.0**18  # there were steps to skip
+        assert min(scales[0]) < 2.0**18  # some steps were skipped
     assert_same(models[0].state_dict(), dict(models[1].state_dict()))
 
 
@@ -493,7 +494,7 @@ def test_grad_scaler(backend, dtype):
     ("form", "region"), [("module", "inside"), ("function", "around"), ("operator", "part")]
 )
 def test_compile(backend, form, region):
-    """The whole graph, with the region in the compiled function or around it."""
+    """The whole graph, with the region inside the compiled function or around it."""
     x, weights, biases = network()
     mlp = FORMS[form]
     if form == "module":
@@ -540,7 +541,7 @@ def test_compile(backend, form, region):
         assert targets.count(torch.ops.relu_mlp.backward.default) == calls
     with torch.no_grad():
         assert_same(run_forward(compiled), found["y"])
-    if region == "around":  # without the region it is another function, compiled anew
+    if region == "around":  # without the region, the function is compiled again
         assert_same(compiled(x).detach(), native_mlp(x, weights, biases).detach())
     torch.compiler.reset()
 
@@ -558,7 +559,7 @@ PRECISIONS = {
 
 @pytest.fixture
 def set_precision():
-    """Chooses how PyTorch may compute float32 products, for one test."""
+    """Sets the precision that PyTorch may use for float32 products, for one test."""
     before = torch.backends.mkldnn.matmul.fp32_precision
     yield lambda name: PRECISIONS[name]()
     torch.set_float32_matmul_precision("highest")
@@ -572,12 +573,12 @@ def float32_passes(mlp, tensors):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_float32_precision(backend, precision, set_precision):
-    """A setting permits less than float32, for which this package has no use of its own.
+    """A setting permits less than float32. This package's own products do not use it.
 
-    Products that are borrowed from PyTorch follow the setting, as those of the native
-    path do. Of integers that bfloat16 holds, both are exact.
+    Products that PyTorch computes follow the setting, as those of the native path do. For integers
+    that bfloat16 holds, both are exact.
     """
-    tensors = network(sizes=(512, 256, 256), rows=256)  # products of this size are borrowed
+    tensors = network(sizes=(512, 256, 256), rows=256)  # PyTorch computes products of this size
     own = network()[0].detach(), *support.make_network(SIZES, dtype=torch.float32)
     expected = float32_passes(native_mlp, tensors)
     of_own = relu_mlp.relu_mlp(*own)
@@ -589,7 +590,7 @@ def test_float32_precision(backend, precision, set_precision):
             found = float32_passes(mlp, tensors)
         assert (calls["forward"], calls["backward"]) == (1, 1)
         assert_same(found, expected)
-    # the reference calls what the native path calls
+    # the reference calls the same functions as the native path
     assert_same(relu_mlp.relu_mlp(*own), of_own if backend == "extension" else native_mlp(*own))
 
 
@@ -602,7 +603,7 @@ def deterministic():
 
 @pytest.mark.parametrize(("sizes", "rows"), [((5, 17, 3), 3000), ((256, 256, 32), 100)], ids=str)
 def test_deterministic_algorithms(backend, sizes, rows, deterministic):
-    """Nothing raises, and the same call gives the same bits, with new memory full of NaN."""
+    """Nothing raises, and the same call gives the same bits, with new memory filled with NaN."""
     weights, biases = support.make_network(sizes, dtype=torch.float32, requires_grad=True)
     tensors = torch.randn(rows, sizes[0], requires_grad=True), weights, biases
     target = torch.randn(rows, sizes[-1])

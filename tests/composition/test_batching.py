@@ -21,25 +21,25 @@ from relu_mlp import ReluMLP, relu_mlp
 from support import BIASES, assert_same, integer_network, integers, native_mlp
 from support.transforms import compare, loss, of_loss, of_names, problem
 
-# PyTorch's own forward mode compiles its rules with TorchScript, which it has deprecated.
+# PyTorch's own forward mode compiles its rules with TorchScript, which is deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
 activations = pytest.mark.parametrize("activation", support.ACTIVATIONS, ids=str)
 EXAMPLES = 3
 
 
 def stacked(tensor, dim=0, examples=EXAMPLES):
-    """Different tensors of the same numbers."""
+    """The same numbers in different tensors."""
     return torch.stack([tensor.roll(n) + n * tensor for n in range(examples)], dim)
 
 
 def stack(p, names, dim=0):
-    """Those of `names` for every example, and the in_dims that say so."""
+    """The tensors of `names` with one value per example, and the in_dims that describe this."""
     batched = {name: stacked(t, dim) if name in names else t for name, t in p.items()}
     return batched, {name: dim if name in names else None for name in p}
 
 
 def others(p, names):
-    """All the other names, or the same ones where there are none."""
+    """All other names, or the same names if there are no others."""
     return [name for name in p if name not in names] or names
 
 
@@ -50,12 +50,12 @@ def each(function, p, names, dim=0, **options):
 
 
 def sum_of_each(f, p, names):
-    """The loss of all examples, as a function of p."""
+    """The loss summed over all examples, as a function of p."""
     return lambda p: loss(each(f, p, names))
 
 
-# f is the network as a function of a dict of its tensors, p is that dict, t and s are tangents of
-# it, g is a gradient for the output, and n are the names of the tensors that have examples. The
+# f is the network as a function of a dict of its tensors, and p is that dict. t and s are tangents
+# of p, g is a gradient for the output, and n holds the names of the batched tensors. The
 # number is the order of the highest derivative.
 TRANSFORMS = {
     "vmap": (0, lambda f, p, t, s, g, n: each(f, p, n)),
@@ -108,7 +108,7 @@ TRANSFORMS = {
 
 
 def mapped(p, activation):
-    """Which tensors have examples: x, or all; also an ensemble's parameters, and some."""
+    """The batched tensors: x alone, or all; also the parameters of an ensemble, and some."""
     parameters = [name for name in p if name != "x"]
     biases = [name for name in p if name.startswith("biases")]
     some = [parameters, ["x", "weights[1]"], ["weights[2]"], biases[-1:] or ["weights[0]"]]
@@ -128,7 +128,7 @@ def test_vmap(backend, transform, activation):
 @pytest.mark.parametrize("bias", BIASES)
 @pytest.mark.parametrize("transform", ["vmap", "vmap of grad", "vmap of vjp"])
 def test_every_tensor(backend, transform, bias):
-    """Examples of one tensor alone, and of every pair."""
+    """One batched tensor, and every pair."""
     order, function = TRANSFORMS[transform]
     sizes = [2, 3, 2]
     arguments = problem("relu", bias, sizes=sizes)
@@ -196,7 +196,7 @@ def test_float32(backend, transform):
 
 
 def test_nan_and_infinity(backend):
-    """The mask lets NaN pass, and stops an infinite gradient at a unit that is off."""
+    """The mask passes NaN, and stops an infinite gradient at a unit that is off."""
     inf, nan = float("inf"), float("nan")
     p, t, s, g = problem("relu")
     p["x"] = torch.tensor([[nan, 1], [inf, -2]], dtype=torch.float64)
@@ -295,7 +295,7 @@ def of(p):
 @pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recomputed"])
 @pytest.mark.parametrize("transform", BATCHED)
 def test_batched_gradients(backend, transform, recompute):
-    """PyTorch's own operations batch it: a call of the fused operator would not."""
+    """PyTorch batches its own operations. A call of the fused operator would not be batched."""
     order, function = BATCHED[transform]
 
     def network(*arguments, **options):
@@ -376,7 +376,7 @@ def test_gradients_of_a_finished_pass(backend, transform, create_graph, recomput
 @pytest.mark.parametrize("needs", ["11111", "10000", "00001"])
 @pytest.mark.parametrize("mapped", ["grad_output", "x", "weights", "all"])
 def test_recompute_backward(backend, mapped, needs):
-    """The operator: the examples by one call are those of a loop."""
+    """The operator with batched examples gives the same as a loop."""
     operator = torch.ops.relu_mlp.recompute_backward
     weights, biases = integer_network([3, 4, 2], requires_grad=False)
     given = {"grad_output": [integers(5, 2)], "x": [integers(5, 3)], "weights": weights}
@@ -437,7 +437,7 @@ def test_ensemble_built_on_meta(backend):
 
 # -- Wrong shapes ------------------------------------------------------------------------
 
-#: The name of a tensor, and the shape of its examples where x is (2, 2) and the widths 2, 3, 2.
+#: The name of a tensor, and a wrong shape of its examples. x is (2, 2) and the widths are 2, 3, 2.
 WRONG = {
     "x without features": ("x", ()),
     "x of another width": ("x", (2, 3)),
@@ -457,12 +457,12 @@ WRONG = {
 @pytest.mark.parametrize("others", ["alike", "with x", "with all"])
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_shapes(backend, case, others):
-    """RuntimeError, where PyTorch's decomposition under vmap would broadcast a bias too."""
+    """RuntimeError, also where PyTorch's decomposition under vmap would broadcast a bias."""
     name, shape = WRONG[case]
     p, *_ = problem(None, sizes=[2, 3, 2])
     names = {"alike": [name], "with x": [name, "x"], "with all": list(p)}[others]
     batched, dims = stack(p, names)
-    # As many examples as features: a dimension of examples must not pass for one of features.
+    # As many examples as features: the batch dimension must not be mistaken for features.
     batched = {key: t[:2] if dims[key] == 0 else t for key, t in batched.items()}
     batched[name] = integers(2, *shape)
     argument = "weights" if name == "x" and shape else name.partition("[")[0]
@@ -544,7 +544,7 @@ def _ensemble(x, weights, biases):
 
 @pytest.mark.parametrize("transform", LOOPS)
 def test_no_loop(backend, transform):
-    """As many operations for 17 examples as for 2."""
+    """The number of operations is the same for 17 examples as for 2."""
     few, many = (
         operations(lambda n=n: LOOPS[transform](relu_mlp, *network_of([3, 4, 2], n)))
         for n in (2, 17)
@@ -567,7 +567,7 @@ COMPILED = {
 @pytest.mark.parametrize(
     "backend, operator, transform",
     [
-        # Compiled, the function on the reference is the native layers.
+        # When compiled, the function runs the native layers on the reference.
         *[(name, "function", "vmap of grad") for name in support.BACKENDS],
         *[(support.BACKENDS[0], "function", n) for n in COMPILED if n != "vmap of grad"],
         *[(name, "relu_mlp", "per-sample gradients") for name in support.BACKENDS],

@@ -1,8 +1,8 @@
-"""torch.compile of the layer and of models that contain it: no graph break, the same bits as
-eager, and the operators in the graph.
+"""torch.compile of the layer and of models that contain it: no graph break, the same bits as eager,
+and the operators in the graph.
 
-On the reference the layers are traced natively, by contract: then the graph has products
-and none of the operators, and equals the native network.
+On the reference the layers are traced natively, by contract. Then the graph has products and none
+of the operators, and equals the native network.
 """
 
 import re
@@ -21,7 +21,7 @@ from support import assert_same, integer_network, integers, integers_, twins
 
 pytestmark = [
     pytest.mark.slow,
-    # Said by PyTorch of the compilers that these tests are made of.
+    # PyTorch says this about the compilers that these tests use.
     pytest.mark.filterwarnings("ignore:Your compiler for AOTAutograd:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
@@ -40,7 +40,7 @@ def fresh():
 
 @pytest.fixture
 def graphs():
-    """A compiler that keeps the operators of each forward and backward graph, by name."""
+    """A compiler that records the operators of each forward and backward graph, by name."""
     kept = []
 
     def keep(graph_module, inputs):
@@ -54,7 +54,7 @@ def graphs():
 
 
 def assert_operators(backend, graphs, expected):
-    """One operator each way and no product beside it; on the reference the other way round."""
+    """One operator each way and no product beside it. On the reference it is the reverse."""
     fused = [[name for name in graph if name.startswith("relu_mlp.")] for graph in graphs]
     products = [[n for n in graph if n.split(".")[1] in PRODUCTS] for graph in graphs]
     if backend == "extension":
@@ -65,7 +65,7 @@ def assert_operators(backend, graphs, expected):
 
 
 def step(model, x):
-    """y, and the gradients of a loss at x and every parameter."""
+    """y, and the gradients of a loss with respect to x and every parameter."""
     leaf = x.detach().clone().requires_grad_()
     model.zero_grad()
     y = model(leaf)
@@ -76,7 +76,7 @@ def step(model, x):
 
 
 class Block(nn.Module):
-    """A model around the layer, in which Inductor has something to fuse."""
+    """A model around the layer that gives Inductor something to fuse."""
 
     def __init__(self, dtype=torch.float32):
         super().__init__()
@@ -102,7 +102,7 @@ def test_one_operator_each_way(backend, graphs, activation, recompute):
     assert_operators(backend, graphs.kept, ["forward", "backward"])
 
 
-def test_inference_is_the_operator_for_people(backend, graphs):
+def test_inference_is_the_public_operator(backend, graphs):
     net, _ = twins(3, [4, 5], 2)
     x = torch.randn(6, 3)
     with torch.no_grad():
@@ -112,7 +112,7 @@ def test_inference_is_the_operator_for_people(backend, graphs):
 
 
 def test_inductor_where_ci_is_set(backend, monkeypatch):
-    """Inductor checks more in a continuous integration: that nothing could be decomposed."""
+    """With CI set, Inductor also checks that no operator could be decomposed."""
     monkeypatch.setenv("CI", "true")
     net, x = integers_(relu_mlp.ReluMLP(3, [4, 5], 2)), integers(6, 3, dtype=torch.float32)
     with torch.no_grad():
@@ -120,7 +120,7 @@ def test_inductor_where_ci_is_set(backend, monkeypatch):
 
 
 def test_frozen_parameters_are_not_differentiated(graphs):
-    """The backward operator in the graph is asked for what is needed and no more."""
+    """The backward operator in the graph computes the needed gradients and no others."""
     net = integers_(relu_mlp.ReluMLP(3, [4, 5], 2))
     net[0].requires_grad_(False)
     counts = []
@@ -151,8 +151,8 @@ def test_inside_a_model_by_inductor(backend):
     compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
     actual, eager = step(compiled, x), step(model, x)
     for name, expected in eager.items():
-        # Inductor has its own LayerNorm: a row of 6, some ten roundings, and the layer's
-        # derivative of that. The layer alone has equal bits, above.
+        # Inductor has its own LayerNorm: a row of 6, about ten roundings, and the layer's
+        # derivative of that. The layer alone has equal bits, see above.
         torch.testing.assert_close(actual[name], expected, rtol=1e-4, atol=1e-5, msg=name)
 
 
@@ -208,7 +208,7 @@ def test_compiled_autograd(backend, kind):
 
 
 def test_a_whole_training_step(backend):
-    """Forward, loss, backward and the optimizer's step in one compiled function."""
+    """Forward pass, loss, backward pass and the optimizer's step in one compiled function."""
     results = []
     for compile_it in (False, True):
         torch.manual_seed(0)
@@ -294,7 +294,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_after_compiling_is_seen(backend, change):
-    """What the compiled layer does not compare in every call, these changes do not need."""
+    """The compiled layer notices these changes without comparing everything in every call."""
     net = relu_mlp.ReluMLP(3, 4, 2, output_activation="relu")
     integers_(net)
     x = integers(6, 3, dtype=torch.float32)
@@ -311,7 +311,7 @@ def test_a_change_after_compiling_is_seen(backend, change):
 
 
 def test_the_compiled_layer_compares_little(monkeypatch):
-    """Every comparison is made in every call, and three times as many took a tenth of it."""
+    """Every comparison is made in every call. Three times as many took a tenth of a small step."""
     counts = {}
 
     def count(name, model):

@@ -1,7 +1,8 @@
-"""torch.compile of derivatives: what the native layers compile, the fused ones do, with the same
-values, at a second width too, in fake tensor modes and in graphs of symbolic sizes.
+"""torch.compile of derivatives. The fused layers compile wherever the native ones do, with the same
+values, also at a second width, in fake tensor modes and in graphs of symbolic sizes.
 
-By integers, with which every sum is exact; with tanh within the bounds of support/bounds.py.
+Most tests use integers, for which every sum is exact; tanh is compared within the bounds of
+support/bounds.py.
 """
 
 import pytest
@@ -42,7 +43,7 @@ def examples_of(p):
     return tree_map(lambda tensor: torch.stack([tensor, 2 * tensor]), p)
 
 
-# f is the network as a function of a dict of tensors, p is that dict, and of is the loss.
+# f is the network as a function of a dict of tensors, p is that dict, and `of` is the loss.
 TRANSFORMS = {
     "value": lambda f, p, of: f(p),
     "grad": lambda f, p, of: grad(lambda p: of(f(p)))(p),
@@ -84,7 +85,7 @@ def assert_alike(actual, expected, activation):
             torch.testing.assert_close(ours, native, msg=f"result {n}")
 
 
-CASES = [  # transform, its loss, what it differentiates by, output activation, compiler
+CASES = [  # transform, its loss, the tensors to differentiate by, output activation, compiler
     ("grad", torch.sum, "x", "relu", "aot_eager"),
     ("vmap of grad", torch.sum, "x", "relu", "aot_eager"),
     ("jvp", squares, "xwb", "tanh", "aot_eager"),
@@ -133,7 +134,7 @@ def test_exported_with_any_width():
 
 @pytest.mark.parametrize("transform", ["value", "jvp", "gradient penalty"])
 def test_graph_with_symbolic_sizes(backend, transform):
-    """By make_fx, which needs no fake tensor to be compiled."""
+    """With make_fx, which compiles no fake tensor."""
     arguments = (transform, squares, "xwb", "tanh")
     ours, native = (derivative(f, *arguments) for f in (relu_mlp.relu_mlp, support.native_mlp))
     graph = make_fx(ours, tracing_mode="symbolic")(tensors_of(4))
@@ -144,7 +145,7 @@ def test_graph_with_symbolic_sizes(backend, transform):
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_shapes_in_a_fake_tensor_mode(backend, transform):
-    """A transform's tensors are fake below: so is what stands for the missing bias."""
+    """Below a transform, its tensors are fake, and so is the placeholder of the missing bias."""
     shapes = []
     for network in (support.native_mlp, relu_mlp.relu_mlp):
         with FakeTensorMode() as mode:
@@ -165,7 +166,7 @@ def test_functions_without_a_graph_in_a_fake_tensor_mode(backend):
 
 
 def test_second_derivative_of_fake_tensors(backend):
-    """By the operators, which serve fake tensors where a graph of them is recorded."""
+    """Uses the operators, which serve fake tensors while a graph of them is recorded."""
     with FakeTensorMode() as mode:
         given = {n: mode.from_tensor(t).requires_grad_() for n, t in tensors_of().items()}
         weights, biases = [given["w0"], given["w1"]], [given["b0"], torch.empty(0)]

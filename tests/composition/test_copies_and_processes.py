@@ -1,8 +1,8 @@
-"""What people do with a module beside calling it: copies, tools, processes and threads.
+"""Uses of a module besides calling it: copies, tools, processes and threads.
 
-More of this is in test_module.py (copies, state_dict, parametrizations, pruning,
-functional_call, meta) and in test_backend.py (threads). Numbers are small
-integers, and so the same to the bit whoever adds them up.
+More of this is in test_module.py (copies, state_dict, parametrizations, pruning, functional_call,
+meta) and in test_backend.py (threads). Numbers are small integers, so results have the same bits in
+any order of summation.
 """
 
 import copy
@@ -49,7 +49,7 @@ def run(module, x):
 
 
 def same_as_native(net, sequential, calls=1):
-    """The same answer, by `calls` forward and backward passes of the operators."""
+    """The same results, with `calls` forward and backward passes of the operators."""
     x = integer_input(7, 3)
     with support.count_calls() as counted:
         found = run(net, x)
@@ -62,9 +62,9 @@ def same_as_native(net, sequential, calls=1):
 
 
 def test_a_whole_module_loads_with_weights_only(backend):
-    """As PyTorch has it: with the classes named that the file may hold."""
+    """As PyTorch requires, with the allowed classes named."""
     net, sequential = pair(output_activation="relu", recompute=True)
-    run(net, integer_input(7, 3))  # it remembers things then
+    run(net, integer_input(7, 3))  # by then it may cache something
     file = io.BytesIO()
     torch.save(net, file)
     file.seek(0)
@@ -92,7 +92,7 @@ def test_averaged_copies(backend, average):
 
 
 def test_on_meta_and_then_somewhere(backend):
-    """Built without memory in three ways, and given some."""
+    """Built without memory in three ways, and then given memory."""
     _, sequential = pair()
     with torch.device("meta"):
         made = [ReluMLP(3, (6, 5), 4)]
@@ -164,7 +164,7 @@ def test_requires_grad_toggled(backend):
 @pytest.mark.filterwarnings("ignore:.*stateless.functional_call:FutureWarning")
 @pytest.mark.parametrize("call", [stateless.functional_call, torch.func.functional_call])
 def test_parameters_lent(backend, call):
-    """Some of them only, and those of tied layers under one name."""
+    """Only some of them, and those of tied layers under one name."""
     net, sequential = pair(hidden=(3,), out_features=3)
     for module in (net, sequential):
         module[2].weight = module[0].weight
@@ -183,7 +183,7 @@ def test_parameters_lent(backend, call):
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpoint(backend, use_reentrant):
-    """The forward pass is made twice, fused both times."""
+    """The forward pass runs twice, fused both times."""
     net, sequential = pair()
     x = integer_input(7, 3)
     results = []
@@ -199,7 +199,8 @@ def test_checkpoint(backend, use_reentrant):
 
         leaf = x.clone().requires_grad_()
         with support.count_calls() as counted:
-            Checkpointed(module)(leaf).sum().backward()  # the old kind knows no autograd.grad
+            # The reentrant kind does not support autograd.grad.
+            Checkpointed(module)(leaf).sum().backward()
         if module is net:
             assert (counted["forward"], counted["backward"], counted["native"]) == (2, 1, 0)
         grads = {name: parameter.grad for name, parameter in module.named_parameters()}
@@ -222,7 +223,7 @@ def test_checkpoint_sequential_takes_the_children(backend):
 
 
 class Dispatched(torch.Tensor):
-    """Holds a tensor, and writes down what is done to it."""
+    """Holds a tensor, and records the operations on it."""
 
     log: ClassVar[list[str]] = []
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -255,7 +256,7 @@ class Functions(torch.Tensor):
 @pytest.mark.parametrize("where", ["x", "weights[1]", "biases[0]"])
 @pytest.mark.parametrize("kind", ["__torch_dispatch__", "__torch_function__"])
 def test_tensor_subclasses_see_the_native_operations(backend, kind, where):
-    """In the function and in the module, each operation of the native path in its turn."""
+    """In the function and in the module, each operation of the native path in order."""
     subclass = Dispatched if kind == "__torch_dispatch__" else Functions
     wrap = Dispatched if subclass is Dispatched else lambda tensor: tensor.as_subclass(Functions)
     seen, results = [], []
@@ -280,7 +281,7 @@ def test_tensor_subclasses_see_the_native_operations(backend, kind, where):
                 y = net(x)
             else:
                 y = (native_mlp if form == "native" else relu_mlp.relu_mlp)(x, weights, biases)
-            # to read an attribute, or the size of a bias, is no operation
+            # reading an attribute, or the size of a bias, is no operation
             seen.append([name for name in subclass.log if name not in ("__get__", "numel")])
             grads = torch.autograd.grad(y.sum(), list(named.values()))
         assert counted["forward"] == counted["backward"] == 0
@@ -309,7 +310,7 @@ def test_under_the_modes_of_the_default_device(backend):
 
 
 def flops(function, *arguments):
-    """The operations of a function: (all of its calls, by operator)."""
+    """The operations of a function: (total of all calls, by operator)."""
     with FlopCounterMode(display=False) as counter:
         function(*arguments)
     return counter.get_total_flops(), counter.get_flop_counts().get("Global", {})
@@ -364,10 +365,10 @@ def test_flops_are_the_native_ones(backend, needs, activation):
 
 @pytest.mark.parametrize("activation", [None, "relu", "tanh"])
 def test_flops_of_recomputation(backend, activation):
-    """Those of PyTorch's own checkpoint, the new kind or the old.
+    """The same count as PyTorch's own checkpoint, non-reentrant or reentrant.
 
-    The new kind leaves off where all is there that was saved, as the extension does:
-    without an output activation, before the last layer. The reference computes y again.
+    The non-reentrant kind stops when all saved tensors are recomputed, as the extension does:
+    without an output activation, before the last layer. The reference also computes y again.
     """
     weights, biases = integer_network((3, 5, 4, 2))
     tensors = integers(7, 3).requires_grad_(), weights, biases
@@ -420,7 +421,7 @@ def test_profiler_shows_the_operators(backend):
     net, _ = pair()
     weights, biases = support.layers_of(net)
     x = integer_input(7, 3)
-    with profile(acc_events=True) as profiled:  # or else PyTorch 2.11 warns
+    with profile(acc_events=True) as profiled:  # otherwise PyTorch 2.11 warns
         net(x).sum().backward()
         relu_mlp.relu_mlp(x, weights, biases, recompute=True).sum().backward()
         relu_mlp.loss_and_grads(x, torch.ones(7, 4), weights, biases)
@@ -448,7 +449,7 @@ def threads():
 
 
 class Answers(Dataset):
-    """What a network says of its index, found by the worker that is asked."""
+    """The network's result for its index, computed by the worker that gets it."""
 
     def __init__(self, net, xs):
         self.net, self.xs = net, xs
@@ -465,7 +466,7 @@ class Answers(Dataset):
 
 @pytest.fixture
 def forks():
-    """`fork` of a process that has threads, of which newer Pythons warn."""
+    """`fork` of a process that has threads, about which newer Pythons warn."""
     if "fork" not in multiprocessing.get_all_start_methods():
         pytest.skip("this system has no fork")
     if torch.cuda.is_available():
@@ -500,10 +501,10 @@ def test_dataloader_workers(backend, forks, threads):
 @fork_warnings
 @pytest.mark.parametrize("rows", [7, 4000])
 def test_fork_after_use(backend, forks, threads, rows):
-    """A child computes what its parent did, on one thread.
+    """A child computes the same as its parent, on one thread.
 
-    The threads of PyTorch's pool do not exist in the child. To wait for them is a
-    limit of PyTorch's, the native layers' too: a child that computes much says
+    The threads of PyTorch's pool do not exist in the child, and waiting for them hangs. That limit
+    is PyTorch's and applies to the native layers too. A child that computes much calls
     torch.set_num_threads(1), as DataLoader does for its workers.
     """
     threads(2)
@@ -535,7 +536,7 @@ def test_fork_after_use(backend, forks, threads, rows):
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", [100, 4000])
 def test_four_threads_at_once(backend, threads, rows):
-    """Each with PyTorch's threads for itself, and each with the answer of a single one."""
+    """Each with PyTorch's threads to itself, and each with the result of a single thread."""
     threads(2)
     net, sequential = pair(hidden=(33, 17))
     xs = [integers(rows, 3, largest=1).float() for _ in range(4)]

@@ -1,7 +1,7 @@
 """Without Python: an AOTInductor package, and the C++ program in examples/cpp.
 
-The page there is followed to the letter: its Python writes the files, its commands
-build the program and run it.
+The tests follow the page there to the letter: its Python writes the files, and its commands build
+and run the program.
 """
 
 import os
@@ -22,7 +22,7 @@ from relu_mlp import ReluMLP, ops
 EXAMPLE = Path(__file__).parents[2] / "examples" / "cpp"
 COMPILER = os.environ.get("CXX", "c++").split()[0]
 
-# PyTorch's own words about its own code.
+# PyTorch says this about its own code.
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.installation,
@@ -41,7 +41,7 @@ def blocks(language):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where the page's Python has run."""
+    """The folder in which the page's Python has run."""
     from torch._inductor import config, cpu_vec_isa  # takes seconds
 
     folder = tmp_path_factory.mktemp("cpp")
@@ -49,8 +49,8 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
-        # Each instruction set of the processor is tried with a compiler, and here is
-        # nothing to vectorize. What is compiled is not to be fast, but soon there.
+        # Inductor tries each instruction set of the processor with a compiler, but there is
+        # nothing to vectorize here. The code need not be fast, but it should compile fast.
         patch.setattr(cpu_vec_isa, "valid_vec_isa_list", list)
         quick = {"precompile_headers": False, "compile_wrapper_opt_level": "O0"}
         with config.patch({f"aot_inductor.{name}": value for name, value in quick.items()}):
@@ -60,7 +60,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def net(folder):
-    """The network that the page makes."""
+    """The network of the page."""
     torch.manual_seed(0)
     return ReluMLP(16, [32, 24], 10, output_activation="tanh")
 
@@ -75,7 +75,7 @@ def program(folder):
 
 
 def run_block(folder, commands):
-    """Runs a page's commands with the Python that runs this, and returns what they print."""
+    """Runs a page's commands with the current Python, and returns their output."""
     environment = {
         **os.environ,
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
@@ -114,7 +114,7 @@ def test_package_calls_the_operator(folder):
 
 
 def table(text):
-    """What the program prints: a name, a shape, and rows of numbers, for each form."""
+    """The program's output: a name, a shape, and rows of numbers, for each form."""
     tables = {}
     for line in text.splitlines():
         if line[0].isalpha():

@@ -1,6 +1,7 @@
-"""torch.export: the program is that of the `nn.Sequential`, node for node and name for name,
-and loads without this package. Inside `backend("extension")` the layer is one operator in it.
-Both compute, train, and are saved and loaded as the module is."""
+"""torch.export: the program is that of the `nn.Sequential`, node for node and name for name, and
+loads without this package. Inside `backend("extension")` the layer is one operator in it. Both
+compute, train, and can be saved and loaded as the module can.
+"""
 
 import copy
 import itertools
@@ -17,7 +18,7 @@ import relu_mlp
 import support
 from relu_mlp import FusedSequential, ReluMLP, fuse, unfuse
 
-# PyTorch's own words about its own code.
+# PyTorch says this about its own code.
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning"),
@@ -34,7 +35,7 @@ def plain(net):
 
 
 class Model(nn.Module):
-    """The layer among others, and a layer that `fuse` has made."""
+    """The layer among others, and a layer made by `fuse`."""
 
     def __init__(self, is_plain=False):
         super().__init__()
@@ -52,7 +53,7 @@ class Model(nn.Module):
 
 
 class Functional(nn.Module):
-    """The functional form, with a bias that is missing."""
+    """The functional form, with a missing bias."""
 
     def __init__(self, function=relu_mlp.relu_mlp):
         super().__init__()
@@ -77,7 +78,7 @@ STRICT = pytest.mark.parametrize("strict", [False, True], ids=["not strict", "st
 
 
 def made(name):
-    """A module with parameters that are small integers, in evaluation mode."""
+    """A module whose parameters are small integers, in evaluation mode."""
     return support.integers_(MODULES[name][0]()).eval()
 
 
@@ -95,11 +96,11 @@ def count(program, target):
     return sum(node.target is target for node in program.graph.nodes)
 
 
-# -- What others get: the layers --------------------------------------------------------
+# -- Without a request for the operator: the layers -------------------------------------
 
 
 def nodes(program):
-    """All that a tool may go by: names, targets, arguments, and which module a node is from."""
+    """Everything that a tool may read: names, targets, arguments, and the module of each node."""
     signature = program.graph_signature
     described = []
     for node in program.graph.nodes:
@@ -122,7 +123,7 @@ def nodes(program):
 FUSED_SEQUENTIAL = "relu_mlp.fusion.sequential.FusedSequential"
 SEQUENTIAL = "torch.nn.modules.container.Sequential"
 
-#: name: (what is exported, the module of PyTorch's layers that it stands for)
+#: name: (the exported module, its equivalent with PyTorch's layers)
 PAIRS = {
     "net": lambda: (net := ReluMLP(3, [6, 4], 2), plain(net)),
     "no biases": lambda: (
@@ -173,7 +174,7 @@ def test_a_module_with_a_rule():
 
 @pytest.mark.parametrize("way", ["joint", "fake", "tied", "no_grad", "keyword"])
 def test_other_ways_of_export(way):
-    """Each gives what it gives for the `nn.Sequential`."""
+    """Each gives the same as for the `nn.Sequential`."""
     net = ReluMLP(3, [3, 3], 2)
     if way == "tied":
         net[2].weight = net[0].weight
@@ -240,7 +241,7 @@ def test_the_program_loads_without_the_package(tmp_path):
 
 
 def test_only_a_graph_that_leaves_python_is_of_layers():
-    """A compiled function keeps the operator, beside an export and after it."""
+    """A compiled function keeps the operator, both during an export and afterwards."""
     module = made("net")
     graphs = []
 
@@ -267,7 +268,7 @@ def test_only_a_graph_that_leaves_python_is_of_layers():
 def test_one_operator(name, strict, backend, tmp_path):
     module = made(name)
     _, fused, outside, linears = MODULES[name]
-    module(integers(2, 3))  # it may have remembered something
+    module(integers(2, 3))  # by then it may cache something
     program = exported(module, strict)
     assert list(program.state_dict) == list(module.state_dict())
     torch.export.save(program, tmp_path / "program.pt2")
@@ -296,7 +297,7 @@ def test_decompositions_leave_it_whole(strict, backend):
 
 
 def test_training(backend):
-    """A program in the form in which it is exported can be trained."""
+    """An exported program can be trained as it is."""
     module = made("model")
     runs = exported(module).module()
     twin = copy.deepcopy(module)
@@ -316,7 +317,7 @@ def test_training(backend):
 
 @pytest.mark.parametrize("rows", [1, 0])
 def test_example_of_few_rows(rows):
-    """PyTorch may hold a size of 1 or 0 for the only one; it says so, or is right."""
+    """PyTorch may specialize a size of 1 or 0. Then it says so; otherwise the program is right."""
     module = made("net")
     try:
         runs = exported(module, rows=rows).module()

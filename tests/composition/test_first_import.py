@@ -1,5 +1,6 @@
-"""Where the first import of the package happens does not matter: in a transform, in a mode, under
-other defaults or in another thread."""
+"""The first import of the package may happen anywhere: in a transform, in a mode, under other
+defaults or in another thread.
+"""
 
 import json
 import subprocess

@@ -1,8 +1,7 @@
 """`fuse` changes how a model runs and nothing else.
 
-As in test_module.py, integers make every sum exact, so that fused and unfused
-must agree to the last bit; models that cannot stay among the integers are
-compared in float64, within bounds that are derived.
+As in test_module.py, integers make every sum exact, so fused and unfused models must agree to the
+last bit. Models that cannot stay among the integers are compared in float64, within derived bounds.
 """
 
 import copy
@@ -44,7 +43,7 @@ def run(module, x):
 
 
 def fused_like(model, x, runs):
-    """Fuses the model; it answers as before, by `runs` operators each way."""
+    """Fuses the model and checks that its results stay the same, with `runs` operators each way."""
     support.integers_(model)
     expected = run(model, x)
     names = [name for name, _ in model.named_modules()]
@@ -133,7 +132,7 @@ def convolutional():
         nn.Linear(8, 6),
         nn.ReLU(inplace=True),
         nn.Linear(6, 5),
-        nn.Dropout(0.5),  # scales by 2: exact
+        nn.Dropout(0.5),  # scales by 2, exactly
         nn.Linear(5, 6),
         nn.ReLU(),
         nn.Linear(6, 4),
@@ -204,7 +203,7 @@ def test_children_edited_after_fuse(backend, edit):
         if edit == "append":
             model.append(nn.ReLU()).append(support.integers_(nn.Linear(4, 2)))
         elif edit == "delete":
-            del model[6]  # the dropout: two Linears in a row
+            del model[6]  # removes the dropout, which leaves two Linears in a row
         elif edit == "insert":
             model.insert(4, nn.Identity())
         else:
@@ -237,7 +236,7 @@ def with_dropout(p=0.5, inplace=False):
         nn.Identity(),
         nn.Dropout(p),
         nn.Linear(6, 4),
-        nn.Dropout(p),  # of the same run, for the ReLU ends it
+        nn.Dropout(p),  # not in the same run, because the ReLU ends it
         nn.ReLU(),
         nn.Flatten(),
         nn.Linear(4, 4),
@@ -255,7 +254,7 @@ def with_dropout(p=0.5, inplace=False):
     ("p", "training", "runs"), [(0.5, True, 1), (0.5, False, 2), (0.0, True, 2), (1.0, False, 2)]
 )
 def test_dropout_that_does_nothing_is_passed_over(backend, p, training, runs, inplace):
-    # in training at 1/2 the last two Linears are left, and the same units are dropped
+    # in training with p = 1/2, the last two Linears run natively and drop the same units
     model = with_dropout(p, inplace).train(training)
     fused_like(model, integer_input(7, 3), runs)
     assert type(model) is FusedSequential
@@ -306,7 +305,7 @@ def test_global_hooks_see_every_child(backend):
 def test_a_class_that_somebody_patched_is_called(backend, kind, monkeypatch):
     model, x = fuse(support.integers_(with_dropout().eval())), integer_input(7, 3)
     before = model(x)
-    # A factor of 2 goes through ReLU, but past the biases it changes the answer.
+    # A factor of 2 passes through ReLU, but after the biases it changes the result.
     monkeypatch.setattr(kind, "forward", lambda self, x: 2 * x)
     after = nn.Sequential(*model)(x)
     assert not torch.equal(before, after)
@@ -392,7 +391,7 @@ def test_the_report():
 
 
 class Bare(nn.Module):
-    """Computes a network in a way that `fuse` knows nothing of."""
+    """Computes a network in a way that `fuse` does not recognize."""
 
     def __init__(self):
         super().__init__()
@@ -428,7 +427,7 @@ def test_unfuse(backend, how):
         return [(type(m), m.__dict__.keys()) for m in model.modules()]
 
     model, x = fuse(make()), integer_input(7, 3)
-    run(model, x)  # a ReluMLP remembers something
+    run(model, x)  # by then a ReluMLP may cache something
     model[0].recompute = True
     if how == "deepcopy":
         model = copy.deepcopy(model)
@@ -487,7 +486,7 @@ class Residual(nn.Module):
 
 
 class Experts(nn.Module):
-    """Modules in lists and dicts, called in an order of its own."""
+    """Modules in lists and dicts, called in an unusual order."""
 
     def __init__(self):
         super().__init__()
@@ -519,7 +518,7 @@ def test_a_shared_sequential(backend):
 
 
 def test_shared_layers(backend):
-    # Linear modules used twice, and a weight of two modules
+    # Linear modules used twice, and a weight shared by two modules
     layer = nn.Linear(3, 3)
     tied = nn.Linear(3, 3)
     tied.weight = layer.weight
@@ -609,7 +608,7 @@ def test_stays_as_it_was(backend, what):
 
 
 class OwnLinear(nn.Module):
-    """As some libraries have it: no subclass of nn.Linear."""
+    """As in some libraries: not a subclass of nn.Linear."""
 
     def __init__(self, n_in, n_out):
         super().__init__()
@@ -770,7 +769,7 @@ def test_an_optimizer_made_before(backend, name):
             fuse(module)
         run(module, x)
         optimizer.step()
-    # equal gradients, and the same code made the updates
+    # the gradients are equal, and the same code made the updates
     for a, e in zip(model.parameters(), native.parameters(), strict=True):
         assert torch.equal(a, e)
 
@@ -834,14 +833,14 @@ class T5Block(nn.Module):
 
 
 def test_a_transformer_block_trains_the_same(backend):
-    """Every step's products are within the bounds of rounding of the exact ones.
+    """Every step's products are within the rounding bounds of the exact ones.
 
-    All else in the block is the same code before and after `fuse`, so it is
-    enough to look at what goes into the feed-forward network and comes out.
+    Everything else in the block is the same code before and after `fuse`, so it is enough to
+    compare the input and the output of the feed-forward network.
     """
     block = fuse(T5Block().double())
     assert type(block.plain) is ReluMLP
-    assert type(block.feed_forward) is FusedSequential  # for a Dropout is passed over
+    assert type(block.feed_forward) is FusedSequential  # a Dropout would be skipped
     x, target = torch.randn(2, 2, 5, 8, dtype=torch.float64)
     seen = {block.plain: {}, block.feed_forward: {}}
     for network in seen:

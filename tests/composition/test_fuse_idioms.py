@@ -1,8 +1,8 @@
-"""A rule makes nothing wrong: whatever a method does with the hidden values.
+"""A rule never changes a result, whatever a method does with the hidden values.
 
-Every idiom runs natively and fused, and must give the same outputs, of the same types,
-the same gradients and exceptions, and leave the same on the module. Integers make all
-sums exact, as in test_fuse_models.py.
+Every idiom runs natively and fused. Both must give the same outputs, of the same types, the same
+gradients and exceptions, and leave the same state on the module. Integers make all sums exact, as
+in test_fuse_models.py.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ class Twice(torch.autograd.Function):
 
 
 class Base(nn.Module):
-    """Two Linears, and things that a method may do something with."""
+    """Two Linears, and members that a method may use in some way."""
 
     def __init__(self):
         super().__init__()
@@ -44,19 +44,19 @@ class Base(nn.Module):
 
     @property
     def noted(self):
-        """fc2, and a trace of having been asked for it."""
+        """fc2, and a record that it was accessed."""
         self.steps.append("noted")
         return self._modules["fc2"]
 
     @property
     def shaky(self):
-        """fc2, and another one the next time."""
+        """fc2, and a different Linear the next time."""
         self.steps.append("shaky")
         return self._modules["fc2" if len(self.steps) == 1 else "fc3"]
 
     @property
     def counted(self):
-        """The activation, counted."""
+        """The activation, with a count of its calls."""
         self.steps.append("counted")
         return self.act
 
@@ -75,7 +75,7 @@ class Base(nn.Module):
 def unknown_decorator(function):
     @functools.wraps(function)
     def method(self, x):
-        self.seen = function.__code__.co_name  # looks inside
+        self.seen = function.__code__.co_name  # reads the hidden values
         return function(self, x)
 
     return method
@@ -95,7 +95,7 @@ def rewriting_decorator(function):
     def method(self, x):
         return functools.partial(function, self)(x)
 
-    method.__wrapped__ = lambda self, x: x  # not what it calls
+    method.__wrapped__ = lambda self, x: x  # does not do what its name says
     return method
 
 
@@ -131,9 +131,9 @@ NAMES = {
     "self_aware_decorator": self_aware_decorator,
 }
 
-#: The body of `forward`, and how many calls of the operators it makes; None if it is not fused.
+#: The body of `forward`, and its number of operator calls; None if it is not fused.
 IDIOMS = {
-    # - the hidden values are handed on
+    # - the hidden values are passed on
     "returns them": ("h = F.relu(self.fc1(x))\nreturn self.fc2(h), h", None),
     "returns them, walrus": ("return self.fc2(h := F.relu(self.fc1(x))), h", None),
     "returns a dict": ("h = F.relu(self.fc1(x))\nreturn {'y': self.fc2(h), 'h': h}", None),
@@ -189,7 +189,7 @@ IDIOMS = {
         None,
     ),
     "a name of nothing": ("h = F.relu(self.fc1(x))\nreturn torch.stack([self.fc2(h)])", 1),
-    # - something else happens on the way
+    # - something else happens in between
     "isinstance": (
         "return self.fc2(h) if isinstance(h := F.relu(self.fc1(x)), torch.Tensor) else x",
         None,
@@ -282,7 +282,7 @@ IDIOMS = {
         "return self.fc2(F.relu(self.fc1(x)))",
         1,
     ),
-    # - other ways to call
+    # - other kinds of calls
     "a function named relu": ("return self.fc2(relu(self.fc1(x)))", None),
     "a function named cast": ("h = relu(self.fc1(x))\nh = cast(h)\nreturn self.fc2(h)", None),
     "a text": ("return self.fc2(self.text(self.fc1(x)))", None),
@@ -344,7 +344,7 @@ IDIOMS = {
 
 
 def parts_of(value):
-    """What a method returned or left, in pieces that can be compared."""
+    """The values that a method returned or left behind, in comparable pieces."""
     if isinstance(value, torch.Tensor):
         return [type(value), value.dtype, value.requires_grad, value.detach().clone()]
     if isinstance(value, (tuple, list)):
@@ -423,7 +423,7 @@ def test_a_source_that_is_another_now():
     (entry,) = (entry for entry in fuse(kind(), report=True).left if not entry.name)
     assert entry.reason == "the source of its forward is not at hand"
     linecache.cache[name] = (size, time, lines, path)
-    assert not fuse(kind(), report=True).replaced  # it is asked once for a method
+    assert not fuse(kind(), report=True).replaced  # the source is read once per method
 
 
 def test_a_method_of_tensors_that_somebody_patched(backend, monkeypatch):

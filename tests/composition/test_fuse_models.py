@@ -1,9 +1,9 @@
-"""`fuse` on models that people have: transformers, and modules of their own.
+"""`fuse` on realistic models: transformers, and users' own modules.
 
-Fused and unfused must agree to the last bit. For that, the Linears of a network get
-integers, and what goes into the network, and the gradient that comes back to it, are
-rounded to binary fractions: then its sums are exact in every order. All else in a model
-is the same code before and after.
+Fused and unfused must agree to the last bit. For that, the Linears of a network get integers. The
+input of the network, and the gradient that comes back to it, are rounded to binary fractions. Then
+all sums in the network are exact in every order. The rest of the model is the same code before and
+after.
 """
 
 import copy
@@ -120,7 +120,7 @@ class FastPaths(TorchDispatchMode):
 def test_the_fast_path_of_inference_is_kept(backend, padded, activation):
     model = stack(nn.TransformerEncoderLayer, 0.5, batch_first=True, activation=activation).eval()
     (x,) = sequences(nn.TransformerEncoderLayer)
-    # With a mask, the layers get a nested tensor, which only the fast path can serve.
+    # With a mask, the layers get a nested tensor, which only the fast path supports.
     mask = torch.arange(5) >= torch.tensor([[5], [3], [2]]) if padded else None
     outputs = []
     for _ in range(2):
@@ -153,7 +153,7 @@ class Own(nn.Module):
 
 
 def own(body, *linears, p=0.0):
-    """A module of a class of its own, with a rule, whose forward has this body."""
+    """A module of a new class, with a rule, whose forward has this body."""
     kind = support.class_from_source(Own, "self.calls += 1\n" + textwrap.dedent(body))
     register_fusion(kind, linears or ["fc1", "fc2"], activation="act", dropout="dropout")
     return kind(p)
@@ -164,7 +164,7 @@ def integer_input(*shape):
     return torch.randint(-2, 3, shape).float()
 
 
-#: Bodies that compute a network, in different words, and how often.
+#: Bodies that compute a network in different ways, and the number of networks.
 NETWORKS = {
     "modules": ("return self.fc2(self.dropout(self.act(self.fc1(x))))", 1),
     "F.relu": ("return self.fc2(F.relu(self.fc1(x)))", 1),
@@ -267,7 +267,7 @@ def test_a_rule_for_an_own_module(backend, words):
     assert model.calls == 3  # as often as it was called: an attribute can be set
 
 
-#: Bodies that do something else with what the first Linear returns; how often it is a network.
+#: Bodies that use the first Linear's result in another way, and the number of networks.
 OTHERS = {
     "no activation": ("return self.fc2(self.fc1(x))", None),
     "GELU": ("return self.fc2(F.gelu(self.fc1(x)))", None),
@@ -364,7 +364,7 @@ OTHERS = {
 
 
 def run_some(model, x):
-    """`run`, where some parameters get no gradient, or the result needs none."""
+    """`run`, where some parameters may get no gradient, or the result needs none."""
     x = x.clone().requires_grad_()
     model.zero_grad()
     torch.manual_seed(3)
@@ -374,7 +374,7 @@ def run_some(model, x):
 
 
 @pytest.mark.parametrize("words", OTHERS)
-def test_what_is_no_network_is_right_too(backend, words):
+def test_a_module_that_is_not_a_network_stays_right(backend, words):
     body, runs = OTHERS[words]
     model = own(body)
     expected = run_some(model, integer_input(2, 3))
@@ -444,7 +444,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_changes_after_fuse_and_what_was_so_before(backend, change):
+def test_changes_before_and_after_fuse(backend, change):
     def make():
         model = own(NETWORKS["modules"][0])
         torch.manual_seed(0)
@@ -512,7 +512,7 @@ def test_reasons():
 
 
 class Stubborn(Own):
-    """Refuses attributes, as some do that check what is set."""
+    """Rejects new attributes, like classes that check each assignment."""
 
     def forward(self, x):
         return self.fc2(F.relu(self.fc1(x)))
@@ -697,7 +697,7 @@ def test_under_a_transform(backend, how):
         model = patch(own(NETWORKS["modules"][0]))
         with support.count_calls() as calls:
             outputs.append(call(model, integer_input(4, 3)))
-    if how not in ("vmap", "jvp"):  # which may be served one day
+    if how not in ("vmap", "jvp"):  # which may be fused in the future
         assert calls["forward"] == runs
     assert torch.equal(*outputs)
     assert outputs[0].dtype == outputs[1].dtype
@@ -713,7 +713,7 @@ def test_torchscript_runs_the_native_layers(backend):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TorchScript is deprecated
         for model, x in zip(scripted, inputs):
-            without_hooks = copy.deepcopy(model)  # which make sums exact
+            without_hooks = copy.deepcopy(model)  # the hooks that make sums exact
             without_hooks.apply(lambda m: m._forward_hooks.clear())
             exact, expected = model(x), without_hooks(x)
             assert torch.equal(torch.jit.trace(fuse(model), (x,))(x), exact)
@@ -768,7 +768,7 @@ def test_torch_compile(backend, name):
 
 
 def test_whole_models_that_earlier_versions_pickled():
-    """They name a class and a function by the modules that these were in."""
+    """These pickles name a class and a function by their former modules."""
     assert pickle.loads(b"crelu_mlp.patching\nFusedSequential\n.") is FusedSequential
     original = "torch.nn.modules.transformer\nTransformerEncoderLayer"
     new = pickle.loads(f"crelu_mlp.rules\n_new\n(c{original}\ntR.".encode())

@@ -1,6 +1,6 @@
 """`fuse` on models of Hugging Face's transformers, built small with random weights.
 
-They are compared as those in test_fuse_models.py, to the last bit.
+They are compared like those in test_fuse_models.py, to the last bit.
 """
 
 import subprocess
@@ -112,7 +112,7 @@ def test_t5_with_one_layer_kept_in_float32(backend):
 @pytest.mark.parametrize("make", [t5, opt])
 @pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16])
 def test_autocast(backend, make, kept):
-    # T5 casts to the dtype of wo and back, which changes nothing: bits that are native in both
+    # T5 casts to the dtype of wo and back, which changes nothing, so both give the same bits
     model = make().float()
     for module in model.modules():
         for name in ("wo", "fc2"):
@@ -130,7 +130,7 @@ def test_autocast(backend, make, kept):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_autocast_where_the_cast_of_t5_matters(backend, dtype):
-    # a float16 can't hold what a bfloat16 can; a float64 is left alone by autocast
+    # float16 can't represent all of bfloat16; autocast does not cast float64
     config = transformers.T5Config(d_model=3, d_ff=5, dropout_rate=0.0, feed_forward_proj="relu")
     model = T5.T5DenseActDense(config)
     model.wo.to(dtype)
@@ -149,7 +149,7 @@ def test_autocast_where_the_cast_of_t5_matters(backend, dtype):
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("first", [True, False])
 def test_opt(backend, first, dropout):
-    # the dropout is not between the Linears, so it is served in training too
+    # the dropout is not between the Linears, so training is fused too
     model = opt(dropout, do_layer_norm_before=first, enable_bias=first).train()
     fused_like(model, TOKENS, runs=2, became=2)
 
@@ -159,7 +159,7 @@ def test_opt_with_gradient_checkpointing(backend):
     expected = run(model, TOKENS)
     fuse(model)
     for decoder_layer in model.model.decoder.layers:
-        # what activation_checkpointing_enable does, without its arguments for each version
+        # the effect of activation_checkpointing_enable, whose arguments depend on the version
         decoder_layer.gradient_checkpointing = True
         decoder_layer._gradient_checkpointing_func = lambda function, *args: (
             torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)
@@ -184,7 +184,7 @@ def test_generation_and_hidden_states(backend, make):
                 warnings.simplefilter("ignore")  # of generation settings
                 outputs.append([found.logits, *hidden, model.generate(TOKENS, **settings)])
         fuse(model)
-    assert calls["forward"] >= 2 * 5  # a call for each layer, and for each new token
+    assert calls["forward"] >= 2 * 5  # a call for each layer and each new token
     assert same(*outputs)
 
 

@@ -1,7 +1,6 @@
 """The package imported more than once, and more than one copy of its library.
 
-The operators belong to the process. Whoever comes second must find them right, and leave
-them right for the first.
+The operators belong to the process. A later import must work, and must leave the first one working.
 """
 
 import os
@@ -20,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.installation]
 
 PACKAGE = Path(relu_mlp.__file__).parent
 
-#: Whether derivatives, vmap and the choice of the backend are right, by a package.
+#: Checks whether derivatives, vmap and the choice of the backend are right in a package.
 CHECK = """
     import gc, sys, warnings
     warnings.simplefilter("error")
@@ -94,7 +93,7 @@ def copy_of_package(folder, name="relu_mlp", library=True):
 
 @pytest.mark.parametrize("library", sorted({False, ops.LIBRARY_PATH is not None}))
 def test_after_it_left_sys_modules(tmp_path, library):
-    """And after its library was loaded from elsewhere, which then serves nothing."""
+    """Also after its library was loaded from elsewhere, which then serves nothing."""
     package = copy_of_package(tmp_path, library=library)
     load = f"torch.ops.load_library({str(ops.LIBRARY_PATH)!r})" if ops.LIBRARY_PATH else ""
     script = f"""
@@ -131,7 +130,7 @@ def test_after_it_left_sys_modules(tmp_path, library):
 
 
 def test_another_copy_of_the_package(tmp_path):
-    """As two installations, or one that was copied and renamed."""
+    """As with two installations, or with one that was copied and renamed."""
     package = copy_of_package(tmp_path)
     copy_of_package(tmp_path, "another")
     script = """
@@ -145,7 +144,7 @@ def test_another_copy_of_the_package(tmp_path):
 
 @pytest.mark.skipif(ops.LIBRARY_PATH is None, reason="is about the library")
 def test_another_copy_of_the_library_comes_first(tmp_path):
-    """And one more afterwards, loaded as by a C++ program, which asks nobody."""
+    """Another copy is loaded afterwards, as by a C++ program, which does not look for the first."""
     copies = [str(shutil.copy(ops.LIBRARY_PATH, tmp_path / f"{n}.so")) for n in (1, 2)]
     script = f"""
         import ctypes

@@ -1,8 +1,8 @@
 """Graphs that Inductor writes in C++: packages of AOTInductor, and `cpp_wrapper`.
 
-What calls the operators there is C++. A package holds a lock meanwhile, and a thread that
-has Python's lock may be waiting for it, so no Python may run below such a call. And Inductor
-has no C++ for an operator that returns a tensor and a list.
+There, C++ calls the operators. A package holds a lock during a call, and a thread that holds
+Python's lock may be waiting for it. So no Python may run below such a call. And Inductor has no C++
+for an operator that returns a tensor and a list.
 """
 
 import os
@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.skipif(ops.LIBRARY_PATH is None, reason="is about the library"),
 ]
 
-#: What is compiled here is not to be fast, but soon there.
+#: The compiled code need not be fast, but it should compile fast.
 QUICK = {
     "aot_inductor.precompile_headers": False,
     "aot_inductor.compile_wrapper_opt_level": "O0",
@@ -37,12 +37,12 @@ OPERATORS = ("relu_mlp", "forward", "backward", "recompute_backward", "loss_and_
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    """Inductor compiles little and keeps nothing."""
+    """Makes Inductor compile little and cache nothing."""
     from torch._inductor import config, cpu_vec_isa  # takes seconds
 
     with pytest.MonkeyPatch.context() as patch, config.patch(QUICK):
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
-        # Each instruction set of the processor is tried with a compiler.
+        # Inductor tries each instruction set of the processor with a compiler.
         patch.setattr(cpu_vec_isa, "valid_vec_isa_list", list)
         yield
 
@@ -55,7 +55,7 @@ def fresh():
 
 
 class Everything(nn.Module):
-    """Every operator once."""
+    """Calls every operator once."""
 
     def __init__(self):
         super().__init__()
@@ -88,7 +88,7 @@ def test_a_package_computes_what_python_does(package):
     compiled = torch._inductor.aoti_load_package(package)
     expected = dict(enumerate(model(x)))
     assert_same(dict(enumerate(compiled(x))), expected)
-    # PyTorch's products in a package know nothing of autocast.
+    # PyTorch's products in a package ignore autocast.
     with torch.autocast("cpu", torch.bfloat16):
         assert_same(dict(enumerate(compiled(x))), expected)
 
@@ -126,12 +126,12 @@ def test_threads_share_a_package(package):
         [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script)],
         env={**os.environ, "PYTHONPATH": root},
         check=True,
-        timeout=120,  # it takes a second after the imports, or for ever
+        timeout=120,  # it takes a second after the imports, or hangs
     )
 
 
 def step(model, x):
-    """y, and the gradients of a loss at x and every parameter."""
+    """y, and the gradients of a loss with respect to x and every parameter."""
     leaf = x.detach().clone().requires_grad_()
     model.zero_grad()
     y = model(leaf)
@@ -150,7 +150,7 @@ def test_a_training_step(quick, fresh):
 
 @pytest.fixture
 def graphs():
-    """Inductor up to the graphs that it is about to write: the operators of each."""
+    """Runs Inductor up to the graphs that it would write, and returns the operators of each."""
     from torch._inductor.compile_fx import compile_fx
 
     kept = []
@@ -201,8 +201,8 @@ def test_inductor_has_c_plus_plus_for_what_they_return(name):
     assert [str(value.type) for value in returned] in (["Tensor"], ["List[Tensor]"])
 
 
-def test_elsewhere_the_operators_are_those_for_people(graphs, fresh):
-    """Where Inductor writes Python, and where something else than Inductor asks."""
+def test_elsewhere_the_public_operators_run(graphs, fresh):
+    """Where Inductor writes Python, and where a compiler other than Inductor asks."""
     from torch._inductor import config
 
     net, x = integers_(relu_mlp.ReluMLP(3, [5], 2)), integers(4, 3, dtype=torch.float32)

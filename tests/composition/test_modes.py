@@ -1,6 +1,7 @@
-"""Who patches what the native layers call, or is a mode, sees what the native layers do.
+"""A mode, and a replacement of a function that the native layers call, sees what the native layers
+do.
 
-docs/compatibility.md, "Under modes", says when the operators run all the same.
+docs/compatibility.md, "Under modes", says when the operators run nevertheless.
 """
 
 import subprocess
@@ -79,7 +80,7 @@ def assert_same(actual, expected):
         assert a is None or torch.equal(a, e)
 
 
-# -- What somebody has replaced ---------------------------------------------------------------
+# -- Replaced functions and methods -----------------------------------------------------------
 
 
 def doubled(original):
@@ -87,7 +88,7 @@ def doubled(original):
 
 
 def doubled_linears(original):
-    """Of a method that is called for all modules."""
+    """Replaces a method that is called for all modules."""
 
     def method(self, *args, **kwargs):
         value = original(self, *args, **kwargs)
@@ -97,7 +98,7 @@ def doubled_linears(original):
 
 
 def negated_weight(original):
-    """Of a method that looks up attributes."""
+    """Replaces a method that looks up attributes."""
 
     def method(self, name):
         if name == "weight":
@@ -123,8 +124,8 @@ def without_the_last(original):
     return lambda self: iter(list(original(self))[:-1])
 
 
-#: What is replaced: where, its name, by what, the output activation, and whether a network of
-#: functions calls it too.
+#: Each replacement: where, its name, the new object, the output activation, and whether a network
+#: of functions calls it too.
 PATCHES = {
     "F.linear": (F, "linear", doubled, None, True),
     "F.relu": (F, "relu", doubled, None, True),
@@ -171,7 +172,8 @@ def test_what_is_replaced_is_called(backend, what, form, monkeypatch):
         with support.count_calls() as calls:
             actual = run(*ours)
         expected = run(*native)
-    # Among other children, all but an output activation may be fused, and that is called.
+    # Among other children, everything except the output activation may be fused, and that is
+    # called.
     is_all_but_one = form == "longer" and activation is not None
     assert calls["forward"] == calls["backward"] == is_all_but_one
     if is_all_but_one:
@@ -187,7 +189,7 @@ def test_what_is_replaced_is_called(backend, what, form, monkeypatch):
 
 
 @pytest.mark.parametrize("owner", [nn.Module, nn.Linear, nn.ReLU])
-def test_an_attribute_more_of_a_class_changes_nothing(backend, owner, monkeypatch):
+def test_an_additional_class_attribute_changes_nothing(backend, owner, monkeypatch):
     monkeypatch.setattr(owner, "describe", lambda self: "a helper", raising=False)
     ours, native = forms("module")
     with support.count_calls() as calls:
@@ -198,7 +200,7 @@ def test_an_attribute_more_of_a_class_changes_nothing(backend, owner, monkeypatc
 
 @pytest.mark.slow
 def test_imported_while_something_is_replaced():
-    """What was replaced before the import is no better known than what is replaced after it."""
+    """A replacement made before the import is detected like one that is made afterwards."""
     program = """
 import functools, torch, torch.nn.functional as F
 from torch import nn
@@ -221,12 +223,12 @@ assert torch.allclose(y, 4 * relu_mlp(x, [net[0].weight, net[2].weight]))
 # -- Function modes ---------------------------------------------------------------------------
 
 
-#: What asks whether a bias has elements; the native functions ask without a call.
+#: Reads of the size of a bias. The native functions read it without a call.
 SIZES = [torch.Tensor.nbytes.__get__, torch.Tensor.numel]
 
 
 class Functions(TorchFunctionMode):
-    """Notes every function, and computes with other weights."""
+    """Records every function, and computes with other weights."""
 
     def __init__(self):
         super().__init__()
@@ -247,7 +249,7 @@ def test_a_function_mode_sees_the_native_functions(backend, form):
         with Functions() as mode:
             y = function(x)
         results.append([y.detach(), *torch.autograd.grad(y.sum(), [x, *parameters])])
-        # To read the size of a bias is no computation.
+        # Reading the size of a bias is no computation.
         logs.append([entry for entry in mode.log if entry[0] not in SIZES])
     assert_same(*results)
     assert logs[0] == logs[1]
@@ -287,7 +289,7 @@ def test_the_default_device_is_no_such_mode(backend, form):
 
 
 class Operators(TorchDispatchMode):
-    """Notes the operators."""
+    """Records the operators."""
 
     def __init__(self):
         super().__init__()
@@ -347,10 +349,10 @@ def test_a_mode_that_understands_the_operators_sees_them(form):
         run(*ours)
     assert list(filter(is_ours, mode.log)) == [R.forward.default, R.backward.default]
     with Operators() as mode:
-        mode.understands_relu_mlp = True  # an object may say it for itself
+        mode.understands_relu_mlp = True  # an object may declare it for itself
         run(*ours)
     assert len(list(filter(is_ours, mode.log))) == 2
-    # All have to, in any order.
+    # All modes have to understand the operators, in any order.
     for outer, inner in ((Understanding(), Operators()), (Operators(), Understanding())):
         with outer, inner:
             run(*ours)
@@ -359,7 +361,7 @@ def test_a_mode_that_understands_the_operators_sees_them(form):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_mode_of_the_backward_pass_alone(form):
-    """It sees what the forward pass has left to do: one operator, or the native ones."""
+    """It sees the rest of what the forward pass started: one operator, or the native ones."""
     if "extension" not in support.BACKENDS:
         pytest.skip("the reference has no operators")
     ours, native = forms(form)
@@ -422,7 +424,9 @@ def modes_of_a_checkpoint(understand):
 @pytest.mark.parametrize("understand", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 def test_selective_checkpoints(backend, form, understand):
-    """A policy is asked of ATen's operators; of the package's, if somebody says that it may be."""
+    """A policy gets ATen's operators, or the package's if its modes are marked as understanding
+    them.
+    """
     results = []
     for function, parameters in forms(form):
         results.append(

@@ -1,8 +1,8 @@
-"""ONNX: a file of Gemm, Relu and the output activation, and nothing that only this
-package knows; onnxruntime computes the same numbers from it.
+"""ONNX: a file of Gemm, Relu and the output activation, and nothing specific to this package.
+onnxruntime computes the same numbers from it.
 
-The networks are of small integers, so every sum is exact. Sigmoid and tanh get
-multiples of 200, where they are 0, 1/2, 1 or -1, 0, 1 in float32.
+The networks have small integers, so every sum is exact. Sigmoid and tanh get multiples of 200,
+where they are 0, 1/2, 1 or -1, 0, 1 in float32.
 """
 
 import io
@@ -20,7 +20,7 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-# PyTorch's own words about its own code.
+# PyTorch says this about its own code.
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning"),
@@ -78,7 +78,7 @@ def written(net, x, way="module"):
 
 
 def node_types(data):
-    """How many nodes there are of each type; all of ONNX's own domain."""
+    """The number of nodes of each type. All belong to ONNX's own domain."""
     model = onnx.load_from_string(data)
     assert [opset.domain for opset in model.opset_import] == [""]
     assert not model.functions
@@ -108,7 +108,7 @@ def test_gemm_and_relu(way, activation):
 
 @pytest.mark.parametrize("way", ["module", "tracing"])
 def test_backends(way, backend):
-    """No runtime for ONNX knows the operator, so it is never in a file."""
+    """No ONNX runtime has the operator, so a file never contains it."""
     net = made(ReluMLP(3, [6, 4], 2))
     data = written(net, integers(4, 3), way)
     assert node_types(data) == {"Gemm": 3, "Relu": 2}
@@ -138,7 +138,7 @@ def test_leading_dimensions_and_a_missing_bias():
 
 
 class Model(nn.Module):
-    """Layers, a layer that `fuse` has made, and the functional form."""
+    """Layers, a layer made by `fuse`, and the functional form."""
 
     def __init__(self):
         super().__init__()

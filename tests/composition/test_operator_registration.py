@@ -1,6 +1,7 @@
-"""The operators `torch.ops.relu_mlp.*` as PyTorch sees them: schemas, fake kernels,
-derivatives, the guards of the raw ones, and what torch.compile and torch.export
-make of them. They run the library where it is there, whatever the backend."""
+"""The operators `torch.ops.relu_mlp.*` from PyTorch's side: schemas, fake kernels, derivatives, the
+guards of the raw operators, and their behavior under torch.compile and torch.export. The tests
+run the library where it exists, whatever the backend.
+"""
 
 import os
 import random
@@ -17,7 +18,7 @@ import support
 from relu_mlp import activations, ops, reference
 from relu_mlp.ops import library
 
-# PyTorch's own words about its own code: forward mode compiles with TorchScript.
+# PyTorch says this about its own code: forward mode compiles with TorchScript.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning"),
@@ -74,7 +75,7 @@ def flat(result):
 
 
 def test_schemas():
-    """Without the library, ops/library.py defines the operators: by the same schemas."""
+    """Without the library, ops/library.py defines the operators with the same schemas."""
     registered = {
         name.removeprefix("relu_mlp::")
         for name in torch._C._dispatch_get_all_op_names()
@@ -90,7 +91,7 @@ def test_schemas():
 
 @pytest.mark.skipif(ops.LIBRARY_PATH is None, reason="is about the library")
 def test_the_library_has_the_same_activations(monkeypatch):
-    """An activation that is added to one of the two tables alone stops the import."""
+    """An activation in only one of the two tables stops the import."""
     monkeypatch.setitem(activations.ACTIVATIONS, "elu", torch.nn.functional.elu)
     with pytest.raises(ImportError, match=r"tanh.* elu, and its library has"):
         library._check_activations(ops.LIBRARY_PATH.parent)
@@ -133,10 +134,10 @@ LAYOUTS = {
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("network", NETWORKS, ids=str)
 def test_fake_kernels(network, dtype, layout, operator):
-    """The same shapes, strides and dtypes as the real ones, as fake and as meta tensors."""
+    """The same shapes, strides and dtypes as the real ones, for fake and meta tensors."""
     arguments = make_arguments(*network, dtype=dtype)
     layers = len(arguments[1])
-    # every gradient, and some that are picked at random
+    # every gradient, and some random choices
     r = random.Random(0)
     patterns = [None] + ["".join(r.choices("01", k=1 + 2 * layers)) for _ in range(5)]
     for needs in patterns if operator == "backward" else [None]:
@@ -163,7 +164,7 @@ def test_fake_kernels(network, dtype, layout, operator):
 
 
 def test_outputs_do_not_share_memory_with_inputs():
-    """What a schema without aliases promises."""
+    """The schema has no aliases, which promises this."""
     for operator in ("relu_mlp", *RAW):
         for network in NETWORKS:
             call = raw_arguments(operator, *make_arguments(*network))
@@ -195,7 +196,7 @@ def test_values_are_those_of_the_raw_operator(network, dtype):
 
 @pytest.mark.parametrize("network", NETWORKS, ids=str)
 def test_gradients_are_those_of_the_function(network):
-    """Bit by bit: the same Function and the same raw operators."""
+    """Bit by bit: both use the same Function and the same raw operators."""
     x, weights, biases, activation = make_arguments(*network, requires_grad=True)
     inputs = [x, *weights, *[b for b in biases if b.numel()]]
     y = R.relu_mlp(x, weights, biases, activation)
@@ -213,7 +214,7 @@ def test_gradients_are_those_of_the_function(network):
 
 @torch.no_grad()
 def is_near_the_kink(x, weights, biases, activation):
-    """Whether a pre-activation is within 1e-3 of 0, where steps of 1e-6 may cross it."""
+    """Whether a pre-activation is within 1e-3 of 0, so that steps of 1e-6 may cross it."""
     last = len(weights) - (activation != "relu")
     z = [native(x, weights[:n], biases[:n]) for n in range(1, last + 1)]
     return any(t.numel() and t.abs().min() < 1e-3 for t in z)
@@ -234,7 +235,7 @@ def test_first_and_second_derivatives(network):
 
     inputs = (x, *weights, *present)
     # A central difference with step h = 1e-6 is off by h^2 |f'''| / 6, about
-    # 1e-12, and by the rounding of f over h, some ten units of 1e-16 / 1e-6.
+    # 1e-12, and by the rounding of f over h, about ten units of 1e-16 / 1e-6.
     tolerances = {"eps": 1e-6, "atol": 1e-8, "rtol": 1e-8}
     assert torch.autograd.gradcheck(function, inputs, **tolerances)
     assert torch.autograd.gradgradcheck(function, inputs, **tolerances)
@@ -276,7 +277,7 @@ def test_the_default_activation_is_none():
 
 
 def positions(call):
-    """Every tensor of a call, as a function that puts another in its place."""
+    """Every tensor of a call, as a function that replaces it."""
 
     def replace(at, within=None):
         def put(make):
@@ -416,7 +417,7 @@ def test_torch_func(operator, transform):
 @pytest.mark.parametrize("which", ["weights", "biases"])
 @pytest.mark.parametrize("transform", ["grad", "jvp", "dual", "vmap", "jacfwd"])
 def test_torch_func_of_parameters(which, transform):
-    """A transformed tensor may hide in a list."""
+    """A transformed tensor may be inside a list."""
     (weights, biases), x = small_network(), integers(5, 3)
 
     def function_of(network):
@@ -529,7 +530,7 @@ def test_torchscript():
 
 
 def of_the_library(test):
-    """No test where there is no library: the reference trusts its one caller."""
+    """These tests need the library, because the reference trusts its only caller."""
     return test if ops.LIBRARY_PATH is not None else None
 
 
@@ -541,7 +542,7 @@ def good_backward():
 def run(code):
     """Runs Python code in a process of its own, which a crash would end."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    # glibc fills what is freed and what is allocated, so stale memory shows
+    # glibc fills freed and allocated memory, so stale memory shows
     environment |= {"MALLOC_PERTURB_": "165"}
     result = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True
@@ -616,7 +617,7 @@ for activation in ("none", "relu", "sigmoid", "tanh"):
 
 @pytest.mark.slow
 def test_backward_with_nothing_to_do():
-    """No gradient is wanted, so nothing was saved."""
+    """No gradient is needed, so nothing was saved."""
     run(NOTHING_TO_DO)
 
 
@@ -697,7 +698,7 @@ def test_malformed_backward_never_crashes():
 @pytest.mark.parametrize("sizes", [[3, 2], [3, 6, 2], [42, 17, 16, 5, 4, 3]], ids=str)
 @pytest.mark.parametrize("activation", support.ACTIVATIONS)
 def test_one_call_each_way(backend, sizes, activation):
-    """One call of forward for the whole network, one of backward, and no products beside."""
+    """One call of forward for the whole network, one of backward, and no other products."""
     weights, biases = support.make_network(sizes, "some", requires_grad=True)
     x = torch.randn(2, 5, sizes[0], dtype=torch.float64, requires_grad=True)
     one = {"forward": 1, "backward": 0, "loss_and_grads": 0, "native": 0}
@@ -712,7 +713,7 @@ def test_one_call_each_way(backend, sizes, activation):
 
 
 @pytest.mark.parametrize("network", NETWORKS, ids=str)
-def test_operator_for_people_makes_one_call_each_way(network):
+def test_public_operator_makes_one_call_each_way(network):
     call = make_arguments(*network, requires_grad=True)
     one = {"forward": 1, "backward": 0, "loss_and_grads": 0, "native": 0}
     with support.count_calls() as counts:
@@ -742,12 +743,12 @@ def test_lists_of_wrong_length(layers, biases, words, requires_grad):
         R.relu_mlp(*tensors(1, 5, 3), tensors(layers, 3, 3), tensors(biases, 3))
 
 
-# -- The straight way down, where the Autograd kernel has nothing to do --------
+# -- Calls that bypass an idle Autograd kernel ---------------------------------
 
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What the Autograd kernels have asked about, a list that grows."""
+    """A growing list of the questions that the Autograd kernels have asked."""
     calls = []
     asks = ops.is_differentiated
     monkeypatch.setattr(
@@ -760,7 +761,7 @@ OPERATORS = ["relu_mlp", "forward", "backward"]
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_without_gradients_the_autograd_kernel_is_passed_by(operator, asked):
+def test_without_gradients_the_autograd_kernel_is_bypassed(operator, asked):
     arguments = raw_arguments(operator, *make_arguments([3, 4, 2], [5], "all", "none"))
     function = getattr(R, operator).default
     with_kernel = function(*arguments)
@@ -773,7 +774,7 @@ def test_without_gradients_the_autograd_kernel_is_passed_by(operator, asked):
 
 
 @pytest.mark.slow
-def test_a_compiled_graph_passes_the_autograd_kernel_by(asked):
+def test_a_compiled_graph_bypasses_the_autograd_kernel(asked):
     net = relu_mlp.ReluMLP(3, 4, 2)
     compiled = torch.compile(net, fullgraph=True)
     x = torch.randn(5, 3)

@@ -1,7 +1,7 @@
-"""Several processes on this machine, by `torchrun` and gloo, over the loopback device.
+"""Several processes on this machine, with `torchrun` and gloo, over the loopback device.
 
-Starting processes takes most of the time. So each number of processes is started once,
-and goes through the cases of parallel_worker.py on every backend.
+Starting processes takes most of the time. So each number of processes is started once, and runs the
+cases of parallel_worker.py on every backend.
 """
 
 import os
@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def launch(processes, program, *arguments, cwd):
     """Runs a program under torchrun, and returns its exit status and output.
 
-    torchrun ends the others when one of its processes fails, and all of them when it
-    is told to end; the worker ends itself after its limit.
+    torchrun ends the others when one of its processes fails, and all of them when it is told to
+    end. The worker ends itself after its limit.
     """
     package = str(Path(relu_mlp.__file__).parent.parent)
     path = os.pathsep.join(
@@ -59,7 +59,7 @@ def alone(steps, load=None, save=None):
     net, _, x, target = parallel_worker.start()
     optimizer = parallel_worker.make_optimizer(net)
     with warnings.catch_warnings():
-        # It says that there is no process group, which is so.
+        # It warns that there is no process group, which is true.
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         if load:
             parallel_worker.load(load, net, optimizer)
@@ -83,7 +83,7 @@ def test_every_case(processes, tmp_path, monkeypatch):
         assert not failed, f"process {rank} did not pass {failed[0]}:\n{output}"
     assert status == 0, output
 
-    # What they saved last, carried on by this process alone.
+    # This process alone continues the run that they saved last.
     losses = alone(2, load=parallel_worker.checkpoint("fsdp and units"))
     expected = parallel_worker.expected_history()[parallel_worker.STEPS :]
     assert losses == [step["loss"] for step in expected]

@@ -1,9 +1,9 @@
-"""Others' tools, each by its name: what it makes of a `ReluMLP`, of what `fuse` has made and of the
-functional form is what it makes of the `nn.Sequential`.
+"""Third-party tools. Each gives the same result for a `ReluMLP`, for a module made by `fuse` and
+for the functional form as for the `nn.Sequential`.
 
-Those that are not in the `test` extra of pyproject.toml, for their size, run where they are
-installed. What they go by is tested without them in test_export.py and test_torchscript.py: that
-programs and traces are those of the `nn.Sequential`.
+Tools that are too large for the `test` extra of pyproject.toml run where they are installed.
+test_export.py and test_torchscript.py test without them what they rely on: programs and traces are
+those of the `nn.Sequential`.
 """
 
 import copy
@@ -17,7 +17,7 @@ import support
 from relu_mlp import FusedSequential, ReluMLP, fuse, relu_mlp
 from relu_mlp import backend as using
 
-# The tools' own words, and PyTorch's about them.
+# Warnings of the tools, and of PyTorch about them.
 pytestmark = [
     pytest.mark.slow,
     *(
@@ -58,12 +58,12 @@ KINDS = pytest.mark.parametrize("kind", ["ReluMLP", "fused"])
 
 
 def assert_alike(function, kind):
-    """A tool's result, the same for the model as for the one of `nn.Sequential`s."""
+    """A tool's result is the same for the model as for its counterpart of `nn.Sequential`s."""
     with torch.no_grad():
         expected = function(made("nn.Sequential"))
         actual = function(made(kind))
     assert actual == expected
-    assert expected  # not nothing in both
+    assert expected  # so both are not empty
 
 
 # -- Tracing by torch.fx, and what PyTorch builds on it ----------------------------------------
@@ -124,7 +124,7 @@ def test_quantize_dynamic(kind):
 
 @KINDS
 def test_torchao_pt2e_quantization(kind, backend):
-    logging.disable(logging.WARNING)  # what of torchao this PyTorch can't load
+    logging.disable(logging.WARNING)  # parts of torchao that this PyTorch can't load
     try:
         pt2e = pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e")
         x86 = pytest.importorskip("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
@@ -244,7 +244,7 @@ def test_counters(count, kind):
 
 @KINDS
 def test_a_counter_leaves_the_model_as_it_was(kind):
-    """Whoever counted, the operators run afterwards."""
+    """Whatever the counter, the operators run afterwards."""
     model = made(kind)
     for count in COUNTERS:
         try:

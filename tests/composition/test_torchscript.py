@@ -1,6 +1,7 @@
-"""TorchScript: a trace is that of the `nn.Sequential`, node for node and scope for scope.
-Traced inside `backend("extension")`, and scripted, the layer is one operator, saved and loaded;
-where it runs its children one by one, so does its script."""
+"""TorchScript: a trace is that of the `nn.Sequential`, node for node and scope for scope. Traced
+inside `backend("extension")`, and scripted, the layer is one operator, saved and loaded. Where
+the layer runs its children one by one, its script does too.
+"""
 
 import copy
 import io
@@ -17,12 +18,12 @@ import relu_mlp
 import support
 from relu_mlp import FusedSequential, ReluMLP, fuse, ops
 
-# PyTorch's own words about TorchScript.
+# PyTorch says this about TorchScript.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 
 
 class Model(nn.Module):
-    """The layer among others, and layers that `fuse` has made."""
+    """The layer among others, and layers made by `fuse`."""
 
     def __init__(self, is_plain=False):
         super().__init__()
@@ -34,7 +35,7 @@ class Model(nn.Module):
             nn.ReLU(),
             nn.Linear(4, 5, bias=False),
             nn.Dropout(0.5),
-            nn.Linear(5, 4),  # one Linear is no run
+            nn.Linear(5, 4),  # one Linear is not a run
             nn.Identity(),
             nn.Linear(4, 6),
             nn.ReLU(),
@@ -66,7 +67,7 @@ MODULES = {
     "model": (Model, 3, 2, 9),
 }
 
-#: How a module becomes TorchScript.
+#: Ways to turn a module into TorchScript.
 WAYS = {
     "script": torch.jit.script,
     "trace": lambda module: torch.jit.trace(module, (support.integers(4, 3).float(),)),
@@ -74,7 +75,7 @@ WAYS = {
 
 
 def made(name):
-    """A module with parameters that are small integers, in evaluation mode."""
+    """A module whose parameters are small integers, in evaluation mode."""
     return support.integers_(MODULES[name][0]()).eval()
 
 
@@ -103,7 +104,7 @@ def assert_graph(scripted, fused, linears):
 
 
 def text_of(traced):
-    """A trace's graph, its modules' and its nodes' names and scopes, the places in Python too."""
+    """The graph of a trace: names and scopes of modules and nodes, and their places in Python."""
     text = f"{traced.graph}{traced.inlined_graph}"
     text = re.sub(r"\.___torch_mangle_\d+", "", text)
     for ours in ("relu_mlp.modules.ReluMLP", "relu_mlp.fusion.sequential.FusedSequential"):
@@ -148,7 +149,7 @@ def test_a_trace_under_autocast_passes_its_check(name, chosen):
 def test_one_operator(name, way, backend):
     module = made(name)
     _, fused, outside, linears = MODULES[name]
-    module(integers(2, 3))  # it may have remembered something
+    module(integers(2, 3))  # by then it may cache something
     scripted = WAYS[way](module)
     for form in (scripted, reloaded(scripted)):
         if backend == "extension":
@@ -158,7 +159,7 @@ def test_one_operator(name, way, backend):
         assert list(form.state_dict()) == list(module.state_dict())
         for shape in [(5, 3), (1, 3), (0, 3), (3,), (2, 4, 3)]:
             if way == "trace" and backend == "reference" and len(shape) == 1:
-                continue  # natively, too, a trace of a matrix is for matrices
+                continue  # natively, too, a trace of a matrix works only for matrices
             x = integers(*shape)
             support.assert_same(form(x), module(x))
     with torch.no_grad(), support.count_calls() as calls:
@@ -320,7 +321,7 @@ def test_traced_with_what_can_not_be_scripted(change, backend):
 
 
 def test_hooks_on_all_modules_leave_scripts_native(backend):
-    # TorchScript passes them over, in every module.
+    # TorchScript ignores them, in every module.
     net = made("net")
     handle = nn.modules.module.register_module_forward_hook(lambda module, x, y: None)
     try:
@@ -395,8 +396,9 @@ print(any(name.startswith("relu_mlp") for name in sys.modules))
 @pytest.mark.slow
 @pytest.mark.skipif(ops.LIBRARY_PATH is None, reason="is about the library")
 def test_library_without_the_package(tmp_path):
-    """It computes, and says that there is no derivative without the package. A trace
-    as it is made by default needs neither the library nor the package."""
+    """It computes, and says that there is no derivative without the package. A default trace needs
+    neither the library nor the package.
+    """
     net = made("model")
     x = integers(5, 3)
     WAYS["trace"](net).save(tmp_path / "layers.pt")

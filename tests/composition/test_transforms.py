@@ -1,9 +1,9 @@
 """Derivatives taken by torch.func and by forward-mode automatic differentiation, of any order,
 against the same derivative of the native path.
 
-Integer networks make every sum exact, so without an output activation, and with ReLU, the bits
-must agree. With sigmoid and tanh the pre-activations are exact still, and the results must lie
-within the bounds of support/bounds.py.
+Integer networks make every sum exact. So without an output activation, and with ReLU, the bits must
+agree. With sigmoid and tanh the pre-activations are still exact, and the results must lie within
+the bounds of support/bounds.py.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from support import (
 )
 from support.transforms import SIZES, compare, dot, loss, of_loss, of_names, problem
 
-# PyTorch's own forward mode compiles its rules with TorchScript, which it has deprecated.
+# PyTorch's own forward mode compiles its rules with TorchScript, which is deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
 activations = pytest.mark.parametrize("activation", support.ACTIVATIONS, ids=str)
 
@@ -52,7 +52,7 @@ activations = pytest.mark.parametrize("activation", support.ACTIVATIONS, ids=str
 
 
 def backward_arguments(activation, needs, sizes):
-    """grad_output, and what is saved for a backward pass."""
+    """grad_output, and the tensors saved for a backward pass."""
     primals, _, _, grad_output = problem(activation, sizes=sizes)
     layers = range(len(sizes) - 1)
     weights, biases = ([primals[f"{kind}[{n}]"] for n in layers] for kind in ("weights", "biases"))
@@ -81,7 +81,7 @@ def backward_majorant(arguments, activation, needs):
 
 
 def assert_agree(actual, expected, magnitudes, activation):
-    """None among `actual` is 0."""
+    """Replaces None among `actual` by 0."""
     for n, (ours, theirs, magnitude) in enumerate(zip(actual, expected, magnitudes, strict=True)):
         ours = torch.zeros_like(theirs) if ours is None else ours
         if activation in ("none", "relu"):
@@ -99,7 +99,7 @@ def backward_functions(activation, needs):
 
 
 def patterns_of_needs(layers):
-    """All strings of `needs` that ask for something."""
+    """All strings of `needs` that request something."""
     return ["".join("01"[need] for need in pattern) for pattern in patterns(1 + 2 * layers)][1:]
 
 
@@ -108,7 +108,7 @@ def zero_where_none(items, like):
 
 
 def some_of(items):
-    """All lists with None in the place of some items."""
+    """All copies of a list with some items replaced by None."""
     for given in patterns(len(items)):
         yield [item if is_given else None for item, is_given in zip(items, given)]
 
@@ -116,7 +116,7 @@ def some_of(items):
 @pytest.mark.parametrize("activation", reference.ACTIVATIONS)
 @pytest.mark.parametrize("layers", [1, 2])
 def test_vjp_of_the_backward_pass(layers, activation):
-    """For every pattern of wanted gradients and of gradients that arrive at them."""
+    """For every pattern of wanted gradients, and of cotangents that arrive at them."""
     for needs in patterns_of_needs(layers):
         arguments = backward_arguments(activation, needs, SIZES[: 1 + layers])
         native, larger = backward_functions(activation, needs)
@@ -135,7 +135,7 @@ def test_vjp_of_the_backward_pass(layers, activation):
 @pytest.mark.parametrize("activation", reference.ACTIVATIONS)
 @pytest.mark.parametrize("layers", [1, 2])
 def test_jvp_of_the_backward_pass(layers, activation):
-    """For every pattern of wanted gradients and of arguments that change."""
+    """For every pattern of wanted gradients, and of arguments with a tangent."""
     for needs in patterns_of_needs(layers):
         arguments = backward_arguments(activation, needs, SIZES[: 1 + layers])
         native, larger = backward_functions(activation, needs)
@@ -168,7 +168,7 @@ def test_jvp_of_the_backward_pass(layers, activation):
 @pytest.mark.parametrize("activation", reference.ACTIVATIONS)
 @pytest.mark.parametrize("layers", [1, 2])
 def test_jvp_of_the_network(layers, activation):
-    """`reference.jvp`, for every pattern of arguments that change."""
+    """`reference.jvp`, for every pattern of arguments with a tangent."""
     sizes = SIZES[: 1 + layers]
     name = None if activation == "none" else activation
     primals, tangents, _, _ = problem(name, sizes=sizes)
@@ -200,12 +200,12 @@ def test_jvp_of_the_network(layers, activation):
 
 # -- torch.func --------------------------------------------------------------------------
 #
-# f is the network as a function of a dict of its tensors, p is that dict, t and s are tangents of
-# it, and g is a gradient for the output. The number is the order of the highest derivative.
+# f is the network as a function of a dict of its tensors, and p is that dict. t and s are tangents
+# of p, and g is a gradient for the output. The number is the order of the highest derivative.
 
 
 def rev(f, t):
-    """The derivative of f at p along t, by reverse mode: f's value is a number."""
+    """The derivative of f at p along t, by reverse mode. f returns a number."""
     return lambda p: dot(grad(f)(p), t)
 
 
@@ -276,7 +276,7 @@ def test_float32(backend, transform):
 
 
 @pytest.mark.parametrize("activation", ["relu", "tanh"])
-# PyTorch folds constants of the graph that it records, and warns of its own nodes.
+# PyTorch folds constants of the graph that it records, and warns about its own nodes.
 @pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning")
 def test_linearize(backend, activation):
     sizes = [2, 3, 2]
@@ -286,11 +286,11 @@ def test_linearize(backend, activation):
 
 @pytest.mark.parametrize("transform", ["grad", "jvp", "hessian", "forward over forward"])
 def test_nan_and_infinity(backend, transform):
-    """The mask lets NaN pass and stops an infinite tangent or gradient at a unit that is off."""
+    """The mask passes NaN and stops an infinite tangent or gradient at a unit that is off."""
     inf = float("inf")
     primals, tangents, s, g = problem(None)
     primals["x"] = torch.tensor([[float("nan"), 1], [1, 2]], dtype=torch.float64)
-    # A unit that is off, but where x is NaN.
+    # A unit that is off, except where x is NaN.
     primals["weights[0]"][0], primals["biases[0]"][0] = 0, -1
     tangents["biases[0]"][0] = inf
     s["weights[1]"][0, 1] = -inf
@@ -300,7 +300,7 @@ def test_nan_and_infinity(backend, transform):
 
 
 def without_grad(function, p):
-    """A number times what the function of p is under no_grad."""
+    """A number times the value of the function of p under no_grad."""
     with torch.no_grad():
         value = function(p)
     return value * loss(p["x"])
@@ -340,7 +340,7 @@ def tangent_of(tensor):
 
 @activations
 def test_dual_of_some(backend, activation):
-    """The tangent of the output where one tensor carries one, or several do."""
+    """The tangent of the output, with a tangent on one tensor or on several."""
     p, t, *_ = problem(activation)
 
     def tangent(f, p, t):
@@ -355,7 +355,7 @@ def test_dual_of_some(backend, activation):
 
 @activations
 def test_dual_and_backward(backend, activation):
-    """Hessian-vector products: a backward pass inside of the level."""
+    """Hessian-vector products: a backward pass inside the level."""
     p, t, _, g = problem(activation, "some")
 
     def product(f, p, t, g):
@@ -390,7 +390,7 @@ def test_dual_grad_output(backend, recompute, activation):
 
 
 def test_dual_of_what_needs_no_gradient_below(backend):
-    """The tangent needs a gradient and the primal does not, and the other way round."""
+    """The tangent needs a gradient and the primal does not, and vice versa."""
     p, t, _, g = problem("tanh")
 
     def gradients(f, p, t, g):
@@ -403,7 +403,7 @@ def test_dual_of_what_needs_no_gradient_below(backend):
 
 
 def test_change_between_forward_and_tangent(backend):
-    """y is changed in place inside of the level, and its tangent with it."""
+    """y is changed in place inside the level, and its tangent with it."""
 
     def changed(f, p, t):
         with forward_ad.dual_level():
@@ -491,7 +491,7 @@ def backward_after_the_level(f, p):
     ],
 )
 def test_changes_and_lifetimes(backend, function, activation):
-    """The error or the value of the native path."""
+    """The same error or value as on the native path."""
     arguments = problem(activation)[:1]
     ours, native = (
         of_names(network, activation, len(SIZES) - 1) for network in (relu_mlp, native_mlp)
@@ -554,7 +554,7 @@ def test_functional_call(backend, transform, wrap, recompute):
         result = MODULE_TRANSFORMS[transform](of_parameters(model, x), lent, tangents)
         results.append(tree_flatten(result)[0])
         assert_same(dict(model.state_dict()), before)
-        # Nothing that was lent is kept for the next call.
+        # No parameter of this call is kept for the next one.
         results[-1].append(model(x).detach())
     for ours, theirs in zip(*results, strict=True):
         assert_same(ours, theirs)
@@ -612,7 +612,7 @@ def test_create_graph_runs_one_pass_each_way(backend, recompute):
         y = net(torch.randn(5, 3))
         assert counts == {"forward": 1, "backward": 0, "loss_and_grads": 0, "native": 0}
         grads = torch.autograd.grad(y.sum(), list(net.parameters()), create_graph=True)
-        # To compute the activations again is one more pass, recorded by autograd.
+        # Recomputing the activations is one more pass, which autograd records.
         expected = {"forward": 1 + recompute, "backward": 1, "loss_and_grads": 0, "native": 0}
         assert counts == expected
     torch.autograd.grad(sum(grad.square().sum() for grad in grads), list(net.parameters()))
@@ -645,7 +645,7 @@ class Mark:
 
 
 def mark_nodes(node):
-    """Hangs an object on every node of a graph but those of its leaves; references to them."""
+    """Attaches an object to every node of a graph except the leaves. Returns references to them."""
     if node is None or hasattr(node, "variable") or "mark" in node.metadata:
         return []
     node.metadata["mark"] = mark = Mark()
@@ -656,7 +656,7 @@ def mark_nodes(node):
 @pytest.mark.slow
 @pytest.mark.parametrize("form", [*RELEASED, "dual"])
 def test_graph_is_released(backend, form):
-    """Without the garbage collector: nothing that is saved refers to itself."""
+    """Without the garbage collector: no saved tensor refers to itself."""
     p, t, *_ = problem("tanh")
     p = {name: tensor.clone().requires_grad_() for name, tensor in p.items()}
     f = of_names(relu_mlp, "tanh", len(SIZES) - 1)
@@ -692,7 +692,7 @@ COMPILED = {
 @pytest.mark.parametrize(
     "backend, operator, transform",
     [
-        # Compiled, the function on the reference is the native layers.
+        # When compiled, the function runs the native layers on the reference.
         *[(name, "function", "jvp") for name in support.BACKENDS],
         *[(support.BACKENDS[0], "function", n) for n in COMPILED if n != "jvp"],
         *[(name, "relu_mlp", "jvp") for name in support.BACKENDS],

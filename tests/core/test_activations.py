@@ -34,7 +34,7 @@ LAST = get_args(OutputActivation)[-1]
 
 @pytest.fixture
 def package(tmp_path):
-    """A copy of the package without its library, whose table it is not."""
+    """A copy of the package without its library, whose table lacks the new activation."""
     ignored = shutil.ignore_patterns("__pycache__", "_C*")
     return shutil.copytree(PACKAGE, tmp_path / "relu_mlp", ignore=ignored)
 

@@ -1,7 +1,7 @@
-"""The one autograd node behaves as the many of the native path do: what needs a
-gradient, what is saved, where a change in place raises, hooks, accumulation.
+"""The single autograd node behaves like the many nodes of the native path: which gradients are
+computed, what is saved, where an in-place change raises, hooks, accumulation.
 
-The networks are of small integers, so that both paths must give the same bits.
+The networks have small integers, so both paths must give the same bits.
 """
 
 from functools import partial
@@ -39,9 +39,9 @@ THAT_SAVES_Y = pytest.mark.parametrize("activation", support.THAT_SAVE_Y, ids=st
 
 
 def network(needs=None, bias="all", sizes=SIZES, rows=ROWS):
-    """x, weights and biases; `needs` says which, in the order of NAMES, require a gradient.
+    """x, weights and biases. `needs` says which of them require a gradient, in the order of NAMES.
 
-    The same ones at every call.
+    Every call returns the same tensors.
     """
     torch.manual_seed(0)
     weights, biases = integer_network(sizes, bias)
@@ -52,14 +52,14 @@ def network(needs=None, bias="all", sizes=SIZES, rows=ROWS):
 
 
 def assert_like_native(function, *args, **settings):
-    """`function(mlp, ...)` gives the same for the fused network and for the native one."""
+    """`function(mlp, ...)` gives the same results for the fused network and for the native one."""
     expected = function(native_mlp, *args)
     assert_same(function(relu_mlp, *args, **settings), expected)
     return expected
 
 
 class CountProducts(TorchDispatchMode):
-    """Counts the matrix products and the sums."""
+    """Counts matrix products and sums."""
 
     understands_relu_mlp = True
 
@@ -68,7 +68,7 @@ class CountProducts(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        # below autograd, a product of matrices arrives here as `matmul`
+        # below autograd, a matrix product is dispatched as `matmul`
         self.count += func._schema.name in ("aten::mm", "aten::matmul", "aten::sum")
         return func(*args, **(kwargs or {}))
 
@@ -79,7 +79,7 @@ class CountProducts(TorchDispatchMode):
 @RECOMPUTE
 @ACTIVATION
 def test_every_pattern_of_needs(backend, activation, recompute, monkeypatch):
-    """The gradients of the native path, and nothing asked for or computed that is frozen."""
+    """Compares with the native gradients. No gradient of a frozen tensor is computed."""
     implementation = implementation_of(backend)
     name, asked = "recompute_backward" if recompute else "backward", []
     backward = getattr(implementation, name)
@@ -107,7 +107,7 @@ def test_every_pattern_of_needs(backend, activation, recompute, monkeypatch):
         native_y = native_mlp(x, weights, biases, output_activation=activation)
         with CountProducts() as native_products:
             expected = gradients(native_y, named)
-        if not recompute:  # the extension's products are its own: none at all is seen
+        if not recompute:  # the extension's products are its own, so the mode sees none of them
             assert products.count == (native_products.count if backend == "reference" else 0)
         if activation in (None, "relu"):
             assert_same(actual, expected, f"needs {needs}")
@@ -141,7 +141,9 @@ def test_no_grad_and_inference_mode(backend):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_inference_tensors(backend, name):
-    """One that the backward pass needs can't be saved; which do is as natively."""
+    """An inference tensor that the backward pass needs can't be saved. The same ones raise
+    natively.
+    """
 
     def run(mlp, needs):
         x, weights, biases = network(needs)
@@ -170,7 +172,7 @@ def test_inference_tensors(backend, name):
 def saved_by(mlp, x, weights, biases, **settings):
     """The names of the tensors that a forward pass saves, and y.
 
-    A hidden activation is known by its values, for it is returned to nobody.
+    A hidden activation is identified by its values, because no function returns it.
     """
     saved = []
     with saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
@@ -202,7 +204,7 @@ def test_saved_where_all_need_gradients(backend, activation):
 
 @THAT_SAVES_Y
 def test_saved_is_what_the_native_path_saves(backend, activation):
-    """The same tensors for every pattern of needs, and each of them once."""
+    """The same tensors for every pattern of needs, each saved once."""
     for needs in patterns(len(NAMES)):
         tensors = network(needs)
         saved, _ = saved_by(relu_mlp, *tensors, output_activation=activation)
@@ -221,8 +223,8 @@ def test_recompute_saves_the_inputs_alone(backend, activation):
 # -- Changes in place -------------------------------------------------------------
 
 ALL_NEEDS = list(patterns(len(NAMES)))
-#: Each need alone, and patterns with all combinations of every three. The saved tensors decide
-#: what raises; the test of these above takes all patterns.
+#: Each need alone, and patterns that contain all combinations of every three needs. The saved
+#: tensors decide what raises, and the test of saved tensors above covers all patterns.
 SOME_NEEDS = [needs for needs in ALL_NEEDS if sum(needs) == 1]
 SOME_NEEDS += [ALL_NEEDS[n] for n in covering(ALL_NEEDS, 3) if sum(ALL_NEEDS[n]) > 1]
 
@@ -251,7 +253,7 @@ def test_change_in_place_raises_where_it_does_natively(backend, activation, name
         raised.append(actual is RuntimeError)
         if activation in (None, "relu") and expected is not RuntimeError:
             assert_same(actual, expected, f"needs {needs}")
-    # A bias is never saved, a weight or x at times, y if phi' is written in it.
+    # A bias is never saved. A weight or x is saved sometimes, y if phi' is computed from it.
     everywhere, nowhere = name == "y" and activation, "biases" in name or name == "y"
     assert all(raised) if everywhere else not any(raised) if nowhere else len(set(raised)) == 2
 
@@ -259,7 +261,7 @@ def test_change_in_place_raises_where_it_does_natively(backend, activation, name
 @pytest.mark.parametrize("shape", [(3,), (4, 3), (2, 2, 3)], ids=str)
 @THAT_SAVES_Y
 def test_recorded_change_of_y(backend, activation, shape):
-    """y.mul_(2) with gradients enabled is part of the graph, or an error."""
+    """y.mul_(2) with gradients enabled is recorded in the graph, or raises."""
 
     def run(mlp):
         _, weights, biases = network()
@@ -276,7 +278,7 @@ def test_recorded_change_of_y(backend, activation, shape):
 @pytest.mark.parametrize("name", [*NAMES, "y"])
 @THAT_SAVES_Y
 def test_change_in_place_with_recompute(backend, activation, name):
-    """All that is computed from again must be as it was; y is computed again."""
+    """Every tensor that is used again must be unchanged. y is computed again."""
     for needs in patterns(len(NAMES)):
         if sum(needs) in (1, len(NAMES)):
             result = outcome_of_a_change(
@@ -286,7 +288,7 @@ def test_change_in_place_with_recompute(backend, activation, name):
 
 
 def test_optimizer_step_between_two_backwards(backend):
-    """What most people meet: a step of the optimizer, then the old graph again."""
+    """The most common mistake: an optimizer step, then a second backward pass of the old graph."""
 
     def run(mlp):
         x, weights, biases = network()
@@ -329,7 +331,7 @@ def test_gradients_accumulate(backend, recompute):
 
 
 def test_gradients_are_not_shared(backend):
-    """To change one gradient in place changes no other, nor grad_output."""
+    """An in-place change of one gradient changes no other gradient, nor grad_output."""
     x, weights, biases = network(sizes=[1, 1], rows=1)
     y = relu_mlp(x, weights, biases)
     grad_output = torch.ones_like(y)
@@ -380,7 +382,7 @@ GRAD_OUTPUTS = {
 @pytest.mark.parametrize("activation", support.ACTIVATIONS, ids=str)
 @pytest.mark.parametrize("kind", GRAD_OUTPUTS)
 def test_layout_of_grad_output(backend, kind, activation):
-    """The same bits as for a contiguous one of the same values, where sums are exact."""
+    """The same bits as with a contiguous grad_output of the same values, where sums are exact."""
     x, weights, biases = network()
     named = leaves(x, weights, biases)
     grad_output = GRAD_OUTPUTS[kind](integers(ROWS, SIZES[-1]))
@@ -396,7 +398,7 @@ def test_layout_of_grad_output(backend, kind, activation):
 
 
 def test_no_gradient_arrives(backend):
-    """y is part of the graph, but the derivative with respect to it is undefined."""
+    """y is part of the graph, but no gradient reaches it."""
 
     class Nothing(torch.autograd.Function):
         @staticmethod
@@ -457,7 +459,7 @@ def test_saved_tensors_hooks_replace_what_is_saved(backend):
 @RECOMPUTE
 @pytest.mark.parametrize("wrap", ["checkpoint", "save_on_cpu"])
 def test_checkpoint_and_save_on_cpu(backend, wrap, recompute):
-    """Of two orders: what is saved, or computed again, is part of the graph."""
+    """First and second order: tensors that are saved or computed again belong to the graph."""
 
     def run(mlp, **settings):
         x, weights, biases = network()
@@ -482,7 +484,7 @@ def test_checkpoint_and_save_on_cpu(backend, wrap, recompute):
 
 @RECOMPUTE
 def test_one_tensor_in_several_places(backend, recompute):
-    """Tied layers, a tied bias, and x that is a weight as well, and a Parameter."""
+    """Tied layers, a tied bias, an x that is also a weight, and an x that is a Parameter."""
 
     def run(mlp, **settings):
         torch.manual_seed(0)
@@ -495,7 +497,7 @@ def test_one_tensor_in_several_places(backend, recompute):
 
 
 def test_one_network_twice_in_a_graph(backend):
-    """As in a recurrent network: y goes in again as x."""
+    """As in a recurrent network: y is the next input."""
 
     def run(mlp):
         x, weights, biases = network(sizes=[3, 5, 3])
@@ -511,7 +513,7 @@ def test_one_network_twice_in_a_graph(backend):
 @RECOMPUTE
 @pytest.mark.parametrize("bias", ["all", "none", "some"])
 def test_gradient_penalty(backend, bias, recompute):
-    """Three steps whose loss has the gradient of y by x in it."""
+    """Three steps with a loss that contains the gradient of y with respect to x."""
 
     def train(mlp, **settings):
         x, weights, biases = network(bias=bias)
@@ -526,7 +528,7 @@ def test_gradient_penalty(backend, bias, recompute):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            # Keep to a grid of 2^-4, on which all these sums are exact.
+            # All values stay on a grid of 2^-4, on which all these sums are exact.
             with torch.no_grad():
                 for parameter in parameters.values():
                     parameter.mul_(16).round_().div_(16).clamp_(-4, 4)
@@ -538,7 +540,7 @@ def test_gradient_penalty(backend, bias, recompute):
 
 
 def test_second_derivative_of_a_fused_layer(backend):
-    """The same by way of the module."""
+    """The same test through the module."""
     net, native = support.twins(3, [4, 5], 2, dtype=torch.float64)
     with torch.no_grad():
         for parameter, twin in zip(net.parameters(), native.parameters(), strict=True):
@@ -584,7 +586,9 @@ def test_no_graph_is_one_call(backend):
 
 @pytest.mark.slow
 def test_graph_is_released(backend):
-    """No cycle keeps y or what is saved: it goes when the last name of it does."""
+    """No reference cycle keeps y or the saved tensors alive. They are freed with the last
+    reference.
+    """
     import gc
     import weakref
 
@@ -606,9 +610,9 @@ def test_graph_is_released(backend):
 @pytest.mark.parametrize("activation", support.ACTIVATIONS, ids=str)
 @pytest.mark.parametrize("penalized", list(patterns(5))[1:])
 def test_what_a_second_derivative_reaches(backend, activation, penalized, recompute):
-    """Where the native path gives zeros and not None, so does this: an optimizer sees it.
+    """Where the native path gives zeros and not None, the fused node does too: optimizers see this.
 
-    The one node of the network may give zeros where natively there is nothing.
+    The single node may give zeros where the native path gives None.
     """
     reached = []
     for mlp, settings in ((native_mlp, {}), (relu_mlp, {"recompute": recompute})):
@@ -620,7 +624,7 @@ def test_what_a_second_derivative_reaches(backend, activation, penalized, recomp
         first = torch.autograd.grad(y.sum(), inputs, create_graph=True)
         chosen = [g for g, is_chosen in zip(first, penalized) if is_chosen and g.requires_grad]
         if not chosen:
-            return  # natively nothing depends on anything
+            return  # natively, the result does not depend on anything here
         penalty = sum(g.square().sum() for g in chosen)
         reached.append(torch.autograd.grad(penalty, inputs, allow_unused=True))
     for name, native, ours in zip(["x", "w1", "w2", "b1", "b2"], *reached, strict=True):
@@ -632,18 +636,18 @@ def test_what_a_second_derivative_reaches(backend, activation, penalized, recomp
 @RECOMPUTE
 @pytest.mark.parametrize("leaf", [True, False], ids=["leaf", "not a leaf"])
 @pytest.mark.parametrize("asked", NAMES)
-def test_nothing_is_computed_that_nobody_asks_for(backend, asked, leaf, recompute, monkeypatch):
-    """A first derivative for the sake of a second: of one input, though all require one."""
+def test_only_requested_gradients_are_computed(backend, asked, leaf, recompute, monkeypatch):
+    """A first derivative with create_graph, of one input, although all require gradients."""
     from relu_mlp import autograd
 
     needs = []
-    once_more = autograd._backward_once_more
+    once_more = autograd._differentiable_backward
 
     def recording(*arguments):
         needs.append(arguments[4])
         return once_more(*arguments)
 
-    monkeypatch.setattr(autograd, "_backward_once_more", recording)
+    monkeypatch.setattr(autograd, "_differentiable_backward", recording)
     x, weights, biases = network()
     named = leaves(x, weights, biases)
     if not leaf:

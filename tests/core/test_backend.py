@@ -20,22 +20,22 @@ from relu_mlp import ReluMLP, build_info, loss_and_grads, ops, reference
 
 PACKAGE = Path(relu_mlp.__file__).parent
 HAS_LIBRARY = ops.LIBRARY_PATH is not None
-#: What "auto" comes to for a tensor on the CPU.
+#: What "auto" chooses for a CPU tensor.
 AUTO = support.BACKENDS[0]
-#: A full turn through the backends, so that each is seen to be left for the other.
+#: A cycle through the backends, in which each of them follows each other one.
 TURNS = [(a, b) for a in support.BACKENDS for b in support.BACKENDS]
 
 
 @pytest.fixture(autouse=True)
 def auto():
-    """The same start whatever the environment says."""
+    """Starts from the default backend, whatever the environment says."""
     with relu_mlp.backend("auto"):
         yield
 
 
 @contextmanager
 def watched():
-    """A list of the calls of this thread: ("extension" or "reference", operator)."""
+    """A list of this thread's calls: ("extension" or "reference", operator)."""
     seen = []
     originals = {
         name: getattr(reference, name) for name in ("forward", "backward", "loss_and_grads")
@@ -68,7 +68,7 @@ def watched():
 
 
 def integer_case(seed=0):
-    """A network, an input and its gradients by the native path: integers, so sums are exact."""
+    """A network, an input and the native gradients. Values are integers, so sums are exact."""
     generator = torch.Generator().manual_seed(seed)
     net, sequential = support.twins(3, (6, 5), 4)
     with torch.no_grad():
@@ -82,7 +82,7 @@ def integer_case(seed=0):
 
 
 def implementation_now():
-    """The implementation that a call in this thread comes to."""
+    """The implementation that serves a call in this thread."""
     net, x, *_ = integer_case()
     with watched() as seen, torch.no_grad():
         net(x)
@@ -103,9 +103,9 @@ def test_every_entry_point_obeys(name):
             relu_mlp.relu_mlp(x, weights, biases)
         loss_and_grads(x, y, weights, biases)
     used = AUTO if name == "auto" else name
-    # the operator that keeps nothing; the reference's is made of its forward
+    # the operator that saves nothing; the reference implements it with its forward pass
     inference = "relu_mlp" if used == "extension" else "forward"
-    # the reference's loss_and_grads is made of its forward and backward
+    # the reference implements loss_and_grads with its forward and backward passes
     assert [call for call in seen if call[1] != "backward"][:4] == [
         (used, "forward"),
         (used, inference),
@@ -139,14 +139,14 @@ def test_an_exception_restores():
 def test_decorator():
     @relu_mlp.backend("reference")
     def f(depth=0):
-        """Its text."""
+        """The docstring."""
         if depth:
             raise KeyError
         return implementation_now()
 
     assert f() == "reference"
     assert f.__name__ == "f"
-    assert f.__doc__ == "Its text."
+    assert f.__doc__ == "The docstring."
     assert implementation_now() == AUTO
     with pytest.raises(KeyError):
         f(1)
@@ -202,7 +202,7 @@ def test_a_backward_uses_the_implementation_of_its_forward(forward, backward, re
         with relu_mlp.backend(backward):
             out.sum().backward()
     expected = ["forward", "backward"]
-    if recompute:  # the reference recomputes by another forward pass
+    if recompute:  # the reference recomputes with another forward pass
         again = ["forward", "backward"] if forward == "reference" else ["recompute_backward"]
         expected = ["forward", *again]
     assert seen == [(forward, name) for name in expected]
@@ -222,7 +222,7 @@ def test_extension_raises_where_it_cannot_serve():
     assert net(x).shape == (7, 4)  # "auto": the reference
 
 
-def test_running_children_natively_is_no_matter_of_the_backend():
+def test_children_run_natively_on_any_backend():
     net, x, y, _ = integer_case()
     net[2].register_forward_hook(lambda *a: None)
     with relu_mlp.backend("extension"):
@@ -259,7 +259,7 @@ def test_another_thread_is_not_affected():
 
 
 def test_one_object_in_two_threads():
-    """Each thread returns to its own backend, in whatever order they leave."""
+    """Each thread returns to its own backend, in whatever order the threads leave."""
     shared = relu_mlp.backend("reference")
     first_is_in, second_is_in, first_is_out = (threading.Event() for _ in range(3))
 
@@ -295,7 +295,7 @@ def test_a_backward_in_another_thread():
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_many_threads_at_once(shared):
-    """Every thread gets its own gradients, from networks of its own or from one for all."""
+    """Every thread gets its own gradients, with one network per thread or one for all threads."""
     cases = [integer_case(0 if shared else seed) for seed in range(6)]
     start = threading.Barrier(len(cases))
 
@@ -331,7 +331,7 @@ def test_many_threads_at_once(shared):
 
 
 def run_python(script, cwd, package=None, **environment):
-    """Runs a script in a Python of its own; returns (stdout, stderr) of a success."""
+    """Runs a script in a new Python process that must succeed; returns (stdout, stderr)."""
     variables = {k: v for k, v in os.environ.items() if k != "RELU_MLP_BACKEND"} | environment
     paths = [str(package or PACKAGE.parent), variables.get("PYTHONPATH", "")]
     variables["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
@@ -349,7 +349,7 @@ def run_python(script, cwd, package=None, **environment):
 
 @pytest.fixture
 def without_library(tmp_path):
-    """A folder with a copy of the package that lacks the library."""
+    """A folder with a copy of the package without the library."""
     shutil.copytree(
         PACKAGE, tmp_path / "relu_mlp", ignore=shutil.ignore_patterns("_C*", "__pycache__")
     )

@@ -1,5 +1,6 @@
-"""`check_gradients`: a gradient by hand, by autograd and by differences, side by side; right
-derivations pass, and a wrong one is told what is wrong with it."""
+"""`check_gradients` compares the gradient derived by hand with autograd's and with finite
+differences. Right derivations pass, and wrong ones get a diagnosis.
+"""
 
 import itertools
 import math
@@ -41,12 +42,12 @@ def of(report):
 
 
 def findings(report):
-    """What is said about each parameter, by name."""
+    """The findings about each parameter, by name."""
     return {p.name: list(p.findings()) for p in report.parameters if list(p.findings())}
 
 
 class Perceptron:
-    """Somebody's own derivation, in the layout of the source documents: weights (in, out).
+    """A user's own derivation, in the layout of the source documents: weights are (in, out).
 
     loss = sum (max(x w1 + b1, 0) w2 + b2 - t)²
     """
@@ -77,7 +78,9 @@ class Perceptron:
         }
 
     def check(self, **changes):
-        """The report on a derivation with mistakes: functions of the right gradients, by name."""
+        """The report on a derivation with mistakes. `mistakes` maps names to functions of right
+        gradients.
+        """
 
         def backward(**inputs):
             right = self.backward(**inputs)
@@ -106,7 +109,9 @@ def test_the_contract(backend):
 )
 @pytest.mark.parametrize("activation", support.ACTIVATIONS)
 def test_the_three_columns_of_a_network(backend, activation, bias, loss):
-    """By hand is `loss_and_grads`, bit by bit; the others agree as far as they can."""
+    """The gradient by hand is that of `loss_and_grads`, bit by bit; the others agree within
+    rounding.
+    """
     x, target, weights, biases = make_case_with_target([3, 4, 2], bias=bias)
     options = {"loss": loss, "output_activation": activation}
     report = check_gradients(x, target, weights, biases, **options)
@@ -125,10 +130,10 @@ def test_the_three_columns_of_a_network(backend, activation, bias, loss):
     for name, hand, auto in zip(names, hands, autograd, strict=True):
         found = of(report)[name]
         assert torch.equal(found.by_hand, hand)
-        # the same operations but for the scale of the loss: two roundings
+        # the same operations except for the scale of the loss: two roundings
         torch.testing.assert_close(found.autograd, auto, rtol=1e-15, atol=1e-15)
         assert not found.is_at_kink.any() and not found.is_wrong.any()
-        # what it says of the difference is true, and says something
+        # the stated difference is true, and not empty
         assert ((found.numerical - auto).abs() <= found.uncertainty).all()
         assert (found.uncertainty <= 1e-5 * auto.abs().clamp(min=1)).all()
         assert 0 < found.tolerance <= 1e-8 * max(1.0, auto.abs().max().item(), report.loss)
@@ -136,7 +141,7 @@ def test_the_three_columns_of_a_network(backend, activation, bias, loss):
 
 
 def random_case(seed):
-    """A network of any kind and scale, also with a perfect fit and far from 0."""
+    """A network of any kind and scale, also with a perfect fit and with outputs far from 0."""
     r = random.Random(seed)
     torch.manual_seed(seed)
     sizes = [r.choice([1, 2, 3, 5]) for _ in range(r.randint(2, 4))]
@@ -162,7 +167,7 @@ def test_no_false_alarm(backend, seed):
 @pytest.mark.parametrize("eps", [None, 1e-2, 1e-3, 1e-4, 1e-8, 1e-11, 1e-14], ids=str)
 @pytest.mark.parametrize("seed", range(6))
 def test_no_false_alarm_with_any_step(eps, seed):
-    """Where rounding leaves nothing of the difference, it says nothing."""
+    """Where rounding swamps the difference, the check makes no claim."""
     x, target, weights, biases, options = random_case(seed)
     report = check_gradients(x, target, weights, biases, eps=eps, **options)
     assert report.ok, str(report)
@@ -170,7 +175,7 @@ def test_no_false_alarm_with_any_step(eps, seed):
 
 @pytest.mark.parametrize("activation", support.ACTIVATIONS)
 def test_a_perfect_fit(backend, activation):
-    """Every gradient is 0 or made of rounding errors, and so is every difference."""
+    """Every gradient is 0 or consists of rounding errors, and so does every difference."""
     for seed in range(3):
         torch.manual_seed(seed)
         x, _, weights, biases = make_case_with_target([3, 4, 2])
@@ -181,7 +186,7 @@ def test_a_perfect_fit(backend, activation):
 
 
 def test_outputs_far_from_0(backend):
-    """Their rounding errors, not the loss's, are what a difference is made of."""
+    """A difference then consists of the rounding errors of the outputs, not of the loss."""
     for seed in range(5):
         torch.manual_seed(seed)
         x, noise, weights, biases = make_case_with_target([3, 1])
@@ -193,7 +198,7 @@ def test_outputs_far_from_0(backend):
 
 @pytest.mark.parametrize("outputs", [1, 3])
 def test_a_right_derivation_of_ones_own(outputs):
-    """Document 000's, also with several outputs: handed over by name and in order."""
+    """That of document 000, also with several outputs; passed by name and in order."""
     net = Perceptron(outputs=outputs)
     report = net.check()
     assert report.ok and not findings(report), str(report)
@@ -217,7 +222,7 @@ def test_inputs_without_names():
 
 
 def test_results_in_other_orders_and_shapes():
-    """A mapping is by name; the loss is a tensor of one element, of any shape."""
+    """A mapping is matched by name. The loss is a tensor of one element, of any shape."""
     inputs = {"a": draw(3), "b": draw(3)}
     report = check_gradients(
         lambda a, b: (a * b).sum(0, keepdim=True)[None], inputs, lambda a, b: {"b": a, "a": b}
@@ -249,7 +254,7 @@ def test_a_network_of_this_package_as_a_function(backend):
 
 
 def document_002():
-    """Its draws, T, X and W, as it made them: integers."""
+    """T, X and W as the document drew them. They are integers."""
     torch.manual_seed(42)
     return torch.randint(10, (4, 2)), torch.randint(3, (4, 3)), torch.randint(3, (3, 2))
 
@@ -260,7 +265,7 @@ FIGURES += [-0.0967040759, -0.0302279895, -0.2850716981]
 
 @pytest.mark.parametrize("dtype", support.DTYPES, ids=str)
 def test_document_002(backend, dtype):
-    """The exact gradient, whatever the dtype of the input, which is made of integers."""
+    """The exact gradient, whatever the dtype of the input, because the inputs are integers."""
     target, x, weight = document_002()
     report = check_gradients(
         x.to(dtype), target, [weight.T.to(dtype)], loss="half_sse", output_activation="sigmoid"
@@ -272,8 +277,9 @@ def test_document_002(backend, dtype):
 
 
 def test_document_002_as_a_derivation_of_ones_own():
-    """The differences with the step 1e-4, which single precision left two digits, are
-    off by h²/6 times the third derivative, and by rounding."""
+    """With the step 1e-4, which left two digits in single precision, the differences are off by
+    h²/6 times the third derivative, and by rounding.
+    """
     target, x, weight = document_002()
 
     def loss(W, X, T):
@@ -291,7 +297,7 @@ def test_document_002_as_a_derivation_of_ones_own():
 
     w = weight.double().requires_grad_()
     third = loss(w, x, target)
-    for _ in range(3):  # of each element alone: W[i, k] reaches only column k, through x[:, i]
+    for _ in range(3):  # for each element alone: W[i, k] affects only column k, through x[:, i]
         third = torch.stack(
             [
                 torch.autograd.grad(value, w, create_graph=True)[0][index]
@@ -299,11 +305,11 @@ def test_document_002_as_a_derivation_of_ones_own():
             ]
         )
     h = 1e-4 * weight.clamp(min=1)
-    # 1 % for the higher derivatives: h is small
+    # 1 % for the higher derivatives, because h is small
     truncation = 1.01 * h**2 / 6 * third.detach().abs().view(3, 2)
     rounding = 64 * 2.0**-53 * report.loss / 1e-4
     assert ((found.numerical - found.autograd).abs() <= truncation + rounding).all()
-    # what shared/seeds/README.md says of it
+    # the figure in shared/seeds/README.md
     assert (found.numerical - found.autograd).abs().max() < 3.5e-9
 
 
@@ -317,7 +323,7 @@ def values_of(tensor):
 
 @pytest.mark.parametrize("eps", [None, 1e-4, 2.0**-10, 1, np.float64(1e-3), np.float32(2.0**-9)])
 def test_the_step(eps):
-    """h = eps max(1, |p|), to both sides, once and twice."""
+    """h = eps max(1, |p|), in both directions, once and twice."""
     p, seen = torch.tensor([0.5, -100.0, 0.0], dtype=torch.float64), []
 
     def loss(p):
@@ -402,7 +408,7 @@ def test_a_function_gets_float64_and_integers_as_they_are():
 
 
 def wrong(report):
-    """The diagnosis of each parameter that is wrong by hand; nothing else may be said."""
+    """The diagnosis of each parameter that is wrong by hand. No other findings are allowed."""
     assert not report.ok and "\nNOT OK." in str(report)
     said = findings(report)
     for name, parameter in of(report).items():
@@ -423,7 +429,7 @@ def test_001_bias_gradients_divided_by_the_batch_size():
 
 def test_001_mask_before_the_bias_is_added():
     net = Perceptron(hidden=4)
-    net.inputs["b1"][2] = 0  # no harm is done there
+    net.inputs["b1"][2] = 0  # the right mask there
 
     def backward(**inputs):
         return net.backward(**inputs, mask=lambda z, bias: z - bias > 0)
@@ -445,7 +451,7 @@ def test_000_sum_over_outputs():
 
 
 def test_000_transposed():
-    """grad_w2 = s.T h instead of h.T s; and between square matrices, where no shape tells."""
+    """grad_w2 = s.T h instead of h.T s, also for square matrices, whose shapes do not differ."""
     report = Perceptron(outputs=3).check(w2=lambda g: g.T)
     assert wrong(report) == {"w2": "it has shape (3, 2) instead of (2, 3); it is the transpose"}
     report = Perceptron(inputs=2).check(w1=lambda g: g.T)
@@ -454,7 +460,7 @@ def test_000_transposed():
 
 @pytest.mark.parametrize("outputs", [1, 3])
 def test_002_single_precision(outputs):
-    """A derivation that loses half of the digits on its way, also of one element."""
+    """A derivation that loses half of the digits, also for a single element."""
     names = ["w1", "b1", "w2", "b2"]
     report = Perceptron(outputs=outputs).check(**dict.fromkeys(names, lambda g: g.float()))
     said = "it is right to some digits only, as if computed in single precision"
@@ -479,7 +485,7 @@ FACTORS = {
 
 @pytest.mark.parametrize(("factor", "said"), FACTORS.items(), ids=str)
 def test_factors(factor, said):
-    """A forgotten 2, ½, minus sign or chain rule; w1 is a matrix, b2 has one element."""
+    """A forgotten 2, ½, minus sign or chain rule. w1 is a matrix, b2 has one element."""
     report = Perceptron().check(w1=lambda g: factor * g, b2=lambda g: factor * g)
     assert wrong(report) == {"w1": said, "b2": said}
 
@@ -535,7 +541,7 @@ def test_a_gradient_of_another_shape(shape):
 
 
 def test_a_gradient_that_would_broadcast_is_wrong():
-    """Of one output the sum over everything is the right number, in the wrong shape."""
+    """With one output, the sum over everything is the right number in the wrong shape."""
     report = Perceptron().check(b2=torch.sum)
     said = "it has shape () instead of (1,); it is the sum over all elements of the gradient"
     assert wrong(report) == {"b2": said}
@@ -543,12 +549,12 @@ def test_a_gradient_that_would_broadcast_is_wrong():
 
 @pytest.mark.parametrize("seed", range(40))
 def test_no_mistake_is_missed(seed):
-    """One element, wrong by a millionth of the largest: it is found, and named."""
+    """One element is wrong by a millionth of the largest. The report finds and names it."""
     r = random.Random(seed)
     torch.manual_seed(seed)
     net = Perceptron(*(r.choice([1, 2, 3, 5]) for _ in range(4)))
     right = net.backward(**net.inputs)
-    names = [n for n, g in right.items() if g.any()]  # not of a unit that is always off
+    names = [n for n, g in right.items() if g.any()]  # not an element of a unit that is always off
     assert names
     name = r.choice(names)
     index = tuple(r.randrange(size) for size in right[name].shape)
@@ -585,7 +591,7 @@ class LeastSquares:
 
 @pytest.mark.parametrize(("seed", "offset", "scale"), CASES)
 def test_a_wrong_gradient_beside_any_loss(seed, offset, scale):
-    """By hand and autograd agree to rounding, which the size of the loss says nothing about."""
+    """By hand and autograd agree to rounding. The size of the loss says nothing about that."""
     net = LeastSquares(seed, offset, scale)
     assert check_gradients(net.loss, [net.w], net.backward).ok
     report = check_gradients(net.loss, [net.w], lambda w: -net.backward(w))
@@ -599,12 +605,12 @@ def test_a_wrong_gradient_beside_any_loss(seed, offset, scale):
 
 @pytest.mark.parametrize(("seed", "offset", "scale"), CASES)
 def test_a_right_gradient_whose_terms_cancel(seed, offset, scale):
-    """At the minimum it is made of the rounding errors of large residuals; in three orders."""
+    """At the minimum it consists of rounding errors of large residuals, in three orders."""
     net = LeastSquares(seed, offset, scale)
     x, t = net.x, net.t
     best = torch.linalg.lstsq(x, t[:, None]).solution[:, 0]
 
-    def exactly(w):  # but for the rounding of the residuals
+    def exactly(w):  # up to the rounding of the residuals
         terms = (x * (x @ w - t)[:, None]).T.tolist()
         sums = [math.fsum(column) for column in terms]
         return 2 * scale * torch.tensor(sums, dtype=torch.float64)
@@ -633,7 +639,7 @@ CANCELLING = {
 @pytest.mark.parametrize("offset", [0, 1e12])
 @pytest.mark.parametrize(("function", "derivative"), CANCELLING.values(), ids=list(CANCELLING))
 def test_a_backward_pass_that_cancels(function, derivative, offset):
-    """By hand is what the terms come to in exact arithmetic."""
+    """The gradient by hand is what the terms sum to in exact arithmetic."""
     for _ in range(5):
         report = check_gradients(
             lambda p: function(p) + offset, [5 * draw(4)], derivative or torch.zeros_like
@@ -667,7 +673,7 @@ def test_gradients_of_any_size(scale):
 
 
 def test_a_mask_that_is_wrong_where_a_sum_is_exactly_0():
-    """To find out what rounding does never takes a function over its kink."""
+    """Measuring the effect of rounding never moves a function across its kink."""
     x = torch.tensor([[1.0, 2.0]], dtype=torch.float64)
     w = torch.tensor([2.0, -1.0], dtype=torch.float64)
     for loss in (lambda w: torch.relu(x @ w).sum(), lambda w: (x @ w).clamp(max=0).sum()):
@@ -679,7 +685,7 @@ def test_a_mask_that_is_wrong_where_a_sum_is_exactly_0():
 
 
 class Once(torch.autograd.Function):
-    """A square without a second derivative, whose backward pass writes and wants Python."""
+    """A square without a second derivative. Its backward pass writes in place and needs Python."""
 
     @staticmethod
     def forward(ctx, p):
@@ -713,18 +719,18 @@ def test_the_random_numbers_of_the_caller_are_left_alone():
     assert torch.equal(torch.rand(4), expected)
 
 
-# -- What it is measured in ------------------------------------------------------
+# -- Units of the errors ---------------------------------------------------------
 
 
 def linear_case(gradient, by_hand):
-    """The report on a function with that gradient, exactly."""
+    """The report on a function with exactly that gradient."""
     gradient = torch.as_tensor(gradient, dtype=torch.float64)
     p = torch.zeros_like(gradient)
     return check_gradients(lambda p: (gradient * p).sum(), [p], lambda p: by_hand)
 
 
 def steps(tensor, count):
-    """So many neighbours further from 0, or nearer if it is negative."""
+    """The number that lies `steps` neighbors farther from 0, or nearer if it is negative."""
     for _ in range(abs(count)):
         towards = tensor.sign() * math.inf if count > 0 else torch.zeros_like(tensor)
         tensor = torch.nextafter(tensor, towards)
@@ -736,10 +742,10 @@ def test_units_in_the_last_place():
     for count in (1, 2, 17, -1, -3):
         report = linear_case(gradient, steps(gradient, count))
         assert {e.ulps for e in report.worst(6)} == {float(abs(count))}
-    # at a power of 2 the neighbour below is nearer
+    # below a power of 2 the neighbor is nearer
     assert linear_case([4.0], steps(torch.tensor([4.0]).double(), -1)).worst()[0].ulps == 0.5
     assert linear_case([4.0], steps(torch.tensor([4.0]).double(), 1)).worst()[0].ulps == 1
-    # the smallest number that there is, next to 0
+    # the smallest positive number, next to 0
     smallest = torch.tensor([5e-324], dtype=torch.float64)
     assert linear_case([0.0], smallest).worst()[0].ulps == 1
     assert linear_case([1.5, 0.0], torch.tensor([1.5, 0.0]).double()).worst()[0].ulps == 0
@@ -806,10 +812,10 @@ def test_only_eight_are_shown_of_many():
 @pytest.mark.parametrize("eps", [None, 1e-4, 1e-2])
 @pytest.mark.parametrize("at", [0.25, -40.0])
 def test_a_kink_within_the_step(at, eps, distance):
-    """To either side, on or off; it is told, and no reason to reject a right derivation."""
+    """On either side, on or off. It is reported, but does not reject a right derivation."""
     p = torch.tensor([at] * 5, dtype=torch.float64)
     side = torch.tensor([-1.0, -1.0, 1.0, 1.0, 1.0], dtype=torch.float64)
-    on = torch.tensor([-2.0, 2.0, -2.0, 2.0, 0.0], dtype=torch.float64)  # the last has none
+    on = torch.tensor([-2.0, 2.0, -2.0, 2.0, 0.0], dtype=torch.float64)  # the last layer has none
     kink = at + side * distance * (eps or STEP) * max(1.0, abs(at))
 
     def loss(p):
@@ -839,13 +845,13 @@ def test_a_kink_beyond_the_step(eps, side, distance):
     )
     found = of(report)["p"]
     assert report.ok and not findings(report)
-    # linear there: of the difference only its rounding is left
+    # the function is linear there, so only rounding remains of the difference
     assert (found.numerical - found.autograd).abs() <= 16 * 2.0**-53 * 5 / report.eps
 
 
 @pytest.mark.parametrize("seed", range(30))
 def test_no_kink_rejects_a_right_derivation(seed):
-    """Wherever it is, however small next to slope and curvature."""
+    """Wherever the kink is, and however small it is next to slope and curvature."""
     r = random.Random(seed)
     eps = r.choice([STEP, 1e-4, 1e-3])
     count = 20
@@ -864,7 +870,7 @@ def test_no_kink_rejects_a_right_derivation(seed):
 
 
 def test_a_pre_activation_of_exactly_0(backend):
-    """The weights that move it are at a kink, and those above and beside it are not."""
+    """The weights that move it are at a kink. The weights above and beside it are not."""
     x = torch.tensor([[1.0, 2.0, 0.0]], dtype=torch.float64)
     first = torch.tensor([[2.0, -1.0, 5.0], [1.0, 1.0, 1.0]], dtype=torch.float64)
     second = torch.tensor([[3.0, 1.0]], dtype=torch.float64)
@@ -879,7 +885,7 @@ def test_a_pre_activation_of_exactly_0(backend):
 
 
 def test_a_wrong_derivation_at_a_kink_is_wrong():
-    """relu'(0) is 0 here, as in PyTorch, and a mask of >= is found."""
+    """relu'(0) is 0 here, as in PyTorch. A mask of >= is found."""
     p = torch.zeros(1, dtype=torch.float64)
     report = check_gradients(lambda p: torch.relu(p).sum(), [p], lambda p: (p >= 0).double())
     assert not report.ok and "wrong by hand" in str(report) and "at a kink" in str(report)
@@ -897,7 +903,7 @@ SMOOTH = {
 @pytest.mark.parametrize("eps", [None, 1e-4, 1e-3, 1e-2])
 @pytest.mark.parametrize(("function", "derivative"), SMOOTH.values(), ids=list(SMOOTH))
 def test_smooth_functions_have_no_kinks(function, derivative, eps):
-    """Also where their slope is 0, and where the function is."""
+    """Also where their slope is 0, and where the function itself is 0."""
     p = torch.cat([torch.linspace(-3, 3, 25, dtype=torch.float64), draw(25)])
     for offset in (0.0, 100.0):
         report = check_gradients(lambda p: function(p).sum() + offset, [p], derivative, eps=eps)  # noqa: B023
@@ -911,7 +917,7 @@ def test_smooth_functions_have_no_kinks(function, derivative, eps):
 
 
 class WrongSquare(torch.autograd.Function):
-    """x², whose author forgot the 2 of one element."""
+    """x². Its author forgot the 2 for one element."""
 
     @staticmethod
     def forward(ctx, x):
@@ -929,7 +935,7 @@ class WrongSquare(torch.autograd.Function):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("repeated", [True, False])
 def test_a_wrong_backward_is_found_by_the_differences(repeated, dtype):
-    """Even if by hand repeats the mistake."""
+    """Even if the derivation by hand repeats the mistake."""
     x = torch.tensor([1.0, 3.0, -2.0], dtype=dtype)
 
     def backward(x):
@@ -963,7 +969,7 @@ def test_how_small_a_mistake_the_differences_find(relative):
     assert report.max_error == 0 and not report.ok
 
 
-# -- Functions that are not as they should be ------------------------------------
+# -- Invalid functions -----------------------------------------------------------
 
 
 def test_a_function_with_two_values():
@@ -1074,7 +1080,7 @@ def test_a_backward_without_its_return():
 
 
 def test_only_what_is_of_floating_point_is_checked():
-    """A gradient of an integer alone is none; one of a complex input can't be held to anything."""
+    """An integer input has no gradient; a complex input can't be compared with anything."""
     inputs = [draw(3), torch.arange(3), torch.ones(3, dtype=torch.complex128)]
 
     def loss(a, k, c):
@@ -1143,7 +1149,7 @@ def test_bad_options(option):
         under_every_backend(call, ValueError, [option, repr(value)])
 
 
-# -- What is missing, not finite, empty or large ---------------------------------
+# -- Missing, nonfinite, empty or large gradients --------------------------------
 
 
 def test_what_was_not_derived():
@@ -1165,7 +1171,7 @@ def test_what_was_not_derived():
 @pytest.mark.parametrize("where", ["x", "target", "weights[0]", "biases[0]"])
 @pytest.mark.parametrize("special", [math.nan, math.inf, -math.inf])
 def test_a_loss_that_is_not_finite(backend, special, where):
-    """By hand and autograd may agree in that too, and there is nothing else to hold against."""
+    """By hand and autograd may agree on such a loss; there is nothing else to compare with."""
     x, target, weights, biases = make_case_with_target([3, 4, 2])
     tensors = {"x": x, "target": target, "weights[0]": weights[0], "biases[0]": biases[0]}
     tensors[where].view(-1)[1] = special
@@ -1183,7 +1189,7 @@ def test_a_loss_that_is_not_finite(backend, special, where):
 
 
 def test_gradients_that_are_not_finite():
-    """The same infinity, or NaN and NaN, is no difference; anything else is an infinite one."""
+    """Equal infinities, or two NaNs, count as no difference. Anything else is an infinite one."""
     gradient = [math.nan, math.inf, -math.inf, 2.0]
     same = torch.tensor(gradient, dtype=torch.float64)
     assert linear_case(gradient, same).ok and linear_case(gradient, same).max_error == 0
@@ -1228,8 +1234,9 @@ def test_of_a_large_parameter_4096_elements_have_a_numerical_gradient():
 
 @pytest.mark.parametrize("shape", [(8, 8), (33,), (2, 32), (32, 2), (3, 4, 5)], ids=str)
 def test_large_parameters(monkeypatch, shape):
-    """The elements that have one are spread over all rows and columns, and the others are
-    compared as well."""
+    """The elements with a numerical gradient spread over all rows and columns. The other elements
+    are compared too.
+    """
     monkeypatch.setattr(differences, "MAX_ELEMENTS", 32)
     gradient, p = draw(*shape), torch.zeros(shape)
     report = check_gradients(lambda p: (p * gradient).sum(), [p], lambda p: gradient)
@@ -1249,10 +1256,10 @@ def test_large_parameters(monkeypatch, shape):
 
 
 def test_the_text_of_a_small_network(backend):
-    """Of integers and a step of 2⁻¹⁰: every number in it is exact."""
+    """With integers and a step of 2⁻¹⁰, every number in the report is exact."""
     x = torch.tensor([[1.0, 2.0], [0.0, 1.0]])
     weights, biases = [torch.tensor([[3.0, -1.0]])], [torch.tensor([2.0])]
-    target = torch.tensor([[1.0], [3.0]])  # of the outputs 3 and 1: the errors are 2 and -2
+    target = torch.tensor([[1.0], [3.0]])  # with the outputs 3 and 1, the errors are 2 and -2
     report = check_gradients(x, target, weights, biases, eps=2.0**-10)
     assert str(report).splitlines() == [
         "The gradient of the sse loss of a 2-1 network over 2 rows.",
@@ -1345,7 +1352,7 @@ def test_tensors_of_inference_mode(backend):
 
 
 def test_a_graph_is_not_followed():
-    """Inputs that are no leaves, and a gradient by hand that carries a graph."""
+    """Inputs that are not leaves, and a gradient by hand that carries a graph."""
     w = (draw(3).requires_grad_() * 2).exp()
     scale = torch.ones(3, dtype=torch.float64, requires_grad=True)
     report = check_gradients(lambda w: w.square().sum(), [w], lambda w: 2 * w * scale)

@@ -1,8 +1,8 @@
-"""A `ReluMLP` sees at once whatever is done to its children, and keeps nothing of them alive.
+"""A `ReluMLP` notices at once every change of its children, and keeps no old ones alive.
 
-Each change is made to a network that has been called before, and to the `nn.Sequential` that it
-stands for. Then both answer alike, to the bit (parameters and inputs are small integers), or
-raise the same class of error. `FUSED` names the changes after which the network is one still.
+Each change is made to a network that has been called before, and to the equivalent `nn.Sequential`.
+Then both give the same bits (parameters and inputs are small integers), or raise the same class of
+error. `FUSED` names the changes after which the network still runs fused.
 """
 
 import copy
@@ -41,7 +41,7 @@ def linear(n_in, n_out, bias=True):
 
 
 def run(module, x):
-    """y, the gradient of x, and that of every parameter by name; or what was raised."""
+    """y, the gradient of x, and that of every parameter by name; or the error that was raised."""
     x = x.detach().requires_grad_()
     try:
         module.zero_grad()
@@ -290,7 +290,7 @@ def compiled_child(net):
 
 
 class Fetched(dict):
-    """As ZeRO-3 puts it in the place of `_parameters`: who asks gets the whole tensor."""
+    """Replaces `_parameters` like ZeRO-3 does: every access returns the whole tensor."""
 
     def __getitem__(self, name):
         value = super().__getitem__(name)
@@ -363,7 +363,7 @@ def test_a_change_is_seen_at_once(backend, name, grad):
                 results.append({"y": module(x)})
             except (RuntimeError, AttributeError, TypeError) as error:
                 results.append(error)
-    if name == "tanh_in_the_middle":  # of which the roundings may be others
+    if name == "tanh_in_the_middle":  # sums may be rounded differently
         assert torch.allclose(results[0]["y"], results[1]["y"])
     else:
         assert_same(*results)
@@ -420,7 +420,7 @@ def test_what_the_module_no_longer_has_is_gone(backend):
     del child, weight, bias
     gc.collect()
     assert [thing() for thing in gone] == [None] * 5
-    # Nor does a copy take along more than the children.
+    # A copy, too, keeps nothing but the children.
     assert set(net.__dict__) == set(ReluMLP(3, 2, 1).__dict__)
 
 
@@ -450,7 +450,7 @@ def test_a_used_module_is_copied_like_a_new_one(backend, way):
     assert twin[0].weight.any()
 
 
-# -- Who subclasses it ------------------------------------------------------------------------
+# -- Subclasses -------------------------------------------------------------------------------
 
 
 def subclass_of(base):
@@ -563,7 +563,7 @@ def test_from_sequential_keeps(backend, what):
     assert [module.training for module in sequential.modules()] == modes
     if what is with_attributes:
         assert (net.note, net.options) == ("mine", sequential.options)
-    # What PyTorch manages is not shared: to edit one is not to edit the other.
+    # Dicts that PyTorch manages are copied, so editing one does not edit the other.
     before = list(net.state_dict())
     sequential.append(nn.ReLU())
     sequential.register_buffer("later", torch.ones(1))
@@ -583,7 +583,7 @@ class Counted(nn.Sequential):
 
 
 class Named(nn.Sequential):
-    """It defines nothing but how one is made."""
+    """A subclass that defines nothing but its constructor."""
 
     def __init__(self):
         super().__init__(linear(3, 6), nn.ReLU(), linear(6, 4))
@@ -631,8 +631,8 @@ def test_from_sequential_refuses(what, message):
     assert sequential.__dict__ == before
 
 
-def test_from_sequential_of_its_like(backend):
-    """Subclasses that lose nothing, a ReluMLP, and what `fuse` has made."""
+def test_from_sequential_of_similar_modules(backend):
+    """Subclasses that lose nothing, a ReluMLP, and modules that `fuse` has made."""
     x = integers(7, 3)
     for sequential in (Named(), ReluMLP.from_sequential(plain()), relu_mlp.fuse(plain())):
         net = ReluMLP.from_sequential(sequential)

@@ -1,8 +1,8 @@
-"""Inputs at the edges: every rank, sizes of 0 and 1, odd and large sizes, layouts
-that are not contiguous, NaN and infinity, the kink, several threads, sums in half
-precision, and the dtypes and contexts that take the native path.
+"""Inputs at the edges: every rank, sizes of 0 and 1, odd and large sizes, layouts that are not
+contiguous, NaN and infinity, the kink, several threads, sums in half precision, and the dtypes
+and contexts that take the native path.
 
-Most networks are of small integers, so that both paths must give the same bits.
+Most networks have small integers, so both paths must give the same bits.
 """
 
 import itertools
@@ -32,7 +32,7 @@ EXACT_ACTIVATION = pytest.mark.parametrize("activation", [None, "relu"], ids=str
 
 
 def assert_like_native(x, weights, biases, named=None, grad_output=None, **settings):
-    """y and all gradients have the bits of the native path. `named` are the leaves.
+    """y and all gradients have the bits of the native path. `named` holds the leaves.
 
     Returns y and the gradients by name.
     """
@@ -82,7 +82,7 @@ def test_sizes_of_0_and_1(backend, rows, bias):
 @pytest.mark.parametrize("sizes", [(0, 3, 2), (3, 0, 2), (3, 2, 0), (0, 0, 0)], ids=str)
 @pytest.mark.parametrize("dtype", support.DTYPES, ids=str)
 def test_empty_sums(backend, dtype, sizes, activation):
-    """With every activation and in every dtype: a sum of no terms is 0, or the bias."""
+    """With every activation and dtype: a sum of no terms is 0, or the bias."""
     for rows in (0, 2):
         weights, biases = integer_network(sizes, dtype=dtype)
         x = integers(rows, sizes[0], dtype=dtype).requires_grad_()
@@ -103,7 +103,7 @@ def test_odd_sizes(backend, rows, dtype):
         weights, biases = integer_network([size, hidden, 6], dtype=dtype, largest=1)
         x = integers(rows, size, dtype=dtype, largest=1).requires_grad_()
         grad_output = integers(rows, 6, dtype=dtype, largest=1)
-        # Of -1, 0 and 1: |a_1| <= size + 1, |delta_1| <= 6, and no sum is larger than
+        # With -1, 0 and 1: |a_1| <= size + 1, |delta_1| <= 6, and no sum is larger than
         assert max(rows, hidden) * (size + 7) + 1 < 2**24, "float32 may round"
         assert_like_native(x, weights, biases, grad_output=grad_output)
 
@@ -111,13 +111,13 @@ def test_odd_sizes(backend, rows, dtype):
 @pytest.mark.parametrize("dtype", support.DTYPES, ids=str)
 @ACTIVATION
 def test_large_batch(backend, activation, dtype):
-    """100 000 rows, whose hidden activations are far larger than any cache of blocks."""
+    """100 000 rows, whose hidden activations are far larger than any cache."""
     support.compare_with_float64([3, 4, 2], 100_000, "all", activation, dtype, backend)
 
 
 # -- Layouts ----------------------------------------------------------------------
 
-#: From (rows, cols), the shape of a tensor to start from and the way to a matrix.
+#: From (rows, cols) to the shape of a tensor and the function that makes a matrix of it.
 LAYOUTS = {
     "transposed": lambda r, c: ((c, r), lambda t: t.T),
     "every other row": lambda r, c: ((2 * r, c), lambda t: t[::2]),
@@ -137,7 +137,7 @@ LAYOUTS = {
     ),
 }
 
-#: The first network is served by the package's own loops, the second by library calls.
+#: The package's own loops serve the first network, library calls the second.
 LAYOUT_SIZES = {"small": (4, [3, 5, 2]), "large": (24, [20, 24, 20])}
 
 
@@ -213,8 +213,9 @@ def test_layout_of_grad_output(backend, kind, size):
 @pytest.mark.parametrize("size", LAYOUT_SIZES)
 @pytest.mark.parametrize("leading", [(), (4,), (2, 12), (2, 3, 4)], ids=str)
 def test_contiguous_tensors_inside_others(backend, leading, size):
-    """A row of a batch, a batch of a data set, parameters in one flat buffer:
-    contiguous, but not at the start of their memory."""
+    """A row of a batch, a batch of a data set, parameters in one flat buffer: contiguous, but not
+    at the start of their memory.
+    """
     _, sizes = LAYOUT_SIZES[size]
 
     def inside(*shape):
@@ -264,7 +265,7 @@ def test_layout_of_x_of_higher_rank(backend, shape, view):
 @BIAS
 @pytest.mark.parametrize("leading", [(), (1,), (6,), (2, 3), (2, 1, 3)], ids=str)
 def test_strides_are_the_native_ones(backend, leading, bias):
-    """Of y and of every gradient, for contiguous inputs."""
+    """The strides of y and of every gradient, for contiguous inputs."""
     for sizes in ([3, 2], [3, 4, 2], [3, 1, 2], [1, 4, 1], [3, 4, 5, 2]):
         x = integers(*leading, sizes[0]).requires_grad_()
         weights, biases = integer_network(sizes, bias)
@@ -292,8 +293,8 @@ def test_nan_and_infinity_pass_as_natively(backend, name, size, activation, valu
     x = integers(rows, sizes[0]).requires_grad_()
     grad_output = integers(rows, sizes[-1])
     named = leaves(x, weights, biases)
-    # What stays finite has none of the infinite terms in it: the bound is that of
-    # the network with a 0 in the place.
+    # Finite results contain none of the infinite terms, so their bound is that of
+    # the network with a 0 in their place.
     target = {**named, "grad": grad_output}[name].detach().flatten()
     target[1] = 0
     bounds = first_order_bounds(x, weights, biases, activation, grad_output)
@@ -304,11 +305,11 @@ def test_nan_and_infinity_pass_as_natively(backend, name, size, activation, valu
         expected_y = native_mlp(x, weights, biases, output_activation=activation)
         if activation in support.THAT_SAVE_Y:
             assert_same(y, expected_y, "y")
-        else:  # a function of the library's own, which may round otherwise than PyTorch's
+        else:  # a function of the library's own, which may round differently from PyTorch's
             torch.testing.assert_close(y, expected_y, rtol=1e-14, atol=0, equal_nan=True)
         actual = gradients(y, named, grad_output)
         expected = gradients(expected_y, named, grad_output)
-        if math.isnan(value):  # an infinity may end in a mask or an activation
+        if math.isnan(value):  # a mask or an activation may absorb an infinity
             assert not all(t.isfinite().all() for t in [expected_y, *expected.values()])
         for key, grad in expected.items():
             finite = grad.isfinite()
@@ -317,7 +318,7 @@ def test_nan_and_infinity_pass_as_natively(backend, name, size, activation, valu
 
 
 def test_nan_passes_the_relu_both_ways(backend):
-    """Stated without the native path: relu(NaN) is NaN, and its gradient passes."""
+    """Stated without the native path: relu(NaN) is NaN, and its gradient passes through."""
     x = torch.tensor([[math.nan]], dtype=torch.float64)
     weights = [torch.ones(1, 1, dtype=torch.float64), 3 * torch.ones(1, 1, dtype=torch.float64)]
     biases = [torch.zeros(1, dtype=torch.float64, requires_grad=True), None]
@@ -329,7 +330,7 @@ def test_nan_passes_the_relu_both_ways(backend):
 
 @pytest.mark.parametrize("size", LAYOUT_SIZES)
 def test_infinite_gradient_at_a_masked_unit_is_0(backend, size):
-    """The mask selects: inf * 0 would be NaN. At a hidden unit and at the output."""
+    """The mask selects, because inf * 0 would be NaN. At a hidden unit and at the output."""
     rows, sizes = LAYOUT_SIZES[size]
     x = torch.ones(rows, sizes[0], dtype=torch.float64)
     weights = [torch.ones(n, m, dtype=torch.float64) for m, n in zip(sizes, sizes[1:])]
@@ -372,7 +373,7 @@ def test_gradient_at_exactly_0_is_0(backend, dtype):
 
 @pytest.fixture
 def with_threads():
-    """Calls a function with a number of threads."""
+    """Calls a function with a given number of threads."""
     before = torch.get_num_threads()
 
     def call(threads, function):
@@ -383,8 +384,8 @@ def with_threads():
     torch.set_num_threads(before)
 
 
-# The reference has PyTorch's products, and MKL's may differ, even for so few numbers, where the
-# processor is not Intel's.
+# The reference uses PyTorch's products. MKL's may differ between numbers of threads, even for
+# so few elements, on processors that are not Intel's.
 @pytest.mark.skipif("extension" not in support.BACKENDS, reason="a promise of the extension")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("sizes", [(64, 3, 2, 1), (1, 8, 64, 64, 4), (33, 7, 17, 5)], ids=str)
@@ -402,7 +403,7 @@ def test_threads_change_nothing_in_small_networks(with_threads, sizes, dtype):
 
 
 def test_threads_do_not_change_the_bias_gradient(backend, with_threads):
-    """Summed over so many rows that several threads do it."""
+    """The sum is over so many rows that several threads compute it."""
     x = torch.zeros(100_000, 1)
     bias = torch.zeros(3, requires_grad=True)
     grad_output = torch.randn(100_000, 3)
@@ -453,7 +454,7 @@ def test_sums_over_features_are_not_made_in_half_precision(backend, dtype):
 @pytest.mark.parametrize("leading", [(3,), (2, 3)], ids=str)
 @pytest.mark.parametrize("activation", support.THAT_SAVE_Y, ids=str)
 def test_integers(backend, activation, leading, dtype):
-    """Integers have no gradient; y is what the native path makes of them."""
+    """Integers have no gradient. y equals that of the native path."""
     x = torch.randint(0, 3, (*leading, 3), dtype=dtype)
     weights = [torch.randint(0, 3, shape, dtype=dtype) for shape in [(4, 3), (2, 4)]]
     biases = [torch.randint(0, 3, (n,), dtype=dtype) for n in (4, 2)]
@@ -470,7 +471,7 @@ ALL_DTYPES = [*support.DTYPES, torch.int64, torch.bool, torch.complex64]
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("x_dtype", ALL_DTYPES, ids=str)
 def test_mixed_dtypes(backend, x_dtype, depth, rows):
-    """Nothing is promoted: an error where it is one natively, and else the same."""
+    """Nothing is promoted: an error where it is an error natively, otherwise the same result."""
     x = torch.ones(rows, 3).to(x_dtype)
     for first, last, bias in itertools.product(ALL_DTYPES, repeat=3):
         weights = [torch.ones(4, 3).to(first), torch.ones(2, 4).to(last)][:depth]

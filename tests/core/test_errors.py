@@ -1,6 +1,6 @@
-"""Bad input raises what PyTorch raises, or ValueError where PyTorch has no such
-argument; the message names the argument, what was expected and what came; and
-nothing is left half-changed."""
+"""Bad input raises what PyTorch raises, or ValueError where PyTorch has no such argument. The
+message names the argument, what was expected and what was given. Nothing is left half-changed.
+"""
 
 from collections import OrderedDict
 
@@ -75,14 +75,14 @@ def test_unknown_activation(activation):
 
 # -- The layer -----------------------------------------------------------------
 
-BAD_INPUTS = {  # what the message must have of the argument, of what came
+BAD_INPUTS = {  # the words that the message must contain: of the argument, and of what was given
     "rank 0": (torch.tensor(1.0), ["x", "()"]),
     "too wide": (torch.ones(5, 4), ["x", "4", "(4, 3)"]),
     "float64": (X.double(), ["x", "float64", "float32"]),
     "float16": (X.half(), ["x", "float16", "float32"]),
     "integer": (X.long(), ["x", "int64", "float32"]),
     "complex": (X.cfloat(), ["x", "complex64", "float32"]),
-    # here PyTorch's own layers speak, and say all of it
+    # here PyTorch's own layers raise, and their message has all of it
     "a list": ([[1.0, 2.0, 3.0]], ["input", "Tensor", "list"]),
     "None": (None, ["input", "Tensor", "NoneType"]),
     "an array": (X.numpy(), ["input", "Tensor", "ndarray"]),
@@ -217,7 +217,7 @@ def test_functions_change_nothing_when_they_raise(backend, bad):
         leaf.requires_grad_().grad = torch.ones_like(leaf)
 
     def ours(value):
-        """What is good in a bad call, as these tensors."""
+        """The good arguments of a bad call, as these tensors."""
         if isinstance(value, list):
             return [ours(item) for item in value]
         known = zip([X, W0, W1, B0, B1], leaves, strict=False)
@@ -278,7 +278,7 @@ def test_from_sequential_that_raises_leaves_the_model():
 
 
 def test_wrong_gradient_at_the_output(backend):
-    """PyTorch itself refuses it, and the right one still works afterwards."""
+    """PyTorch itself raises, and the right gradient still works afterwards."""
     x = X.clone().requires_grad_()
     y = relu_mlp.relu_mlp(x, [W0, W1])
     for grad in (torch.ones(5, 3), torch.ones(5, 2, device="meta")):

@@ -1,5 +1,6 @@
-"""Derivatives of the first, second and third order, in double precision: the
-first two against finite differences, the third against native autograd."""
+"""Derivatives of the first, second and third order, in double precision: the first two against
+finite differences, the third against native autograd.
+"""
 
 import itertools
 
@@ -21,7 +22,7 @@ from support import (
 
 SIZES = {1: [3, 2], 2: [3, 4, 2], 3: [3, 4, 3, 2]}
 ROWS = 2
-STEP = 1e-6  # of the finite differences
+STEP = 1e-6  # the step of the finite differences
 
 #: Which inputs need gradients, by name; "last" is replaced by the last layer.
 NEEDS = {
@@ -39,7 +40,7 @@ NEEDS = {
 
 
 def has_needed(depth, bias, needs):
-    """Whether any of the needed inputs is there: biases may be missing."""
+    """Whether any of the needed inputs exists: biases may be missing."""
     missing = bias == "none" or (bias == "some" and needs == "biases[last]" and depth == 2)
     return not (missing and needs.startswith("biases"))
 
@@ -52,7 +53,7 @@ CASES = [
 
 
 def network(depth, bias, activation, needs):
-    """x, weights and biases whose pre-activations no finite difference moves over 0."""
+    """x, weights and biases for which no finite difference moves a pre-activation across 0."""
     sizes = SIZES[depth]
     for seed in itertools.count():
         torch.manual_seed(seed)
@@ -67,7 +68,7 @@ def network(depth, bias, activation, needs):
 
 
 def kink_distance(x, weights, biases, activation):
-    """How near the pre-activation of a ReLU comes to 0."""
+    """The smallest distance of a ReLU's pre-activation from 0."""
     z = hidden_pre_activations(x, weights, biases)
     if activation == "relu":
         z.append(native_mlp(x, weights, biases))
@@ -75,10 +76,10 @@ def kink_distance(x, weights, biases, activation):
 
 
 def sensitivity(x, weights, biases):
-    """A bound of |dz/dp| for any pre-activation z and any one element p of the inputs.
+    """A bound on |dz/dp| for any pre-activation z and any element p of the inputs.
 
-    One element of layer k moves z_k by at most max(1, |a_{k-1}|, |W_k|) times its
-    own change, and a layer above passes on at most the largest row sum of |W|.
+    One element of layer k moves z_k by at most max(1, |a_{k-1}|, |W_k|) times its own change, and
+    each layer above multiplies this by at most the largest row sum of |W|.
     """
     z = hidden_pre_activations(x, weights, biases)
     largest = max([1.0, x.abs().max().item()] + [w.abs().max().item() for w in weights])
@@ -89,13 +90,13 @@ def sensitivity(x, weights, biases):
 
 
 def finite_difference_bound(x, weights, biases, activation, grad_output):
-    """How far a central difference of y or of a gradient may be off.
+    """The largest error of a central difference of y or of a gradient.
 
-    Rounding: the error of the function over the step. Truncation: step^2 / 6
-    times the third derivative, which is 0 without a smooth activation (of any one
-    element, the rest is linear), and for a gradient, a sum over the elements
-    of y of g phi'(z) dz/dp, is at most g (phi'''' D^4 + 3 phi''' D^3), with D
-    the bound of |dz/dp| and of its derivatives; |phi''''| < 5, |phi'''| <= 2.
+    Rounding: the error of the function over the step. Truncation: step^2 / 6 times the third
+    derivative. That is 0 without a smooth activation, because the rest is linear in any single
+    element. For a gradient, a sum over the elements of y of g phi'(z) dz/dp, it is at most g
+    (phi'''' D^4 + 3 phi''' D^3), with D the bound of |dz/dp| and of its derivatives; |phi''''| < 5,
+    |phi'''| <= 2.
     """
     y = native_mlp(x, weights, biases, output_activation=activation).detach()
     hidden = support.hidden_of(reference, x, weights, biases, activation)[1]
@@ -176,6 +177,6 @@ def test_third_derivative(backend, recompute, depth, bias, activation):
         [ends.abs()] + [[d.abs() for d in direction] for direction in directions[1:]],
         output_activation=activation,
     )
-    # every order doubles the products in series; both paths round
+    # each order doubles the number of products in series, and both paths round
     error = gamma(products_in_series=8 * depth, longest_sum=4)
     assert_within(actual, expected, {name: 2 * error * m for name, m in magnitudes.items()})

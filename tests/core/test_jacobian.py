@@ -1,4 +1,4 @@
-"""`jacobian`: the derivative of every output by every parameter, by hand."""
+"""`jacobian`: the derivative of every output with respect to every parameter, by hand."""
 
 from collections import Counter
 
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning
 
 
 def bounds_of(x, weights, biases, activation):
-    """How far two computations of the Jacobian may lie apart: no sum is over the rows."""
+    """The largest distance of two computations of the Jacobian. No sum is over the rows."""
     longest = max(max(weight.shape) for weight in weights)
     error = 2 * gamma(2 * len(weights), longest)  # forward and backward through every layer
     magnitudes = jacobian_magnitudes(x, weights, biases, activation)
@@ -70,7 +70,7 @@ def by_rows(x, weights, biases, activation):
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("bias", ["all", "none", "some"])
 @pytest.mark.parametrize("activation", support.ACTIVATIONS)
-def test_is_that_of_torch_func(backend, activation, bias, sizes):
+def test_matches_torch_func(backend, activation, bias, sizes):
     x, weights, biases = make_case(sizes, 5, bias)
     found = by_name(jacobian(x, weights, biases, output_activation=activation))
     expected = native_jacobian(x, weights, biases, output_activation=activation)
@@ -79,7 +79,7 @@ def test_is_that_of_torch_func(backend, activation, bias, sizes):
 
 @pytest.mark.parametrize("bias", ["all", "none", "some"])
 @pytest.mark.parametrize("activation", support.ACTIVATIONS)
-def test_is_that_of_torch_autograd(backend, activation, bias):
+def test_matches_torch_autograd(backend, activation, bias):
     x, weights, biases = make_case([3, 6, 4, 2], 5, bias)
     found = by_name(jacobian(x, weights, biases, output_activation=activation))
     expected = by_rows(x, weights, biases, activation)
@@ -92,7 +92,7 @@ def test_is_that_of_torch_autograd(backend, activation, bias):
 @pytest.mark.parametrize("activation", [None, "relu"])
 @pytest.mark.parametrize("dtype", support.DTYPES, ids=str)
 def test_has_the_bits_of_the_native_one(backend, dtype, activation, bias, sizes):
-    """Of integers. Many a pre-activation is 0, where the derivative of a ReLU is 0."""
+    """With integers. Many pre-activations are 0, where the derivative of a ReLU is 0."""
     x, weights, biases = integer_case(sizes, 16, bias, dtype)
     z = hidden_pre_activations(x, weights, biases)
     z.append(support.native_mlp(x, weights, biases))
@@ -107,7 +107,7 @@ def test_has_the_bits_of_the_native_one(backend, dtype, activation, bias, sizes)
 @pytest.mark.parametrize("activation", support.ACTIVATIONS)
 @pytest.mark.parametrize("dtype", support.DTYPES, ids=str)
 def test_against_float64(backend, dtype, activation, bias, sizes):
-    """The backward pass of one output of one row is an entry of the Jacobian."""
+    """The backward pass for one output of one row gives an entry of the Jacobian."""
     x, weights, biases = make_case(sizes, 3, bias, dtype)
     found = by_name(jacobian(x, weights, biases, output_activation=activation))
     implementation = relu_mlp.functional.implementation_for(x)
@@ -127,15 +127,16 @@ def test_by_hand(backend):
     x = torch.tensor([[3.0], [2.0], [1.0]])
     w, b, v, c = torch.tensor([[1.0]]), torch.tensor([-2.0]), torch.tensor([[5.0]]), torch.zeros(1)
     found = jacobian(x, [w, v], [b, c])
-    assert found.weights[0].flatten().tolist() == [15, 0, 0]  # v x where it is on
+    assert found.weights[0].flatten().tolist() == [15, 0, 0]  # v x where the unit is on
     assert found.biases[0].flatten().tolist() == [5, 0, 0]
     assert found.weights[1].flatten().tolist() == [1, 0, 0]  # the hidden activation
     assert found.biases[1].flatten().tolist() == [1, 1, 1]
 
 
 def test_document_004(backend):
-    """Of the linear model with intercept, J is the matrix of features; and the gradient of
-    the MSE, with the figures printed there, is J^T times 2/n (y - t)."""
+    """For the linear model with intercept, J is the matrix of features. The gradient of the MSE,
+    with the figures printed there, is J^T times 2/n (y - t).
+    """
     x = torch.tensor([35.7, 55.9, 58.2, 81.9, 56.3, 48.9, 33.9, 21.8, 48.4, 60.4, 68.4])[:, None]
     target = torch.tensor([0.5, 14.0, 15.0, 28.0, 11.0, 8.0, 3.0, -4.0, 6.0, 13.0, 21.0])[:, None]
     weight, bias = torch.ones(1, 1), torch.zeros(1)
@@ -145,8 +146,8 @@ def test_document_004(backend):
 
     u = 2 / 11 * (x - target)  # y is x
     result = loss_and_grads(x, target, [weight], [bias], loss="mse")
-    # A sum of 11 products with three roundings each before it; and half a unit of the last
-    # of the printed digits.
+    # A sum of 11 products, each after three roundings, and half a unit in the last printed
+    # digit.
     bound = 14 * torch.finfo(torch.float32).eps / 2 * (u.abs() * features).sum(0)
     printed = Bounded(torch.tensor([82.6000, 4517.2969]).double(), bound.double() + 0.5e-4)
     printed.check(torch.cat([result.biases[0], result.weights[0][0]]), "the gradient")
@@ -167,11 +168,11 @@ def test_its_transpose_makes_the_gradient_of_a_loss(backend, activation, bias, l
     expected = loss_and_grads(x, target, weights, biases, loss=loss, output_activation=activation)
     expected = by_name((expected.weights, expected.biases))
     magnitudes = jacobian_magnitudes(x, weights, biases, activation)
-    # u too was computed twice: y, the difference with the target, the factor. Its error
-    # is a part of |y| + |target|, with |y| at most that of the majorant.
+    # u was computed twice too: y, the difference from the target, the factor. Its error
+    # is proportional to |y| + |target|, with |y| at most that of the majorant.
     a_y = majorant(x.abs(), [w.abs() for w in weights], absolute(biases)) + target.abs()
     a_u = (a_y if activation in (None, "relu") else 2 + target.abs()) * 2 + u.abs()
-    error = 2 * gamma(3 * 3 + 2, 6 * 2)  # to y, backwards, the sum over rows and outputs
+    error = 2 * gamma(3 * 3 + 2, 6 * 2)  # to y, backwards, and the sum over rows and outputs
     for name, entry in found.items():
         product = torch.einsum("no,no...->...", u, entry)
         magnitude = torch.einsum("no,no...->...", a_u, magnitudes[name])
@@ -203,8 +204,9 @@ SPECIAL = [float("nan"), float("inf"), -float("inf")]
 @pytest.mark.parametrize("special", SPECIAL)
 @pytest.mark.parametrize("activation", support.ACTIVATIONS)
 def test_nan_and_infinity_as_natively(backend, activation, special):
-    """Of one row, and with a sigmoid or tanh of one output: natively the zeros that belong
-    to the others are multiplied too, and 0 times infinity or NaN is NaN."""
+    """With one row, and with one output for sigmoid or tanh: natively, zeros of the other rows and
+    outputs are multiplied too, and 0 times infinity or NaN is NaN.
+    """
     outputs = 2 if activation in (None, "relu") else 1
     for where in ("x", "weights[0]", "weights[1]", "biases[0]", "biases[1]"):
         x, weights, biases = integer_case([3, 4, outputs], 1)
@@ -255,7 +257,7 @@ def test_sizes_of_zero(backend, sizes, rows, activation, bias):
         assert_same(found[last], torch.eye(2, dtype=torch.float64).expand(3, 2, 2))
 
 
-# -- What comes in and what goes out -------------------------------------------
+# -- Arguments and results -----------------------------------------------------
 
 
 @pytest.mark.covering
@@ -277,7 +279,7 @@ def test_structure(backend, dtype, bias, sizes):
         assert entry.shape == (5, sizes[-1], *parameters[name].shape)
         assert entry.dtype == dtype and entry.layout == torch.strided
         assert not entry.requires_grad and entry.grad_fn is None
-    # Nobody's change of one entry changes another.
+    # A change of one entry changes no other.
     storages = {entry.untyped_storage().data_ptr() for entry in by_name(found).values()}
     assert len(storages) == len(parameters)
 
@@ -360,7 +362,7 @@ def test_one_forward_pass_and_one_product_for_each_layer_below(backend, sizes, a
 
 @pytest.mark.parametrize("activation", support.ACTIVATIONS)
 def test_no_loop_over_rows_or_outputs(backend, activation):
-    """As many operations whatever the sizes, and no more products than layers."""
+    """The number of operations does not depend on the sizes, and there is one product per layer."""
     counts = set()
     for rows, hidden, outputs in [(2, 3, 2), (7, 3, 2), (2, 3, 5), (9, 8, 11), (64, 4, 7)]:
         x, weights, biases = make_case([3, hidden, hidden, outputs], rows)
@@ -433,5 +435,5 @@ def test_forward_mode_is_refused(which):
         }
         call = lambda: jacobian(tensors["x"], [tensors["weight"]], [tensors["bias"]])  # noqa: E731
         under_every_backend(call, RuntimeError, ["jacobian", "no derivative"])
-        # and without a tangent it is no matter
+        # without a tangent it works
         assert_same(by_name(jacobian(x, [weight], [bias])), by_name(expected))

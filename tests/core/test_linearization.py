@@ -51,7 +51,7 @@ LEADING = [[5], [], [2, 3], [0], [1, 2, 1]]
 
 
 def like(weights, biases, random=torch.randn_like):
-    """Random `Parameters` of the shapes of a network's."""
+    """Random `Parameters` with the shapes of a network's parameters."""
     of_biases = biases and tuple(None if b is None else random(b) for b in biases)
     return Parameters(tuple(map(random, weights)), of_biases)
 
@@ -87,7 +87,7 @@ def native_vjp(x, weights, biases, activation, grad_output):
 
 
 def times(entries, tangent):
-    """J v, of a Jacobian and a vector by name: (rows, out_features)."""
+    """J v, for a Jacobian and a vector by name: (rows, out_features)."""
     return sum((entries[name] * tangent[name]).flatten(2).sum(2) for name in entries)
 
 
@@ -101,7 +101,7 @@ def magnitudes_of(x, weights, biases, activation):
 
 
 def error_of(x, weights, products):
-    """For a chain of so many matrix products for each layer, or sums over all parameters."""
+    """The bound for `products` matrix products in series per layer, or sums over parameters."""
     parameters = sum(weight.numel() + len(weight) for weight in weights)
     rows = math.prod(x.shape[:-1])
     longest = max(parameters, rows * len(weights[-1]), *(max(w.shape) for w in weights))
@@ -148,7 +148,7 @@ def test_products_are_the_native_ones(backend, activation, bias, sizes, leading)
 @pytest.mark.parametrize("activation", [None, "relu"])
 @pytest.mark.parametrize("dtype", support.DTYPES, ids=str)
 def test_products_have_the_bits_of_the_native_ones(backend, dtype, activation, bias, leading):
-    """Of integers: natively, with the Jacobian formed, and without; adjoint to each other."""
+    """With integers: natively, with the Jacobian formed, and without; adjoint to each other."""
     x, weights, biases = integer_case([3, 4, 3, 2], leading, bias, dtype)
     v, u = like(weights, biases, integers_like), integers(*leading, 2, dtype=dtype, largest=1)
     linear = linearize(x, weights, biases, output_activation=activation)
@@ -194,8 +194,9 @@ def test_against_float64(backend, dtype, activation, bias, sizes):
 
 
 def forward_bounds(exact, tangent):
-    """J v in float64 with bounds, layer by layer: each sum of products is stored, and
-    their sum is too."""
+    """J v in float64 with bounds, layer by layer. Each sum of products is rounded, and so is the
+    total.
+    """
 
     def known(tensor):
         return Bounded(tensor.double(), torch.zeros_like(tensor, dtype=torch.float64))
@@ -238,7 +239,7 @@ def test_the_products_are_adjoint(backend, activation):
 
 
 def test_gauss_newton_is_the_hessian_of_a_linear_model(backend):
-    """Of a loss ½ sum (y - t)², which has no second derivative of the network left out."""
+    """For the loss ½ sum (y - t)²: a linear network has no second derivative to leave out."""
     x, weights, biases = integer_case([3, 2], [7])
     target, v = integers(7, 2), like(weights, biases, integers_like)
 
@@ -301,8 +302,8 @@ def test_any_sequences_in_a_pair(backend):
         assert_same(linear.jvp((kind(v.weights), kind(v.biases))), expected)
 
 
-def test_what_comes_out_goes_in(backend):
-    """The gradient of a loss is a direction, and so are another network's parameters."""
+def test_results_are_valid_tangents(backend):
+    """The gradient of a loss is a valid tangent, and so are another network's parameters."""
     x, weights, biases = integer_case([3, 4, 2], [6], "some")
     linear = linearize(x, weights, biases)
     gradient = linear.vjp(linear.y)
@@ -365,14 +366,14 @@ def test_sizes_of_zero(backend, sizes, leading, activation):
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("activation", [None, "relu"])
 def test_nan_and_infinity_as_natively(backend, activation, special, where):
-    """The mask of a ReLU passes NaN, and selects: what is infinite at a unit that is off is 0."""
+    """The mask of a ReLU passes NaN, and selects: an infinity at a unit that is off becomes 0."""
     x, weights, biases = integer_case([3, 4, 2], [5])
     v, u = like(weights, biases, integers_like), integers(5, 2)
     tensors = {**leaves(x, weights, biases), "v": v.biases[0], "u": u}
     tensors[where].view(-1)[1] = special
     linear = linearize(x, weights, biases, output_activation=activation)
     if where != "weights[0]" or math.isnan(special):
-        # natively x has a change of 0, and 0 times an infinite weight is NaN
+        # natively x has a tangent of 0, and 0 times an infinite weight is NaN
         expected = native_jvp(x, weights, biases, activation, v)
         assert_same(linear.jvp(v), expected, "J v")
     expected = native_vjp(x, weights, biases, activation, u)
@@ -380,12 +381,12 @@ def test_nan_and_infinity_as_natively(backend, activation, special, where):
 
 
 def test_an_infinite_weight_does_not_reach_x(backend):
-    """Which does not change: y = max(w x, 0) with w infinite changes by x dw."""
+    """x does not change: y = max(w x, 0) with an infinite w changes by x dw."""
     x, infinite = torch.tensor([[2.0], [-2.0]]), torch.tensor([[float("inf")]])
     linear = linearize(x, [infinite, torch.ones(1, 1)])
     found = linear.jvp(((torch.tensor([[3.0]]), torch.zeros(1, 1)), None))
     assert found[1].item() == 0  # off
-    assert math.isnan(found[0].item())  # 6 times 1, and the activation, infinite, times 0
+    assert math.isnan(found[0].item())  # 6 times 1, and the infinite activation times 0
     found = linearize(x, [infinite], output_activation="relu").jvp(((torch.tensor([[3.0]]),), None))
     assert found.flatten().tolist() == [6, 0]
 
@@ -406,7 +407,7 @@ def test_one_pass_each(backend, sizes, activation):
         linear.vjp(u)
     assert counts == {"forward": 0, "backward": 1, "loss_and_grads": 0, "native": 0}
     with support.count_calls() as counts:
-        linear.jvp(v)  # a product with each tangent, and above the first with each weight
+        linear.jvp(v)  # a product with each tangent, and above the first layer one with each weight
     assert counts == {"forward": 0, "backward": 0, "loss_and_grads": 0, "native": 2 * layers - 1}
     with support.count_calls() as counts:
         linear.gauss_newton(v)
@@ -439,7 +440,7 @@ def test_the_jacobian_is_never_formed(backend, activation):
         linear.gauss_newton(v)
     largest = max(held for _, held in operations)
     assert largest <= max(rows * max(sizes), *(weight.numel() for weight in weights))
-    with support.dispatched() as operations:  # the measure sees it where it is
+    with support.dispatched() as operations:  # the measure detects it where it is formed
         linear.jacobian()
     assert max(held for _, held in operations) >= rows * 8 * weights[1].numel()
 
@@ -507,7 +508,7 @@ def test_after_a_change_in_place(backend, changed, product):
     tensors = {**leaves(x, weights, biases), "y": linear.y}
     product(linear, v, u)
     with torch.no_grad():
-        tensors[changed].add_(0)  # PyTorch counts, and does not compare
+        tensors[changed].add_(0)  # PyTorch counts changes, and does not compare values
     with pytest.raises(RuntimeError, match=r"changed in place.*linearize\(\.\.\.\) again"):
         product(linear, v, u)
     product(linearize(x, weights, biases), v, u)
@@ -542,11 +543,11 @@ COPIES = {
 @pytest.mark.parametrize("made", COPIES.values(), ids=list(COPIES))
 @pytest.mark.parametrize("bias", ["all", "some", "none"])
 def test_a_copy_is_a_linearization_of_its_own(backend, bias, made):
-    """What is changed after a copy was made concerns the original alone."""
+    """Changes after the copy was made affect only the original."""
     x, weights, biases = make_case([3, 4, 5, 2], [6], bias)
     v, u = like(weights, biases), torch.randn(6, 2, dtype=torch.float64)
     with torch.no_grad():
-        weights[0].add_(1)  # a copy counts changes from 0
+        weights[0].add_(1)  # a copy counts its own changes from 0
     linear = linearize(x, weights, biases, output_activation="tanh")
     expected = [linear.y.clone(), linear.jvp(v), *map(by_name, [linear.vjp(u), linear.jacobian()])]
     copied = made(linear)
@@ -565,7 +566,7 @@ def test_a_copy_is_a_linearization_of_its_own(backend, bias, made):
 
 
 def test_a_copy_beside_a_copy_of_the_network(backend):
-    """They share no memory: a step of the copied network would not be noticed."""
+    """They share no memory, which would hide a step of the copied network."""
     net, _ = support.twins(3, 4, 2)
     linear = linearize(torch.randn(5, 3), *support.layers_of(net))
     u = torch.randn(5, 2)
@@ -578,7 +579,7 @@ def test_a_copy_beside_a_copy_of_the_network(backend):
         assert_same(by_name(copied.vjp(u)), expected)
 
 
-def test_changing_what_it_returned_or_was_given_is_no_matter(backend):
+def test_changes_of_arguments_and_results_have_no_effect(backend):
     x, weights, biases = make_case([3, 4, 2], [6])
     v, u = like(weights, biases), torch.randn(6, 2, dtype=torch.float64)
     linear = linearize(x, weights, biases, output_activation="tanh")
@@ -715,7 +716,7 @@ def products_of(linear):
 @pytest.mark.parametrize("which", range(4))
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=list(TRANSFORMS))
 def test_transforms_are_refused(transform, which):
-    """Rather than a derivative of 0."""
+    """It must not return a derivative of 0."""
 
     def call():
         _, function, shape = products_of(linearize(torch.ones(5, 3), W, B))[which]
@@ -757,7 +758,7 @@ def test_its_class_is_public():
 def test_row_norms_are_those_of_the_rows_gradients(backend, shape, sizes, activation, bias):
     torch.manual_seed(0)
     weights, biases = integer_network(sizes, bias, requires_grad=False)
-    if activation in support.SMOOTH:  # not all at the flat ends
+    if activation in support.SMOOTH:  # not all in the saturated regions
         weights = [weight / 4 for weight in weights]
     x, u = integers(*shape, sizes[0]), integers(*shape, sizes[-1])
     net = linearize(x, weights, biases, output_activation=activation)
@@ -778,12 +779,12 @@ def test_row_norms_are_those_of_the_rows_gradients(backend, shape, sizes, activa
     error = gamma(2 * len(sizes), 5)
     for actual, row, magnitude in zip(gradients, rows, magnitudes, strict=True):
         assert_within(actual.flatten(1), row, 2 * error * magnitude)
-    # Few roundings of positive terms: squares, sums of at most 40, roots, and the same beside.
+    # Few roundings of positive terms: squares, sums of at most 40, roots, twice.
     torch.testing.assert_close(norms, expected, rtol=100 * torch.finfo(norms.dtype).eps, atol=0)
     assert (norms > 0).sum() * 2 >= norms.numel()
 
 
-def test_row_gradients_are_nobody_elses(backend):
+def test_row_gradients_have_their_own_memory(backend):
     net, u = linearize(integers(5, 3), [integers(2, 3)], [integers(2)]), integers(5, 2)
     kept = u.clone()
     for entry in by_name(net.row_gradients(u)).values():
@@ -800,7 +801,7 @@ def test_row_norms_of_16_bits_do_not_overflow(backend):
 
 
 def test_clipped_gradients_from_norms(backend):
-    """What private training does: every row's gradient clipped, and none of them held."""
+    """As in differentially private training: each row's gradient is clipped, and none is stored."""
     torch.manual_seed(0)
     weights, biases = integer_network([3, 4, 2], "all", requires_grad=False)
     x, u = integers(6, 3), integers(6, 2)

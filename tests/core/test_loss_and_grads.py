@@ -25,7 +25,7 @@ NETWORKS = [  # sizes, leading sizes of x
 
 
 def by_autograd(x, target, weights, biases, loss, activation, network=support.native_mlp):
-    """Loss and gradients as autograd finds them, in the shape of the named tuple."""
+    """Loss and gradients by autograd, in the structure of the named tuple."""
     weights = [w.detach().clone().requires_grad_() for w in weights]
     if biases is not None:
         biases = [None if b is None else b.detach().clone().requires_grad_() for b in biases]
@@ -80,8 +80,8 @@ def expected(x, target, weights, biases, loss, activation, backend):
     g = exact.stored(g)
     results |= exact.backward(g.value)
     del results["x"]
-    # What an error of the gradient at y makes of the others: the backward pass
-    # of the absolute values. Twice that covers the roundings on its way.
+    # The effect of an error in the gradient at y on the others: the backward pass
+    # of the absolute values. Twice that covers the roundings of the pass itself.
     spread = (
         2 * g.bound * (support.SMOOTH[activation].steepest if activation in support.SMOOTH else 1)
     )
@@ -204,7 +204,7 @@ def test_integer_targets(backend, dtype, kind):
 @pytest.mark.parametrize("which", ["x", "target", "weights", "biases", "all"])
 @pytest.mark.parametrize(("leading", "width"), [([5], 6), ([2, 3], 6), ([64], 123)], ids=str)
 def test_memory_layouts(backend, leading, width, which, strange):
-    """Only the order of summation may change with the layout, so the bounds hold."""
+    """The layout may change only the order of summation, so the bounds hold."""
     x, target, weights, biases = make_case_with_target([3, width, 2], leading, "all", torch.float32)
     bounds = expected(x, target, weights, biases, "mse", "sigmoid", backend)
     if which in ("x", "all"):
@@ -236,7 +236,7 @@ def test_expanded_arguments(backend):
     ids=str,
 )
 def test_sizes_of_zero(backend, sizes, leading, loss):
-    """The mean of nothing is NaN as natively, a sum is 0, and so are gradients."""
+    """The mean over nothing is NaN as natively. A sum is 0, and so are its gradients."""
     x, target, weights, biases = make_case_with_target(sizes, leading, "some", torch.float64)
     if sizes[0]:
         result = loss_and_grads(x, target, weights, biases, loss=loss)
@@ -284,8 +284,9 @@ def test_one_call(backend, sizes, loss):
 
 
 def test_mean_over_more_elements_than_float16_counts(backend):
-    """Sums over rows are accumulated in at least float32: the sum here is above
-    65504, the largest float16, and the mean is 1."""
+    """Sums over rows are accumulated at least in float32. The sum here is above 65504, the largest
+    float16, and the mean is 1.
+    """
     x = torch.ones(70000, 1, dtype=torch.float16)
     weights, biases = [torch.ones(1, 1).half()], [torch.zeros(1).half()]
     target = torch.zeros_like(x)
@@ -319,7 +320,7 @@ def test_document_002_sigmoid(backend):
     figures = [-0.1916842751, -0.1505403047, -0.5027215624]
     figures += [-0.0967040759, -0.0302279895, -0.2850716981]
     figures = torch.tensor(figures, dtype=torch.float64).view(3, 2).T
-    # half a unit of the last digit, and the rounding errors
+    # half a unit in the last digit, and the rounding errors
     bound = expected(x, target, weights, None, "half_sse", "sigmoid", backend)["weights[0]"].bound
     Bounded(figures, 0.5e-10 + bound).check(result.weights[0], "gradient")
 
@@ -334,7 +335,7 @@ def test_document_002_linear(backend):
 
 
 def test_document_004(backend):
-    """A line fitted by gradient descent; the figures printed there, in float32."""
+    """A line fitted by gradient descent, with the figures printed there, in float32."""
     t_c = torch.tensor([0.5, 14.0, 15.0, 28.0, 11.0, 8.0, 3.0, -4.0, 6.0, 13.0, 21.0])
     t_u = torch.tensor([35.7, 55.9, 58.2, 81.9, 56.3, 48.9, 33.9, 21.8, 48.4, 60.4, 68.4])
     x, target = 0.1 * t_u[:, None], t_c[:, None]
@@ -363,8 +364,9 @@ def test_document_004(backend):
 @pytest.mark.parametrize("activation", support.ACTIVATIONS)
 @pytest.mark.parametrize("sizes", [[3, 2, 1], [42, 64, 16, 3]], ids=str)
 def test_training_by_hand_is_training_by_autograd(backend, sizes, activation, loss):
-    """The same operators under autograd give the same parameters, bit by bit:
-    the gradient at y takes the same roundings in both."""
+    """The same operators under autograd give the same parameters, bit by bit: the gradient at y has
+    the same roundings in both.
+    """
     x, target, weights, biases = make_case_with_target(sizes, [16], "some", torch.float64)
     learned = [p.clone().requires_grad_() for p in [*weights, *biases] if p is not None]
     optimizer = torch.optim.SGD(learned, lr=2.0**-8)

@@ -1,5 +1,6 @@
-"""Every result is memory of its own, where it natively is: whoever changes one in place, as
-gradient clipping and optimizers do, changes nothing else, and is not forbidden to."""
+"""Each result has its own memory wherever it has natively. So in-place changes, as gradient
+clipping and optimizers make them, are allowed and affect nothing else.
+"""
 
 import itertools
 
@@ -13,7 +14,7 @@ import relu_mlp
 import support
 from relu_mlp import reference
 
-# Said by PyTorch of what it makes on the first forward-mode derivative.
+# PyTorch says this about its own code on the first forward-mode derivative.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 
 
@@ -23,7 +24,7 @@ def of_first_order(network, inputs):
 
 
 def of_second_order(network, inputs, asked):
-    """What the gradients of some inputs send on to y, to the gradient at y and to every input."""
+    """The gradients that some inputs' gradients send to y, to grad_output and to every input."""
     y = network(inputs)
     grad_output = torch.randn_like(y).requires_grad_()
     wanted = list(itertools.compress(inputs, asked))
@@ -47,7 +48,7 @@ def of_forward_mode(network, inputs, asked):
 
 
 def changed_by_each(results, inputs):
-    """For each result: which of the others and of the inputs change with it; None if it raises."""
+    """For each result: which other results and inputs change with it; None if the change raises."""
     everything = [tensor.detach() for tensor in [*results, *inputs]]
     consequences = []
     for n, result in enumerate(everything[: len(results)]):
@@ -99,8 +100,8 @@ def test_derivatives_change_nothing_else(backend, layers, activation, rows):
 
 
 @pytest.mark.parametrize("rows", [1, 4])
-def test_the_zeros_of_a_mask_are_nobody_elses(backend, rows):
-    """The gradient at an output behind a ReLU, of what depends on the mask alone."""
+def test_the_zeros_of_a_mask_have_their_own_memory(backend, rows):
+    """The gradient at an output with a ReLU, for results that depend on the mask alone."""
     net = relu_mlp.ReluMLP(3, [5], 1, output_activation="relu")
     x = torch.ones(rows, 3, requires_grad=True)
     for model in (nn.Sequential(*net.children()), net, net):
@@ -111,7 +112,7 @@ def test_the_zeros_of_a_mask_are_nobody_elses(backend, rows):
         by_y += 1
 
 
-def test_the_zeros_at_a_saved_activation_are_nobody_elses(backend):
+def test_the_zeros_at_a_saved_activation_have_their_own_memory(backend):
     """The same for the operators, which take and return the hidden activations."""
     operators = torch.ops.relu_mlp
     x, weights = torch.randn(4, 3, requires_grad=True), [torch.ones(5, 3), torch.ones(1, 5)]
@@ -125,7 +126,7 @@ def test_the_zeros_at_a_saved_activation_are_nobody_elses(backend):
 
 
 def test_the_zeros_of_masks_cost_no_pass_of_their_own(backend, monkeypatch):
-    """What only masks send on to the hidden activations, the backward operator may skip."""
+    """The backward operator may skip gradients that only masks send to the hidden activations."""
     with_hidden = []
     backward = reference.backward
 
@@ -145,7 +146,7 @@ def test_the_zeros_of_masks_cost_no_pass_of_their_own(backend, monkeypatch):
 
 
 def test_zeros_of_a_mask_that_were_changed_on_the_way_count(backend):
-    """By a hook of the node, in place: what it adds is propagated."""
+    """A hook of the node adds to them in place, and the addition is propagated."""
     results = []
     for in_place in (False, True):
         net, _ = support.twins(3, [4], 2, output_activation="tanh", dtype=torch.float64)

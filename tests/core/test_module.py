@@ -1,8 +1,8 @@
-"""`ReluMLP` is the `nn.Sequential` that it replaces, fused where it may be.
+"""`ReluMLP` behaves like the `nn.Sequential` that it replaces, and runs fused where it can.
 
-Where values are compared, parameters and inputs are small integers, as is every
-gradient then: each sum of products is exact in any order, and the answers must
-be the same to the last bit. It also puts many pre-activations at exactly 0.
+Where values are compared, parameters and inputs are small integers. Then every gradient is an
+integer too, each sum of products is exact in any order, and the results must agree to the last bit.
+Many pre-activations are exactly 0.
 """
 
 import copy
@@ -51,7 +51,7 @@ def same(actual, expected):
 
 
 def same_as_native(net, sequential, fused, x=None):
-    """Both answer the same, and `net` does it with `fused` forward and backward calls."""
+    """Both give the same results, and `net` makes `fused` forward and backward calls."""
     x = integer_input(7, 3) if x is None else x
     with support.count_calls() as calls:
         actual = run(net, x)
@@ -89,7 +89,7 @@ def test_same_initial_values_and_keys(hidden, bias, activation):
     ReluMLP(3, hidden, 4, **arguments)
     state = torch.get_rng_state()
     torch.manual_seed(0)
-    support.twins(3, hidden, 4, seed=0, **arguments)  # ends with the native constructor
+    support.twins(3, hidden, 4, seed=0, **arguments)  # the native constructor raises too
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -162,7 +162,7 @@ def test_one_fused_forward_without_gradients(backend, context):
 @pytest.mark.parametrize("activation", support.ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_output_activations(backend, activation, dtype):
-    # sigmoid and tanh round: compared with float64, within derived bounds
+    # sigmoid and tanh round: they are compared with float64, within derived bounds
     net, sequential = support.twins(3, [6, 5], 4, output_activation=activation, dtype=dtype)
     x = torch.randn(9, 3, dtype=dtype)
     with torch.no_grad():
@@ -202,7 +202,7 @@ def test_recompute_is_an_attribute(backend):
 
 @pytest.mark.parametrize("dtype", support.DTYPES, ids=str)
 def test_dtype_argument_and_conversions(backend, dtype):
-    # Below 2^8 every integer is exact in bfloat16: a narrow network stays there.
+    # Below 2^8 every integer is exact in bfloat16. A narrow network stays below.
     made, native = pair(2, (3,), 2, dtype=dtype)
     converted = support.integers_(ReluMLP(2, (3,), 2)).to(dtype)
     by_name = {torch.float64: "double", torch.float32: "float", torch.bfloat16: "bfloat16"}
@@ -293,7 +293,7 @@ def copies():
 @pytest.mark.parametrize("way", copies())
 def test_copies(backend, way):
     net, sequential = pair(recompute=False)
-    run(net, integer_input(7, 3))  # a used module, with gradients and whatever it remembers
+    run(net, integer_input(7, 3))  # leaves gradients and anything that might be cached
     other = copies()[way](net)
     assert type(other) is ReluMLP
     assert other is not net
@@ -305,7 +305,7 @@ def test_copies(backend, way):
         changed = sequential if way == "copy" else support.integers_(copy.deepcopy(sequential))
         changed[0].weight += 1
     same_as_native(other, changed, fused=1)
-    # the original follows a shallow copy, which has the same children, and no other
+    # the original follows a shallow copy, which has the same children, but no other copy
     same_as_native(net, changed if way == "copy" else sequential, fused=1)
 
 
@@ -337,7 +337,7 @@ def test_optimizers(backend, name):
         optimizer.step()
         optimizer.zero_grad()
         assert all(p.grad is None for p in module.parameters())
-    # The gradients were the same, so the updates, made by the same code, are.
+    # The gradients were equal, so the updates are too: the same code made them.
     same(list(net.parameters()), list(sequential.parameters()))
 
 
@@ -377,7 +377,7 @@ def test_functional_call(backend):
         results.append([y.detach(), *grads])
         assert all(p.grad is None for p in module.parameters())
     same(*results)
-    same_as_native(net, sequential, fused=1)  # its own parameters are back
+    same_as_native(net, sequential, fused=1)  # it has its own parameters again
 
 
 def test_meta():
@@ -481,7 +481,7 @@ def test_edited_children(backend, edit):
     net, sequential = pair()
     x = integer_input(7, 6 if edit is delete_first_layer else 3)
     if edit is not delete_first_layer:
-        run(net, x)  # what was remembered before must not be used after
+        run(net, x)  # nothing that was cached before may be used afterwards
     edit(net)
     edit(sequential)
     assert list(net.state_dict()) == list(sequential.state_dict())
@@ -793,8 +793,8 @@ def test_tensor_subclass_as_parameter(backend, what):
 
 @pytest.mark.parametrize("what", ["weight", "bias"])
 def test_tensor_subclass_swapped_into_a_parameter(backend, what):
-    # as torch.__future__.set_swap_module_params_on_conversion has modules do: the
-    # Parameter stays the same object and becomes one of another class
+    # as torch.__future__.set_swap_module_params_on_conversion makes modules do: the
+    # Parameter stays the same object and gets another class
     net, _ = pair()
     x = integer_input(7, 3)
     expected = run(net, x)

@@ -1,5 +1,6 @@
-"""Values and every gradient, against float64 with bounds that are derived, and
-against native autograd, over a few hundred random configurations."""
+"""Values and all gradients over a few hundred random configurations: against float64 with derived
+bounds, and against native autograd.
+"""
 
 import random
 

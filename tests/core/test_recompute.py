@@ -1,5 +1,6 @@
-"""recompute=True: nothing is kept of the forward pass but x and the parameters, and
-`relu_mlp::recompute_backward` computes the rest again."""
+"""recompute=True keeps only x and the parameters of the forward pass, and
+`relu_mlp::recompute_backward` computes the rest again.
+"""
 
 import itertools
 import random
@@ -38,7 +39,7 @@ def integer_network(sizes, dtype, rows=4, bias="all"):
 
 
 def both(backend, x, weights, biases, grad_output, activation, needs):
-    """The gradients by recompute_backward, and by backward from what forward kept."""
+    """The gradients by recompute_backward, and by backward from the tensors that forward saved."""
     backend = implementation(backend)
     y, hidden = backend.forward(x, weights, biases, activation, True)
     kept = reference.is_kept(activation, needs)
@@ -52,7 +53,7 @@ def both(backend, x, weights, biases, grad_output, activation, needs):
 @every_dtype
 @every_activation
 def test_equals_backward_for_all_needs(backend, activation, dtype):
-    """Exactly, since sums of small integers are, and phi is the same function of the same z."""
+    """Exactly equal, because sums of small integers are exact and phi is the same function of z."""
     *network, grad_output = integer_network(SIZES, dtype)
     for needs in all_needs(len(SIZES) - 1):
         again, kept = both(backend, *network, grad_output, activation, needs)
@@ -95,7 +96,7 @@ def test_within_the_bounds_of_rounding(backend, rows, activation, dtype):
 
 # -- Malformed calls ---------------------------------------------------------------------
 
-MALFORMED = {  # the argument, what to make of it, and the words
+MALFORMED = {  # the argument, how it is broken, and the words of the message
     "grad_output too wide": (
         0,
         lambda g: g.repeat(1, 2),
@@ -195,7 +196,7 @@ def test_has_no_derivative_and_says_so():
 
 @pytest.mark.parametrize("activation", support.ACTIVATIONS)
 def test_one_call_each_way(backend, activation):
-    """Forward once: the backward pass is one call that computes the rest for itself."""
+    """The forward operator runs once. The backward pass is one call that recomputes internally."""
     net = relu_mlp.ReluMLP(5, [7, 6], 3, output_activation=activation, recompute=True)
     x = torch.randn(4, 5, requires_grad=True)
     one = {"forward": 1, "backward": 0, "loss_and_grads": 0, "native": 0}
@@ -209,7 +210,7 @@ def test_one_call_each_way(backend, activation):
 
 @pytest.mark.parametrize("activation", support.ACTIVATIONS)
 def test_keeps_x_and_the_parameters_and_nothing_else(backend, activation):
-    """Not a number beside them, however wide the hidden layers are."""
+    """Nothing beside them, however wide the hidden layers are."""
     x = torch.randn(64, 5, requires_grad=True)
     for recompute in (True, False):
         net = relu_mlp.ReluMLP(5, [70, 60], 3, output_activation=activation, recompute=recompute)

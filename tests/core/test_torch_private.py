@@ -16,7 +16,7 @@ from relu_mlp import _torch_private
 PACKAGE = Path(relu_mlp.__file__).parent
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "_torch_private.py"]
 
-#: Private names of the objects that the package gets from PyTorch.
+#: Private names of objects that the package gets from PyTorch.
 OF_OBJECTS = {
     name
     for thing in (torch.nn.Module(), torch.nn.Linear(1, 1), torch.ones(1), torch.ops.aten.relu)
@@ -101,7 +101,7 @@ def test_every_entry_says_why_and_what_happens_without():
 
 # -- Without one of them ------------------------------------------------------------------------
 
-#: Parts of the names that matter to torch.compile and torch.export, which take their time.
+#: Parts of the names that matter to torch.compile and torch.export, which are slow.
 COMPILED = (
     "BelowAutograd",
     "_op",
@@ -114,8 +114,8 @@ COMPILED = (
     "FakeTensor",
 )
 
-#: A process that has imported PyTorch once and forks for every name. The name is hidden from
-#: the package in a child, which then imports it.
+#: A process that imports PyTorch once and forks for every name. In a child, the name is hidden
+#: from the package, which is imported there.
 PROGRAM = """
     import copy, importlib.util, os, sys, traceback, warnings
     import torch, torch._dynamo, torch.export

@@ -1,20 +1,18 @@
 """Training runs follow the exact run, loss by loss and parameter by parameter.
 
-How far may two correct runs drift apart? In every step, rounding puts a local
-error into the gradient and the update, which `support.Exact` bounds; from then
-on the map of a training step carries it along. With z the parameters and the
-optimizer's state, z_{k+1} = F_k(z_k), to first order
+How far may two correct runs drift apart? In every step, rounding causes a local error of the
+gradient and the update, which `support.Exact` bounds. From then on, the map of a training step
+propagates it. With z the parameters and the optimizer's state, z_{k+1} = F_k(z_k), to first order
 
     error_n = sum over k < n of  dF_{n-1} ... dF_{k+1} local_k
 
-so that |error_n| <= sum over k of |dF_{n-1} ... dF_{k+1}| |local_k|. The
-derivatives dF are taken by autograd along the run of native PyTorch in float64,
-which differs from the exact run by no more than its own such bound. `SLACK`
-allows for the second order: as much again as the first, which is far more than
-(relative change of dF over a distance of the bound) can make of it.
+so |error_n| <= sum over k of |dF_{n-1} ... dF_{k+1}| |local_k|. Autograd computes the derivatives
+dF along the run of native PyTorch in float64, which differs from the exact run by no more than its
+own such bound. `SLACK` allows for the second order: as much again as the first order. That is far
+more than the relative change of dF over a distance of the bound can cause.
 
-All this presumes that both runs have the same units on: the tests also make
-sure that no pre-activation comes within its bound of 0.
+All this assumes that the same units are on in both runs. So the tests also check that no
+pre-activation comes within its bound of 0.
 """
 
 import itertools
@@ -44,11 +42,11 @@ class Setup:
     schedule: bool = False
     freeze: bool = False
     recompute: bool = False
-    seed: int = 3  # one whose run stays away from the kinks, which `follows` makes sure of
+    seed: int = 3  # a seed whose run stays away from the kinks, which `follows` checks
 
 
 def data(dtype):
-    """The corners of a cube, a little displaced, and targets for them."""
+    """The corners of a cube, slightly displaced, and targets for them."""
     generator = torch.Generator().manual_seed(11)
     corners = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3)
     x = corners + 0.05 * torch.randn(corners.shape, generator=generator)
@@ -57,10 +55,10 @@ def data(dtype):
 
 
 def start(model, seed):
-    """Initial values that keep the pre-activations away from 0, at any corner of the cube.
+    """Initial values that keep the pre-activations away from 0 at every corner of the cube.
 
-    They are odd numbers in the first hidden layer and halves of odd numbers in
-    the second, up to the displacement of the corners.
+    They are odd numbers in the first hidden layer and halves of odd numbers in the second, up to
+    the displacement of the corners.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -83,7 +81,7 @@ def make_optimizer(setup, parameters):
     if setup.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=0.001 if setup.loss == "sse" else 0.01, momentum=0.9)
     # A large eps: with the usual one the first update is the sign of the
-    # gradient, and a rounding error in a gradient near 0 decides about it.
+    # gradient, so a rounding error could flip it where the gradient is near 0.
     return torch.optim.Adam(parameters, lr=0.004, eps=1e-2)
 
 
@@ -141,7 +139,7 @@ def unflat(theta):
 
 
 def pre_activations(theta, x):
-    """Those of the hidden units, and y."""
+    """The pre-activations of the hidden units, and y."""
     weights, biases = unflat(theta)
     hidden = []
     for weight, bias in zip(weights, biases, strict=True):
@@ -178,18 +176,18 @@ def at_own_gradient(update_here, loss_at, z):
 
 @dataclass
 class Bounds:
-    """Around a run in one dtype, for every step."""
+    """The bounds around a run in one dtype, for every step."""
 
     parameters: list
     losses: list
-    #: The largest bound / |z| of a hidden pre-activation z; below 1 its sign is sure.
+    #: The largest bound / |z| of a hidden pre-activation z. Below 1 its sign is certain.
     nearest_kink: float
 
 
 @lru_cache
 def reference_run(setup):
     """The native run in float64, and the bounds around it for float64 and float32."""
-    setup = replace(setup, recompute=False)  # nothing to nn.Sequential
+    setup = replace(setup, recompute=False)  # has no effect on nn.Sequential
     losses, states, rates = train("native", setup, torch.float64)
     bounds = {dtype: Bounds([], [], 0.0) for dtype in (torch.float64, torch.float32)}
     x, target, classes = data(torch.float64)
@@ -226,7 +224,7 @@ def reference_run(setup):
             roundings = 10 + (COUNT if setup.clip else 0)
             fresh = torch.diag(map_of_grad.abs() @ local_grad + roundings * u * touched)
             carried[dtype] = torch.cat([map_of_z @ carried[dtype], fresh[None]])
-        # `update` does what the optimizer did.
+        # `update` repeats what the optimizer did.
         off = (new[:COUNT] - states[step + 1]).abs()
         assert (off <= SLACK * carried[torch.float64].abs().sum((0, 2))[:COUNT]).all()
         z = torch.cat([states[step + 1], new[COUNT:]])
@@ -244,7 +242,7 @@ class Local:
 
 
 def local_errors(setup, theta, dtype):
-    """What rounding in `dtype` does to one step's quantities."""
+    """The effect of rounding in `dtype` on the quantities of one step."""
     x, target, classes = data(dtype)
     u = torch.finfo(dtype).eps / 2
     weights, biases = unflat(theta.to(dtype))
@@ -264,7 +262,7 @@ def local_errors(setup, theta, dtype):
         # ROWS * 2 squares of differences, summed
         loss_error = (y64.numel() + 4) * u * loss.detach()
     else:
-        # log p = y - max - log(sum of exp): each exp is good to 2 u, the sum to
+        # log p = y - max - log(sum of exp): each exp is accurate to 2 u, the sum to
         # C u, the logarithm, the differences and exp(log p) to a few more
         rounds = (log_p.shape[1] + 12) * u * (1 + log_p.abs())
         p = log_p.exp()
@@ -309,7 +307,7 @@ def follows(run, setup, dtype):
         off = (states[step] - expected[step]).abs()
         allowed = SLACK * (own.parameters[step] + exact.parameters[step])
         assert (off <= allowed).all(), f"parameters before step {step}"
-    # The run went somewhere, and the bounds are small beside it.
+    # The run changed the parameters, and the bounds are small compared with that.
     assert losses[-1] < 0.8 * losses[0]
     moved = (expected[-1] - expected[0]).abs().max()
     assert own.parameters[-1].max() < moved * (1e-9 if dtype == torch.float64 else 0.1)
@@ -322,7 +320,7 @@ def test_a_training_run(backend, name, dtype):
     with support.count_calls() as calls:
         run = train("fused", SETUPS[name], dtype)
     follows(run, SETUPS[name], dtype)
-    # every one of its steps was one operator each way
+    # each of its steps was one operator each way
     assert calls["backward"] == STEPS
     assert calls["forward"] == STEPS
 

@@ -1,5 +1,6 @@
-"""The compiled library keeps to LibTorch's stable ABI, so that one file serves
-every PyTorch from 2.11 on and every Python."""
+"""The compiled library uses only LibTorch's stable ABI, so one file serves every PyTorch from 2.11
+on and every Python.
+"""
 
 import re
 import struct
@@ -9,7 +10,7 @@ from relu_mlp import ops
 
 ELF = b"\x7fELF\x02\x01"  # 64 bits, little endian
 
-# pytest collects nothing here where there is no such library.
+# Without such a library there is nothing to test here.
 __test__ = ops.LIBRARY_PATH is not None and ops.LIBRARY_PATH.read_bytes()[:6] == ELF
 
 
@@ -34,7 +35,7 @@ def undefined_symbols(path):
     return names
 
 
-# Mangled names in namespaces at, c10 and torch, alone or within a template's arguments.
+# Mangled names in the namespaces at, c10 and torch, alone or in a template's arguments.
 LIBTORCH = re.compile(r"(?<!\d)(2at|3c10|5torch)(?=[\dSEILNK])")
 # std and its abbreviations, the C++ runtime, and operator new and delete.
 STANDARD = re.compile(

@@ -1,4 +1,4 @@
-"""What setup.py does with what it finds: compilers, a person's flags, the folder it stands in."""
+"""How setup.py handles the compilers, the user's flags and the folder that it finds."""
 
 import re
 import runpy
@@ -21,11 +21,11 @@ FLAGS = ("CC", "CXX", "LDSHARED", "CPPFLAGS", "CFLAGS", "CXXFLAGS", "LDFLAGS")
 
 @pytest.fixture
 def script(monkeypatch):
-    """The functions of setup.py, which is told to build, and does not."""
+    """The functions of setup.py, which is told to build, but does not."""
     monkeypatch.setattr(setuptools, "setup", lambda **_: None)
     monkeypatch.setattr(sys, "argv", ["setup.py", "build_ext"])
     for name in (*FLAGS, "RELU_MLP_EXTENSION"):
-        monkeypatch.setenv(name, "")  # so that what the script changes is put back
+        monkeypatch.setenv(name, "")  # restores what the script changes
         monkeypatch.delenv(name)
     monkeypatch.setenv("FORCE_CUDA", "0")
     monkeypatch.setenv("RELU_MLP_EXTENSION", "0")
@@ -37,7 +37,7 @@ def script(monkeypatch):
 
 @pytest.fixture
 def commands(tmp_path, monkeypatch):
-    """Makes the commands that alone are on the path."""
+    """Makes commands, and leaves only these on the path."""
 
     def make(*names):
         for name in names:
@@ -74,7 +74,7 @@ def test_finds_the_compiler(there, named, expected, script, commands, monkeypatc
     if named is not None:
         monkeypatch.setenv("CXX", named)
     assert script["find_compiler"]() == expected
-    if expected:  # PyTorch takes CXX, or else c++
+    if expected:  # PyTorch uses CXX, or c++ if it is not set
         assert script["os"].environ.get("CXX", "c++").split() == expected.split()
 
 
@@ -89,7 +89,7 @@ def test_goes_on_without_a_compiler(named, script, commands, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("named", [None, "", "nonsense"])
-def test_stops_without_a_compiler_where_it_is_a_must(named, script, commands, monkeypatch):
+def test_stops_without_a_compiler_if_one_is_required(named, script, commands, monkeypatch):
     if named is not None:
         monkeypatch.setenv("CXX", named)
     monkeypatch.setenv("RELU_MLP_EXTENSION", "1")
@@ -155,7 +155,7 @@ def test_leaves_other_flags_as_they_are(script, monkeypatch, capsys):
 @pytest.mark.skipif(shutil.which("c++") is None, reason="asks a compiler")
 @pytest.mark.parametrize("unsafe", ["-ffast-math", "-Ofast", "-ffinite-math-only"])
 def test_what_comes_from_elsewhere_is_overridden(unsafe, script):
-    """Python's own flags stand before those of the extension."""
+    """Python's own flags come before those of the extension."""
     command = ["c++", unsafe, *script["FLAGS"], *script["SAFE"], "-dM", "-E", "-xc++", "/dev/null"]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "__FAST_MATH__" not in said and "__FINITE_MATH_ONLY__ 1" not in said
@@ -166,7 +166,7 @@ def test_what_comes_from_elsewhere_is_overridden(unsafe, script):
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="without a compiler nothing is built")
 def test_the_library_names_no_folder_of_its_builder(script):
-    """Or two builds of the same sources would differ."""
+    """Otherwise two builds of the same sources would differ."""
     (extension,) = script["extension_arguments"]()["ext_modules"]
     flags = extension.extra_compile_args["cxx"]
     assert f"-ffile-prefix-map={ROOT.resolve()}/=" in flags

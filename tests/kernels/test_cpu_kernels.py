@@ -1,5 +1,6 @@
-"""The kernels of every instruction set that this machine has: values, memory, accuracy,
-bits, numbers that are not finite, and how a call is served."""
+"""The kernels of every instruction set that this machine has: values, memory, accuracy, bits,
+numbers that are not finite, and plans.
+"""
 
 import collections
 import functools
@@ -25,7 +26,7 @@ R = torch.ops.relu_mlp
 T = torch.ops.relu_mlp_testing
 SETS = relu_mlp.build_info().supported_instruction_sets
 
-# pytest collects nothing here where there is no library.
+# Without the library there is nothing to test here.
 __test__ = bool(SETS)
 
 
@@ -35,7 +36,7 @@ def chosen():
 
 @pytest.fixture(params=SETS)
 def instruction_set(request):
-    """Every instruction set in turn; the test runs on it."""
+    """Every instruction set in turn. The test runs on it."""
     before = chosen()
     T.choose_instruction_set(request.param)
     yield request.param
@@ -44,7 +45,7 @@ def instruction_set(request):
 
 @pytest.fixture
 def on_baseline():
-    """The library's products serve large networks there, whoever made the processor."""
+    """Lets the library's products serve large networks, whoever made the processor."""
     before = chosen()
     T.choose_instruction_set("baseline")
     yield
@@ -53,13 +54,13 @@ def on_baseline():
 
 every_dtype = pytest.mark.parametrize("dtype", support.DTYPES, ids=str)
 DTYPES_16BIT = [torch.bfloat16, torch.float16]
-BF16_SETS = ["avx512_bf16", "amx"]  # multiply bfloat16, and take subnormal numbers for 0
+BF16_SETS = ["avx512_bf16", "amx"]  # these sets multiply bfloat16, and treat subnormal numbers as 0
 every_16bit_dtype = pytest.mark.parametrize("dtype", DTYPES_16BIT, ids=str)
 
 COMPILED = relu_mlp.build_info().instruction_sets
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
-FAMILIES = ["generic", "amd"]  # of processors, which have rows in csrc/cpu/tuning.cpp
-PROCESSORS = [  # all that a plan depends on but the shape: see plan()
+FAMILIES = ["generic", "amd"]  # families of processors, which have rows in csrc/cpu/tuning.cpp
+PROCESSORS = [  # everything that a plan depends on besides the shape: see plan()
     *itertools.product(support.DTYPES, COMPILED, FAMILIES, [False]),
     *itertools.product([torch.float16], COMPILED, FAMILIES, [True]),
 ]
@@ -70,8 +71,9 @@ needs_x86 = pytest.mark.skipif("amx" not in COMPILED, reason="needs kernels for 
 def plan(
     rows, widths, dtype=torch.float32, isa="avx512", family="generic", has_half_arithmetic=False
 ):
-    """How a call is served by an instruction set and a family of processors, both of which
-    may be missing on this machine. "" and "" are the chosen set and this processor."""
+    """The plan of a call for an instruction set and a processor family, which this machine may
+    lack. Two empty strings mean the chosen set and this processor.
+    """
     name = str(dtype).removeprefix("torch.")
     text = T.plan(rows, widths, name, isa, family, has_half_arithmetic)
     answer = dict(line.split(":") for line in text.splitlines())
@@ -90,9 +92,9 @@ def plan_here(rows, widths, dtype):
 
 
 def run_operators(x, weights, biases, grad_output, activation="none"):
-    """All that the operators say of a network, by name; grad_output is that of y.
+    """All results of the operators for a network, by name. grad_output is the gradient at y.
 
-    The target of the loss is y - grad_output, so that the gradients are the same.
+    The target of the loss is y - grad_output, so the gradients are the same.
     """
     layers = len(weights)
     needs = "1" * (1 + layers) + ("1" if biases else "0") * layers
@@ -117,24 +119,24 @@ WIDTHS = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 48, 49]
 WIDTHS += [63, 64, 65, 95, 96, 97, 127, 128, 129, 256]
 ROWS = [0, 1, 2, 5, 6, 7, 11, 12, 13, 23, 24, 25, 47, 48, 49, 95, 96, 97]
 ROWS += [239, 240, 241, 479, 480, 481, 500]
-SHAPES = [  # what chance would seldom hit
+SHAPES = [  # cases that random sizes would seldom reach
     (5, [300, 129, 7]),  # a weight too large to be transposed as a whole
     (7, [300, 129, 7]),
     (96, [129, 300, 5]),
-    (49, [256, 256, 256]),  # rows that compete for the same lines of the cache
+    (49, [256, 256, 256]),  # rows that map to the same cache sets
     (300, [64, 256, 9]),  # several blocks
     (300, [256, 200, 9]),
     (500, [130, 256, 5]),  # several blocks in each of several chunks
     (1100, [9, 17, 3]),
-    (1, [300, 500, 3]),  # more weights than the package's own products are for
+    (1, [300, 500, 3]),  # more weights than the package's own products serve
     (7, [300, 500, 3]),
-    (50, [500, 300, 17]),  # rows that make one panel of AVX-512's, and are packed
+    (50, [500, 300, 17]),  # rows that fill one panel with AVX-512, and are packed
     (70, [500, 300, 17]),
-    (16, [300, 203, 9]),  # they make several of AVX2's
+    (16, [300, 203, 9]),  # with AVX2 they fill several
     (64, [130, 259, 256]),
     (20, [515, 510, 7]),  # rows that hardly fill a panel, and a weight that is not packed
     (40, [203, 700, 130]),  # one block of bfloat16, with more weights than are packed once
-    (2100, [260, 510, 3]),  # blocks of which threads share the products
+    (2100, [260, 510, 3]),  # blocks whose products are shared among threads
 ]
 
 
@@ -174,8 +176,8 @@ def exact_case(seed, shape=None):
         z[-1].retain_grad()
         a = z[-1].relu() if layer < len(weights) - 1 or activation == "relu" else z[-1]
     a.backward(grad_output)
-    # bfloat16 has the integers up to 256: y - grad_output is among them, and the sums of
-    # all gradients are rounded once.
+    # bfloat16 holds the integers up to 256, including y - grad_output. The sums of all
+    # gradients are rounded once.
     assert all(t.numel() == 0 or t.abs().max() < 255 for t in [*z, *[t.grad for t in z]])
     expected = {"y": a, "y of inference": a, "loss": 0.5 * grad_output.square().sum()}
     expected |= {f"hidden[{layer}]": t.relu() for layer, t in enumerate(z[:-1])}
@@ -187,7 +189,7 @@ def exact_case(seed, shape=None):
 
 
 def check_exactly(seed, dtype, place=lambda t: t, shape=None):
-    """Compares everything with float64; `place` puts an operand where it is to lie."""
+    """Compares everything with float64. `place` moves an operand to its place in memory."""
     operands, activation, expected = exact_case(seed, shape)
     (x, grad_output), weights, biases = [
         [place(t.to(dtype)) for t in tensors] for tensors in operands
@@ -207,7 +209,7 @@ def test_exact_on_small_integers(instruction_set, dtype):
 
 @every_dtype
 def test_exact_where_the_library_multiplies(on_baseline, dtype):
-    """In several blocks of rows, where it sums them as precisely as one."""
+    """In several blocks of rows, whose sums the library computes as precisely as one."""
     rows, sizes = 2500, (365, 362, 2)
     served = plan_here(rows, sizes, dtype)
     assert served["layers"] == "library" and (served["block"] < rows) == (dtype not in DTYPES_16BIT)
@@ -241,14 +243,14 @@ def test_within_the_bounds_of_rounding(instruction_set, dtype):
 
 
 def amid_nan(t):
-    """A copy that lies within a larger matrix of NaN."""
+    """A copy inside a larger matrix of NaN."""
     larger = t.new_full([size + 8 for size in t.shape], math.nan)
     inner = larger[(slice(3, -5),) * t.dim()]
     return inner.copy_(t)
 
 
 def between_nan(t):
-    """A contiguous copy with NaN before and behind."""
+    """A contiguous copy with NaN before and after it."""
     larger = t.new_full((t.numel() + 256,), math.nan)
     return larger[128:-128].view(t.shape).copy_(t)
 
@@ -268,7 +270,7 @@ PLACES = {
 @every_dtype
 @pytest.mark.parametrize("where", PLACES)
 def test_reads_nothing_but_the_operands(instruction_set, dtype, where):
-    """Whatever its strides; and what lies around is as it was."""
+    """For all strides. The memory around the operands does not change."""
     around = []
 
     def placed(t):
@@ -279,7 +281,7 @@ def test_reads_nothing_but_the_operands(instruction_set, dtype, where):
     for seed in range(25):
         rows, sizes = random_shape(seed)
         is_own = plan_here(rows, sizes, dtype)["layers"] != "library"
-        # PyTorch's own product of bfloat16 slices multiplies what lies beside them by 0.
+        # PyTorch's own product of bfloat16 slices multiplies the numbers beside them by 0.
         if is_own or dtype != torch.bfloat16 or "matrix" not in where:
             check_exactly(seed, dtype, placed)
     for now, before in around:
@@ -288,7 +290,7 @@ def test_reads_nothing_but_the_operands(instruction_set, dtype, where):
 
 @every_dtype
 def test_expanded_operands(instruction_set, dtype):
-    """Strides of 0, as those of the gradient that y.sum() sends back."""
+    """Strides of 0, as in the gradient that y.sum() sends back."""
     for rows, sizes in [(7, [5, 33, 17]), (500, [33, 17, 65]), (50, [500, 300, 17])]:
         weights, biases = support.integer_network(
             sizes, dtype=dtype, requires_grad=False, largest=1
@@ -313,7 +315,7 @@ for name in t.SETS:
 
 
 def run(code, **variables):
-    """Runs Python code in a process of its own, with more environment variables."""
+    """Runs Python code in a process of its own, with additional environment variables."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     return subprocess.run(
         [sys.executable, "-c", code],
@@ -331,14 +333,14 @@ MALLOC_DEBUG = next(Path("/").glob("lib*/*/libc_malloc_debug.so.0"), None) or ne
 @pytest.mark.slow
 @pytest.mark.skipif(not MALLOC_DEBUG, reason="needs glibc's libc_malloc_debug.so.0")
 def test_writes_nothing_beyond_its_memory():
-    """glibc marks the byte behind every block, and new memory has a pattern in it."""
+    """glibc marks the byte after every block, and new memory is filled with a pattern."""
     result = run(GUARDED, LD_PRELOAD=str(MALLOC_DEBUG), MALLOC_CHECK_="3", MALLOC_PERTURB_="128")
     assert result.returncode == 0, f"{result.returncode} {result.stderr[-2000:]}"
 
 
 # -- Accuracy --------------------------------------------------------------------------
 
-# The suite of the benchmarks, with fewer rows where there are many or layers are wide.
+# The suite of the benchmarks, with fewer rows where rows are many or layers wide.
 SUITE = [
     (64, [3, 2, 1]),
     (64, [1000, 100, 10]),
@@ -358,13 +360,13 @@ SUITE = [
 def errors(found, x, weights, biases, grad_output):
     """The largest error of y and of every gradient, by name, against float64.
 
-    Whether a unit is on is taken from the hidden activations that were found: where
-    a pre-activation is nearly 0, either answer is right.
+    The units that are on are taken from the hidden activations that were found. Where a
+    pre-activation is nearly 0, either answer is right.
     """
     largest = {}
 
     def enter(name, exact):
-        # No result can promise less than the rounding of its largest element.
+        # No result can be more accurate than the rounding of its largest element.
         rounding = torch.finfo(x.dtype).eps / 2 * exact.abs().max()
         error = (found[name].double() - exact).abs().max()
         largest[name] = max(rounding.item(), error.item())
@@ -402,9 +404,9 @@ def run_natively(x, weights, biases, grad_output):
 
 
 def check_accuracy(rows, sizes, dtype):
-    """The largest error of a network, as the root of its mean square over several networks."""
+    """The largest error of a network, as the root mean square over several networks."""
     ours, natives = collections.Counter(), collections.Counter()
-    # The largest of few errors is a matter of luck: many networks where they are small.
+    # The largest of few errors varies by chance, so small networks are repeated often.
     work = rows * sum(sizes) + sum(map(math.prod, zip(sizes, sizes[1:])))
     for _ in range(min(50, max(2, 300_000 // work))):
         weights, biases = support.make_network(sizes, dtype=dtype)
@@ -434,7 +436,7 @@ def test_every_instruction_set_is_as_accurate(instruction_set, rows, sizes):
 @every_16bit_dtype
 @pytest.mark.parametrize("sizes", [[2, 3], [365, 362]], ids=str)
 def test_sums_over_many_rows_are_not_kept_in_16_bits(sizes, dtype):
-    """10000 - 9999 is 1, whatever is in between."""
+    """10000 - 9999 is 1, whatever is summed in between."""
     x = torch.ones(1, 1, dtype=dtype).expand(20_000, sizes[0])
     grad_output = torch.ones(20_000, 1, dtype=dtype)
     grad_output[0], grad_output[10_001:] = 0, -1
@@ -464,17 +466,17 @@ def threads():
     ("rows", "sizes"),
     [
         (4, [300, 400]),  # dot products without packing
-        (200, [129, 300, 65]),  # one chunk, whose products are dealt out
+        (200, [129, 300, 65]),  # one chunk, whose products are shared among threads
         (20, [150, 300, 203]),
         (300, [64, 256, 9]),
-        (450, [100, 300, 100]),  # even column sums
+        (450, [100, 300, 100]),  # column sums too
         (1000, [64, 64, 64]),  # several chunks
         (4000, [32, 64, 16]),
     ],
     ids=str,
 )
 def test_the_same_bits_for_any_number_of_threads(instruction_set, threads, rows, sizes, dtype):
-    """And from run to run."""
+    """The same bits from run to run, too."""
     assert plan_here(rows, sizes, dtype)["layers"] != "library"
     weights, biases = support.make_network(sizes, dtype=dtype)
     x, grad_output = torch.randn(rows, sizes[0]).to(dtype), torch.randn(rows, sizes[-1]).to(dtype)
@@ -513,7 +515,7 @@ def kinds(found):
 @pytest.mark.parametrize("where", ["x", "weights[0]", "weights[1]", "biases[0]", "grad_output"])
 def test_nan_and_infinity_go_where_they_go_natively(instruction_set, where, dtype):
     check_where_nan_goes(50, [66, 35, 18], where, dtype)
-    if dtype not in DTYPES_16BIT:  # PyTorch's product of odd rows in bfloat16 spills NaN
+    if dtype not in DTYPES_16BIT:  # PyTorch's bfloat16 product of an odd number of rows spreads NaN
         check_where_nan_goes(20, [300, 500, 3], where, dtype)
 
 
@@ -542,7 +544,7 @@ def check_where_nan_goes(rows, sizes, where, dtype):
 @every_dtype
 @pytest.mark.parametrize("width", [1, 3, 8, 17, 33, 65, 400])
 def test_an_infinite_gradient_at_a_masked_unit_gives_0(instruction_set, width, dtype):
-    """Every other hidden unit is off; 400 is for the library's products."""
+    """Every other hidden unit is off. The width 400 makes the library compute the products."""
     rows = 9
     weights, biases = support.make_network([400, width, 3], dtype=dtype)
     is_off = torch.arange(width) % 2 == 0
@@ -558,7 +560,7 @@ def test_an_infinite_gradient_at_a_masked_unit_gives_0(instruction_set, width, d
 
 
 def all_numbers(dtype):
-    """All 65536 patterns of 16 bits; without the subnormal ones where those are taken for 0."""
+    """All 65536 patterns of 16 bits, without the subnormal ones where those count as 0."""
     numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     if chosen() in BF16_SETS and dtype == torch.bfloat16:
         is_subnormal = (numbers != 0) & (numbers.float().abs() < torch.finfo(dtype).tiny)
@@ -573,7 +575,7 @@ def test_every_number_of_16_bits(instruction_set, dtype):
     one = torch.ones(1, 1, dtype=dtype)
     is_on = ~(numbers <= 0)
     same, relu = support.assert_same, torch.where(is_on, numbers, 0)
-    for x in (numbers, numbers.flip(0)[:5], numbers[-13:-1]):  # for every way to multiply
+    for x in (numbers, numbers.flip(0)[:5], numbers[-13:-1]):  # for every way of multiplying
         same(R.relu_mlp(x, [one], [], "none"), x)
     y, (hidden,) = R.forward(numbers, [one, one], [], "none", True)
     same(hidden, relu)
@@ -597,7 +599,7 @@ def test_every_number_of_16_bits_between_the_library_s_products(instruction_set,
     if plan_here(2, [1, width, 1], dtype)["layers"] != "library":
         pytest.skip("this package's products serve float16 of any size here")
     _, (hidden,) = R.forward(zeros, weights, [numbers, zeros[0]], "none", True)
-    # not the numbers themselves: the library takes subnormal bfloat16 for 0
+    # not the numbers themselves: the library treats subnormal bfloat16 as 0
     support.assert_same(hidden, F.linear(zeros, weights[0], numbers).relu())
     saved = [weights[1], numbers.expand(2, width)]
     (grad,) = R.backward(ones, saved, "none", "00010")
@@ -606,7 +608,7 @@ def test_every_number_of_16_bits_between_the_library_s_products(instruction_set,
 
 @every_16bit_dtype
 def test_rounds_to_the_nearest_number_of_16_bits(instruction_set, dtype):
-    """Halfway to the even one: every number and a part of its distance to the next."""
+    """Ties go to even: every number plus a part of its distance to the next."""
     numbers = all_numbers(dtype)
     numbers = numbers[numbers.isfinite()].float()
     up = numbers.to(dtype).view(torch.int16).add(1).view(dtype).float()
@@ -617,7 +619,7 @@ def test_rounds_to_the_nearest_number_of_16_bits(instruction_set, dtype):
         expected = x.double().sum(1, keepdim=True).float().to(dtype)
         found = R.relu_mlp(x, [torch.ones(1, 2, dtype=dtype)], [], "none")
         support.assert_same(found, expected, f"{part}")
-        # The same sums as a weight's gradient: in one block of rows, and in several.
+        # The same sums as the gradient of a weight, in one block of rows and in several.
         for rows in (6, 500):
             column = torch.zeros(rows, x.shape[0], dtype=dtype)
             column[:2] = x.T
@@ -663,12 +665,12 @@ def test_every_candidate_serves_some_call():
 def test_plan_of_small_and_of_large_networks(processor):
     for rows in (1, 64, 65536):
         assert plan(rows, [64, 64, 64], *processor)["layers"] != "library"
-    # No family has products of its own for such weights, unless they are faster at any size.
+    # No family serves such weights with its own products, unless they are faster at any size.
     assert plan(2048, [3072, 3072, 3072], *processor)["candidate"] in ("library", "gemm_shared")
 
 
 def test_the_library_s_products_in_16_bits_make_one_block():
-    """It rounds what it adds up: several blocks would round a weight gradient several times."""
+    """The library rounds each sum, so several blocks would round a gradient several times."""
     for rows, widths in random_calls(500):
         for processor in PROCESSORS:
             p = plan(rows, widths, *processor)
@@ -679,9 +681,10 @@ def test_the_library_s_products_in_16_bits_make_one_block():
 @needs_x86
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_plan_where_the_library_is_slower(dtype):
-    """Threads share this package's products instead; everything else is as elsewhere.
+    """Threads share this package's products instead. Everything else is as elsewhere.
 
-    It is slower in float32 on AMD's processors, and in float16 on those that only convert it.
+    The library is slower in float32 on AMD processors, and in float16 on processors that only
+    convert it.
     """
     faster = {"family": "generic", "has_half_arithmetic": True}
     slower = {"family": "amd", "has_half_arithmetic": False}
@@ -697,7 +700,7 @@ def test_plan_where_the_library_is_slower(dtype):
 
 @needs_x86
 def test_rows_that_make_one_panel_are_packed_instead_of_large_weights():
-    """That pays for weights for which more rows, or fewer, go to the library."""
+    """This pays off for weights whose products the library computes with more rows or fewer."""
     widths = [512, 512, 10]
     rows = range(2, 200)
     served = [r for r in rows if plan(r, widths, isa="avx512")["layers"] == "packed"]
@@ -715,19 +718,19 @@ def test_plan_where_bfloat16_is_multiplied(isa):
     def candidates(widths, rows):
         return [plan(r, widths, torch.bfloat16, isa)["candidate"] for r in rows]
 
-    # From some rows on: first in one block, then in chunks.
+    # From some number of rows on: first in one block, then in chunks.
     found = [name for name, _ in itertools.groupby(candidates([64] * 3, range(1, 2000)))]
     assert found == ["gemm_chunks", "bf16_one_block", "bf16_chunks"]
-    # With large weights: after the library, in one block, then by dot products in several.
+    # With large weights: the library first, then one block, then dot products in several.
     found = [name for name, _ in itertools.groupby(candidates([784, 1024, 10], range(2, 5000)))]
     others = ["bf16_shared"] if isa == "avx512_bf16" else ["library"]
     assert found == ["library", "bf16_one_block", *others]
-    # Larger networks go to the library.
+    # The library serves larger networks.
     found = [
         name for name, _ in itertools.groupby(candidates([w, 1024], [64])[0] for w in range(9000))
     ]
     assert found == ["bf16_one_block", "library"]
-    # Without such products, and in other formats, all is as on avx512.
+    # Without such products, and in other formats, the plan is that of avx512.
     for rows, widths in random_calls(200):
         for dtype in (torch.float32, torch.float64, torch.float16):
             assert plan(rows, widths, dtype, isa) == plan(rows, widths, dtype, "avx512")
@@ -739,7 +742,7 @@ def test_what_is_packed_when():
             p = plan(rows, widths, *processor)
             is_one_block = rows <= p["block"]
             packs = {product: set(p[product]) for product in PRODUCTS}
-            if p["layers"] == "library":  # which does it itself
+            if p["layers"] == "library":  # the library packs by itself
                 assert packs == {product: {"none"} for product in PRODUCTS}
             elif p["layers"] == "packed":
                 for product in ("grad_input", "grad_weight"):
@@ -754,7 +757,7 @@ def test_what_is_packed_when():
                 assert packs == {
                     "forward": weight, "grad_input": weight, "grad_weight": {"per_use"}
                 }  # fmt: skip
-    # Rows that compete for the same lines of the cache are not read where they lie.
+    # Rows that map to the same cache sets are not read in place.
     views = {width: plan(64, [width, 64], isa=COMPILED[-1])["grad_input"] for width in (500, 512)}
     assert views == {500: ["view"], 512: ["per_use"]}
 
@@ -765,21 +768,21 @@ def test_what_is_packed_when():
         *itertools.product(
             [[1, 1], [32, 64, 16], [256, 256, 256]], [torch.float32, torch.bfloat16]
         ),
-        ([768, 3072, 768], torch.float32),  # in 16 bits the library takes all rows at once
+        ([768, 3072, 768], torch.float32),  # in 16 bits the library gets all rows at once
     ],
     ids=str,
 )
 def test_memory_does_not_grow_with_the_rows(widths, dtype):
-    """A block's activations and a chunk's sums are what a call needs beside its results."""
+    """Besides its results, a call needs the activations of a block and the sums of the chunks."""
     for _, isa, family, _ in PROCESSORS:
         few, *many = [plan(10**n, widths, dtype, isa, family) for n in (4, 5, 6, 7, 8)]
         assert max(p["block"] for p in many) <= 2 * few["block"]
-        assert len({p["chunks"] for p in many}) == 1  # as many as there will ever be
+        assert len({p["chunks"] for p in many}) == 1  # the largest number of chunks
 
 
 @pytest.mark.skipif(not CSRC.exists(), reason="needs the sources")
 def test_kernels_know_nothing_of_pytorch():
-    """What is compiled for one instruction set includes no header of PyTorch, directly or not."""
+    """Files compiled for one instruction set include no PyTorch header, directly or indirectly."""
     seen, todo = set(), [*CSRC.glob("cpu/kernels/*"), *CSRC.glob("cpu/isa/*")]
     assert len(todo) > 15
     while todo:
@@ -827,7 +830,7 @@ assert all(t.asks_for_huge_pages(result) for result in [y, hidden, grad])
 )
 @every_dtype
 def test_large_results_get_huge_pages(dtype):
-    """In a process of its own: memory that an earlier test asked for may be handed out again."""
+    """In a process of its own, because memory that an earlier test requested may be reused."""
     result = run(HUGE_PAGES.format(dtype=dtype))
     assert result.returncode == 0, result.stderr[-2000:]
 
@@ -898,7 +901,7 @@ AVX = re.compile(rf"{AVX512.pattern}|%ymm|:\tv(?!err|erw)")
 @pytest.mark.skipif(not shutil.which("objdump"), reason="needs objdump")
 @pytest.mark.skipif("avx512" not in SETS and "avx2" not in SETS, reason="needs x86-64")
 def test_no_shared_function_is_compiled_for_more_than_the_baseline():
-    """The linker keeps one copy of an inline function: it has to run everywhere."""
+    """The linker keeps one copy of an inline function, and it has to run everywhere."""
     found, leaks = set(), []
     for name, code in functions(ops.LIBRARY_PATH):
         if "6avx512" in name or "11avx512_bf16" in name or "3amx" in name:

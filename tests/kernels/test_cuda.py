@@ -60,7 +60,7 @@ def test_exact(dtype, sizes, rows):
 @every_size
 @every_dtype
 def test_what_is_not_finite(dtype, sizes):
-    """ReLU passes NaN, in cuBLASLt's epilogues too."""
+    """ReLU passes NaN, also in cuBLASLt's epilogues."""
     x, weights, biases, grad_output = integer_network(sizes, dtype, 300)
     x[3, 0], x[200, -1] = torch.nan, torch.nan
     exact = [x.double()], [w.double() for w in weights], [b.double() for b in biases]
@@ -70,11 +70,12 @@ def test_what_is_not_finite(dtype, sizes):
 
 
 @every_size
-@pytest.mark.parametrize("dtype", support.DTYPES[1:], ids=str)  # float64 is the measure
+@pytest.mark.parametrize("dtype", support.DTYPES[1:], ids=str)  # float64 is the standard
 @pytest.mark.parametrize("activation", list(reference.ACTIVATIONS))
 def test_errors_are_those_of_the_native_path(dtype, sizes, activation):
-    """At most 1.5 times its largest error against float64, and a few roundings: of a small
-    network's errors, which are no more, one may be 0."""
+    """At most 1.5 times the native path's largest error against float64, plus a few roundings,
+    because one of a small network's errors may be 0.
+    """
     torch.manual_seed(0)
     weights, biases = support.make_network(sizes)
     x, target = torch.randn(500, sizes[0]), torch.randn(500, sizes[-1])
@@ -126,14 +127,14 @@ def test_gradcheck(recompute):
 @every_dtype
 def test_another_stream_and_another_device(dtype):
     network = integer_network([136, 16, 8], dtype, 4096)
-    device = torch.device("cuda", torch.cuda.device_count() - 1)  # not the current one, if it can
+    device = torch.device("cuda", torch.cuda.device_count() - 1)  # the last one
     expected = reference.relu_mlp(*to("cpu", network)[:3], "none")
     on_device = to(device, network)
     stream = torch.cuda.Stream(device)
     torch.cuda.synchronize(device)
     with torch.cuda.stream(stream):
         torch.cuda._sleep(10_000_000)
-        on_device[0].mul_(2).div_(2)  # what the kernels must wait for
+        on_device[0].mul_(2).div_(2)  # work that the kernels must wait for
         y = ops.extension.relu_mlp(*on_device[:3], "none")
     stream.synchronize()
     support.assert_same(y.cpu(), expected)

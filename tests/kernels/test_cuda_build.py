@@ -1,4 +1,4 @@
-"""How CUDA is detected when the package is built, and what is read from the compiler."""
+"""How the build detects CUDA, and how the compiler's report is read."""
 
 import importlib.util
 import os
@@ -41,7 +41,7 @@ def test_a_bad_value_of_force_cuda():
 
 
 def test_a_toolkit_without_headers(tmp_path, monkeypatch):
-    """nvcc in PATH is a wrapper: a build for the CPU serves, and a failing one does not."""
+    """nvcc in PATH is a wrapper. The build goes on for the CPU instead of failing."""
     source = (ROOT / "setup.py").read_text(encoding="utf-8").split("\nos.chdir(")[0]
     names = {"__name__": "setup"}
     exec(compile(source, "setup.py", "exec"), names)

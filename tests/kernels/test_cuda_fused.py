@@ -1,8 +1,8 @@
-"""CUDA's fused kernels, run on the host: values, memory, numbers that are
-not finite, order of execution, plans and index arithmetic.
+"""CUDA's fused kernels, run on the host: values, memory, numbers that are not finite, order of
+execution, plans and index arithmetic.
 
-tests/cuda_on_host/emulator.h stands in for the GPU; what it does not emulate is said
-there. Nothing here shows that the kernels run on a GPU, or how fast.
+tests/cuda_on_host/emulator.h stands in for the GPU, and lists what it does not emulate. Nothing
+here shows that the kernels run on a GPU, or how fast.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ A100 = (108, 166912)
 
 
 class Call(ctypes.Structure):
-    """As in tests/cuda_on_host/fused.cpp, field by field."""
+    """The same fields as in tests/cuda_on_host/fused.cpp."""
 
     _pointers = ctypes.c_void_p * 16
     _strides = ctypes.c_int64 * 2
@@ -78,7 +78,7 @@ class Call(ctypes.Structure):
 
 def compile_kernels(folder):
     flags = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-DRELU_MLP_CUDA_ON_HOST"]
-    flags += ["-U_FORTIFY_SOURCE"]  # it takes a fiber's longjmp for a mistake
+    flags += ["-U_FORTIFY_SOURCE"]  # it mistakes a fiber's longjmp for an error
     include = [ROOT, ROOT / "tests" / "cuda_on_host", *cpp_extension.include_paths()]
     command = [COMPILER, *flags, *(f"-I{path}" for path in include), "-x", "c++", *SOURCES]
     subprocess.run([*command, "-o", folder / "fused.so"], cwd=ROOT, check=True)
@@ -103,7 +103,7 @@ def library(made_once):
 
 
 class Memory:
-    """Device memory with NaNs around everything, which nobody may take in or overwrite."""
+    """Device memory surrounded by NaNs, which no kernel may read or overwrite."""
 
     margin = 64
 
@@ -193,7 +193,7 @@ def run(function, call):
 
 
 def integer_network(widths, phi, dtype, bias="all", seed=0, density=3.0):
-    """Weights, biases from -1, 0 and 1, few of them different from 0."""
+    """Weights and biases of -1, 0 and 1, few of them different from 0."""
     generator = torch.Generator().manual_seed(seed)
 
     def integers(*shape, density=1.0):
@@ -217,8 +217,8 @@ def integer_network(widths, phi, dtype, bias="all", seed=0, density=3.0):
 def exact_results(network, x, grad_output, dtype, target=None):
     """The formulas of reference.py in float64, rounded to dtype where results are stored.
 
-    All sums are of integers below 2^24, which float32 adds without rounding. With a
-    target, the gradients are those of half the sum of squares.
+    All sums are of integers below 2^24, which float32 adds without rounding. With a target, the
+    gradients are those of half the sum of squares.
     """
 
     def stored(tensor):
@@ -300,7 +300,7 @@ def backward(
     offset=0,
     **options,
 ):
-    """The gradients that `needs` asks for, by name; from `saved`, or else recomputed."""
+    """The gradients that `needs` requests, by name; from `saved`, or recomputed without it."""
     memory, dtype, layers = Memory(), x.dtype, len(network.weights)
     call = new_call(network, len(x), **options)
     kept = [True] * (2 + 2 * layers)
@@ -352,7 +352,7 @@ X_LAYOUTS = ["contiguous", "not aligned", "wide rows", "odd rows", "transposed",
 
 @functools.cache
 def exact_case(seed, dtype):
-    """A network, its input and a gradient, and where they lie: a function of the seed."""
+    """A network, its input and a gradient, and their layouts, all determined by the seed."""
     r = random.Random(f"{seed} {dtype}")
     while True:
         layers = r.randint(1, 5)
@@ -373,7 +373,7 @@ def exact_case(seed, dtype):
         grad=grad,
         needs="".join(r.choices("01", weights=(1, 2), k=1 + 2 * layers)),
         layouts=(r.choice(X_LAYOUTS), grad_layout),
-        # Few multiprocessors: several tiles for each block.
+        # Few multiprocessors, so each block gets several tiles.
         options={
             "offset": r.choice([0, 0, 1]),
             "seed": seed,
@@ -464,7 +464,7 @@ def test_rounding_stays_within_its_bound(library, phi, dtype):
 @pytest.mark.parametrize("phi", ["none", "relu"])
 @pytest.mark.parametrize("where", ["x", "weight", "bias", "grad_output"])
 def test_numbers_that_are_not_finite(library, where, phi, dtype):
-    """They go where the formulas send them, and padding makes no others."""
+    """They propagate as in the formulas, and padding creates no others."""
     widths = [5, 35, 9, 3]
     network = integer_network(widths, phi, dtype, seed=3, density=5.0)
     x, grad = network.integers(19, 5), network.integers(19, 3)
@@ -484,7 +484,7 @@ def test_numbers_that_are_not_finite(library, where, phi, dtype):
 @every_dtype
 @pytest.mark.parametrize("where", ["x", "weight", "grad_output"])
 def test_infinity_does_not_meet_the_zeros_of_the_padding(library, where, dtype):
-    """Without a zero among the operands an infinity makes infinities, and no NaN."""
+    """With no zero among the operands, an infinity yields infinities, and no NaN."""
     widths = [5, 6, 3]
     network = integer_network(widths, "none", dtype)
     for tensor in (*network.weights, *network.biases):
@@ -514,7 +514,7 @@ def test_rows_far_apart(library):
     rows, stride = 20, 2**27
     network = integer_network([4, 3], "none", torch.bfloat16)
     x = network.integers(rows, 4)
-    no_reserve = 0x4000  # MAP_NORESERVE, which older Pythons have no name for
+    no_reserve = 0x4000  # MAP_NORESERVE, for which older Pythons have no name
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
     with contextlib.closing(mmap.mmap(-1, 2 * rows * stride, flags=flags)) as memory:
         far = torch.frombuffer(memory, dtype=torch.bfloat16).as_strided((rows, 4), (stride, 1))
@@ -540,7 +540,7 @@ def test_the_emulator_sees_mistakes(library):
     assert b"a write outside the block's shared memory" in said[2]
     assert b"not aligned" in said[3]
     assert b"more shared memory than a block may have" in said[4]
-    # A barrier that is missing is seen in the result.
+    # A missing barrier shows in the result.
     assert library.mixed_up(True) == 0
     assert library.mixed_up(False) > 0
 
@@ -597,7 +597,7 @@ def test_number_of_launches(library):
     ids=str,
 )
 def test_tile_rows(library, widths, dtype, device, forward, saved, recomputed):
-    """The tile that is chosen; 0 where the fused kernels do not serve."""
+    """The chosen tile, or 0 where the fused kernels do not serve the call."""
     network = integer_network(widths, "none", dtype)
     for rows in (1, 1000, 2**20, 2**40):
         for expected, arguments in zip(
@@ -614,7 +614,7 @@ def test_tile_rows(library, widths, dtype, device, forward, saved, recomputed):
 
 
 def test_not_a_byte_more_than_planned(library):
-    """Backward passes on a device with just the shared memory that they need."""
+    """Backward passes on a device with exactly the shared memory that they need."""
     for dtype, widths in ((torch.bfloat16, [97, 64, 33]), (torch.float32, [65, 50, 3])):
         network = integer_network(widths, "relu", dtype)
         x, grad = network.integers(150, widths[0]), network.integers(150, widths[-1])
@@ -632,7 +632,7 @@ def test_not_a_byte_more_than_planned(library):
 
 
 def test_columns_of_the_tiles(library):
-    """All columns once, and 8 neighbours for a lane in the 4 tiles of a group."""
+    """Each column occurs once, and a lane has 8 neighbors in the 4 tiles of a group."""
     column = library.index_of_column
     assert sorted(column(tile, n) for tile in range(16) for n in range(8)) == list(range(128))
     for group, t in itertools.product(range(4), range(4)):

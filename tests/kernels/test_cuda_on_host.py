@@ -1,10 +1,10 @@
-"""The CUDA operators, from PyTorch's tensors through the plan, the kernels and
-cuBLASLt, run on the host: against the reference, and against float64 with bounds.
+"""The CUDA operators, from PyTorch's tensors through the plan, the kernels and cuBLASLt, run on the
+host: against the reference, and against float64 with bounds.
 
-The sources of csrc/cuda are compiled by the host's compiler, with an emulator for the GPU and a
-stand-in for cuBLASLt (tests/cuda_on_host), and registered as relu_mlp_cuda_on_host for CPU
-tensors. Products that cuBLASLt is not asked for are PyTorch's. Nothing here shows that the
-kernels run on a GPU, or how fast.
+The host's compiler compiles the sources of csrc/cuda, with an emulator for the GPU and a stand-in
+for cuBLASLt (tests/cuda_on_host). They are registered as relu_mlp_cuda_on_host for CPU tensors.
+PyTorch computes the products that do not go to cuBLASLt. Nothing here shows that the kernels run on
+a GPU, or how fast.
 """
 
 import ctypes
@@ -36,7 +36,7 @@ SOURCES = [
 ]
 H200, A100 = [132, 232448, 233472], [108, 166912, 167936]
 ACTIVATIONS = list(reference.ACTIVATIONS)
-#: Widths, and what they are for.
+#: Widths, by the code path that they test.
 SIZES = {
     "fused": [5, 7, 6, 3],
     "aligned": [136, 8, 16],
@@ -63,7 +63,7 @@ every_size = pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def compile_all(folder):
     """operators.so and cublaslt.so in `folder`, from csrc/cuda and tests/cuda_on_host."""
     flags = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-fvisibility=hidden"]
-    flags += ["-U_FORTIFY_SOURCE"]  # it takes a fiber's longjmp for a mistake
+    flags += ["-U_FORTIFY_SOURCE"]  # it mistakes a fiber's longjmp for an error
     flags += ["-DRELU_MLP_CUDA_ON_HOST", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
     flags += ['-DRELU_MLP_CUBLASLT=getenv("RELU_MLP_STAND_IN")']
     include = [ROOT, ROOT / "tests" / "cuda_on_host", *cpp_extension.include_paths()]
@@ -85,7 +85,7 @@ def built(made_once):
 
 
 class StandIn(ctypes.Structure):
-    """What the stand-in for cuBLASLt lets a test set and read: `Settings` in cublaslt.cpp."""
+    """The settings and counts of the stand-in for cuBLASLt: `Settings` in cublaslt.cpp."""
 
     _fields_ = [
         ("relu_passes_nan", ctypes.c_bool),
@@ -99,7 +99,7 @@ class StandIn(ctypes.Structure):
     NONE, RELU, BIAS, RELU_BIAS, GRADIENT_OF_B = 1, 2, 4, 6, 512
 
     def counted(self):
-        """The products so far by epilogue."""
+        """The number of products so far, by epilogue."""
         return {n: count for n, count in enumerate(self.products) if count}
 
 
@@ -119,7 +119,7 @@ def stand_in(built):
 
 @pytest.fixture
 def cuda(built, monkeypatch):
-    """The operators. Memory that PyTorch hands out is full of NaNs."""
+    """The operators. Memory that PyTorch allocates is filled with NaNs."""
     monkeypatch.setenv("RELU_MLP_STAND_IN", str(built / "cublaslt.so"))
     torch.ops.load_library(built / "operators.so")
     operators = torch.ops.relu_mlp_cuda_on_host
@@ -150,7 +150,7 @@ def test_exact_without_biases_through_relu(cuda, dtype, sizes, bias):
 
 @every_dtype
 def test_sums_over_many_chunks(cuda, dtype):
-    """Rows enough for several blocks to share a column, whose sums a second kernel adds."""
+    """So many rows that several blocks share a column. A second kernel adds their sums."""
     cuda.set_machine(3, [4, *H200[1:]])
     x, weights, biases, grad_output = integer_network([136, 8, 8], dtype, 1500)
     x, grad_output = x * (torch.rand(x.shape) < 0.02), grad_output * (torch.rand(1500, 1) < 0.1)
@@ -172,7 +172,7 @@ def test_the_lowest_layers_a_few_columns_at_a_time(cuda, dtype, rows, sizes):
 
 
 def peak_bytes(call):
-    """The most that a call has in tensors at once."""
+    """The peak of a call's memory in tensors."""
     with torch.profiler.profile(profile_memory=True) as profile:
         call()
     events = profile.profiler.kineto_results.events()
@@ -267,7 +267,7 @@ def test_leading_dimensions(cuda):
 @every_dtype
 @pytest.mark.parametrize("sizes", [[6, 9, 4], [136, 16, 8], [131, 5, 3]], ids=str)
 def test_what_is_not_finite(cuda, dtype, sizes):
-    """ReLU passes NaN; the mask selects: an infinite gradient dies at a unit that is off."""
+    """ReLU passes NaN. The mask selects: an infinite gradient becomes 0 at a unit that is off."""
     x, weights, biases, grad_output = integer_network(sizes, dtype, 12)
     x[3, 2], x[5, 1] = torch.nan, torch.inf
     grad_output[7, 1], grad_output[8, 0] = torch.inf, torch.nan
@@ -297,7 +297,7 @@ def test_the_same_bits_in_every_order_of_execution(cuda, dtype, sizes):
 def test_what_cublaslt_is_asked_for(cuda, stand_in, dtype):
     x, weights, biases, grad_output = integer_network([144, 24, 16], dtype, 70)
     arguments = x, weights, biases, "none", True
-    cuda.forward(*arguments)  # the first call tries what the ReLU epilogue does to NaN
+    cuda.forward(*arguments)  # the first call tests what the ReLU epilogue does to NaN
     before = stand_in.counted()
     y, hidden = cuda.forward(*arguments)
     after = stand_in.counted()
@@ -311,8 +311,9 @@ def test_what_cublaslt_is_asked_for(cuda, stand_in, dtype):
 
 
 def test_algorithms_are_kept_and_objects_ended(cuda, stand_in):
-    """One choice for each of the two products and each alignment, of which the host's memory
-    has three (64, 128 and 256 bytes), and three layouts kept with it; nothing else is kept."""
+    """One choice for each of the two products and each alignment (the host's memory has three: 64,
+    128 and 256 bytes), with three layouts each. Nothing else is kept.
+    """
     x, weights, biases, _ = integer_network([152, 24, 16], torch.bfloat16, 70)
     cuda.forward(x, weights, biases, "none", True)
     asked, objects = stand_in.heuristics, stand_in.objects
@@ -355,7 +356,7 @@ print(t.stand_in_of(folder).counted())
 
 @pytest.mark.parametrize("passes_nan", [False, None], ids=["drops-nan", "no-library"])
 def test_other_libraries(built, passes_nan):
-    """A ReLU epilogue that takes NaN for 0 is not used; without cuBLASLt, PyTorch serves all."""
+    """A ReLU epilogue that turns NaN into 0 is not used. Without cuBLASLt, PyTorch serves all."""
     folder, tests = str(built), str(ROOT / "tests")
     package = str(Path(ops.__file__).parent.parent)
     values = {"folder": folder, "tests": tests, "package": package, "passes_nan": passes_nan}
@@ -381,7 +382,7 @@ def test_other_libraries(built, passes_nan):
 
 
 def test_tensors_of_another_device(cuda):
-    """In the words of relu_mlp/checks.py."""
+    """With the messages of relu_mlp/checks.py."""
     x, weights, biases, grad_output = integer_network([6, 9, 4], torch.float32, 3)
     on_cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 

@@ -1,4 +1,4 @@
-"""How calls on a GPU are served: plain functions, in every build of the library."""
+"""The plans of calls on a GPU: plain functions, in every build of the library."""
 
 import pytest
 import torch
@@ -28,14 +28,14 @@ def plan(rows, widths, element_size, is_backward, recompute, device):
         ("fused", 1 << 33, [1, 1], 2),  # more rows than an int holds
         ("layered", 8192, [4096, 16384, 4096], 2),
         ("layered", 1, [1024, 4096, 1024], 2),
-        ("layered", 8192, [129, 136, 8], 2),  # one product of two
+        ("layered", 8192, [129, 136, 8], 2),  # one of the two products
         ("layered", 8192, [129, 130, 131], 2),
         ("layered", 8192, [1024, 4096, 1024], 4),
         ("layered", 8192, [64, 64], 8),
         ("layered", 0, [64, 64], 2),
         ("layered", 8192, [64, 0, 64], 2),
         ("layered", 8192, [8] * 18, 8),
-        ("layered", 8192, [8] * 18, 2),  # more layers than the fused kernels have places for
+        ("layered", 8192, [8] * 18, 2),  # more layers than the fused kernels support
         ("layered", 8192, [8, 1 << 32, 8, 8], 2),
     ],
 )
@@ -63,14 +63,14 @@ def test_cublaslt_serves_aligned_16_bit_products():
     [
         (0, 0),  # no rows
         (0, 1 << 31),
-        (1, 1020),  # rows of 8 bytes more than a multiple of 16
+        (1, 1020),  # rows whose size is 8 bytes more than a multiple of 16
         (1, 0),
         (2, 1),  # the width at which epilogues have failed
         (2, 4100),
         (3, 1028),  # rows that start at addresses that are not divisible by 16
         (3, 1016),  # ... and overlap
         (4, 4104 - 4),
-        (5, 4),  # float32: PyTorch knows about TF32
+        (5, 4),  # float32: PyTorch decides about TF32
         (5, 8),
         (6, False),
     ],
@@ -88,7 +88,7 @@ def test_the_lowest_delta_a_few_columns_at_a_time(device):
 
     assert columns(8192, 4096) == 1024
     assert columns(8192, 4096, True) == 256
-    assert columns(128, 4096) == 4096  # too few rows for fewer columns to occupy the device
+    assert columns(128, 4096) == 4096  # too few rows to occupy the device with fewer columns
     assert columns(1 << 33, 100) == 100
     for rows in (0, 1, 7, 1000, 8192, 1 << 33):
         for cols in (0, 1, 128, 129, 4100, 1 << 20, (1 << 31) + 8):

@@ -1,5 +1,6 @@
-"""Memory: workspaces of every size, storages that were freed or shrunk, tensors on another
-device, what calls leave behind, and memory that cannot be had."""
+"""Memory: workspaces of every size, storages that were freed or shrunk, tensors on another device,
+memory that calls leave behind, and allocations that fail.
+"""
 
 import ctypes
 import gc
@@ -22,7 +23,7 @@ R = torch.ops.relu_mlp
 SETS = relu_mlp.build_info().supported_instruction_sets
 needs_library = pytest.mark.skipif(ops.LIBRARY_PATH is None, reason="needs the extension")
 
-#: The operators, and what stands in for them without the library.
+#: The operators, and their replacement without the library.
 OPERATORS = {
     "reference": reference,
     **({"extension": R} if ops.LIBRARY_PATH is not None else {}),
@@ -32,7 +33,7 @@ OPERATORS = {
 # -- Workspaces -------------------------------------------------------------------
 
 
-#: Layers of width 0 and 1 beside ones of odd width, and of more than a panel of any kernel.
+#: Layers of width 0 and 1 beside layers of odd width and layers wider than any kernel's panel.
 WIDTHS = [
     [0, 300, 65, 1],
     [3, 0, 300, 65, 1],
@@ -77,7 +78,7 @@ def freed(tensor):
 
 
 def late(tensor):
-    """A view of a larger storage, of which the part that it reads has been cut off."""
+    """A view of a larger storage, whose part under the view has been cut off."""
     tensor = torch.cat([tensor.flatten(), tensor.flatten()])[tensor.numel() :].view(tensor.shape)
     tensor.untyped_storage().resize_(tensor.numel() * tensor.element_size() + 1)
     return tensor
@@ -92,7 +93,7 @@ def strided(tensor):
 
 
 def repeated(tensor):
-    """One element for all, and it is gone."""
+    """One element for all, whose storage is freed."""
     tensor = torch.ones(1, dtype=tensor.dtype).expand(tensor.shape)
     tensor.untyped_storage().resize_(0)
     return tensor
@@ -123,7 +124,7 @@ def arguments_of(operator, dtype=torch.float32, leading=(4,)):
     }
 
 
-#: What follows the tensors.
+#: The arguments after the tensors.
 SETTINGS = {
     "relu_mlp": ["relu"],
     "forward": ["relu", True],
@@ -134,7 +135,7 @@ SETTINGS = {
 
 
 def places(arguments):
-    """(name, index) of every tensor; the index is None where it is no entry of a list."""
+    """(name, index) of every tensor. The index is None for a tensor outside of a list."""
     for name, value in arguments.items():
         if isinstance(value, list):
             yield from ((name, n) for n in range(len(value)))
@@ -165,7 +166,7 @@ def named(results):
 @pytest.mark.parametrize("leading", [(4,), (2, 2)], ids=str)
 @pytest.mark.parametrize("operator", SETTINGS)
 def test_operators_refuse_tensors_that_their_storage_does_not_cover(operator, leading, spoil):
-    """Every tensor argument in turn; the message names it."""
+    """Every tensor argument in turn. The message names it."""
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         arguments = arguments_of(operator, dtype, leading)
         for place in places(arguments):
@@ -178,7 +179,7 @@ def test_operators_refuse_tensors_that_their_storage_does_not_cover(operator, le
 @needs_library
 @pytest.mark.parametrize("operator", SETTINGS)
 def test_operators_take_tensors_that_end_where_their_storage_does(operator):
-    """At an offset, with gaps, repeated, and without elements over no storage at all."""
+    """At an offset, with gaps, repeated, and without elements over an empty storage."""
 
     def at_the_end(tensor):
         padded = torch.cat([torch.full((5,), 9.0), tensor.flatten()])
@@ -231,7 +232,7 @@ FREED = {
 @pytest.mark.parametrize("when", ["before the forward pass", "before the backward pass"])
 @pytest.mark.parametrize("which", FREED)
 def test_module_with_a_tensor_that_was_freed(backend, which, when, recompute):
-    """As sharding and offloading free it: what the native layers do."""
+    """As sharding and offloading free tensors: the same result as the native layers."""
     outcomes = []
     for net in map(support.integers_, support.twins(3, 8, 2, recompute=recompute)):
         x = torch.ones(4, 3, requires_grad=True)
@@ -251,7 +252,7 @@ def test_module_with_a_tensor_that_was_freed(backend, which, when, recompute):
             outcomes.append(x.grad)
     ours, native = outcomes
     if isinstance(native, RuntimeError) or recompute:
-        # With recompute=True the backward pass reads what the native one does not: the biases.
+        # With recompute=True the backward pass reads the biases, which the native one does not.
         assert isinstance(ours, RuntimeError)
     else:
         assert_same(ours, native, "grad of x")
@@ -284,8 +285,9 @@ def nothing_on_meta(tensor):
 @pytest.mark.parametrize("operator", SETTINGS)
 @pytest.mark.parametrize("served", OPERATORS)
 def test_one_tensor_on_another_device(served, operator, leading, change):
-    """RuntimeError, or where it stands for a bias that is missing, the right answer: never
-    the content of memory that nobody has written."""
+    """RuntimeError, or the right answer where it stands for a missing bias, but never the content
+    of uninitialized memory.
+    """
     call = getattr(OPERATORS[served], operator)
     arguments = arguments_of(operator, leading=leading)
     settings = SETTINGS[operator]
@@ -314,7 +316,7 @@ def test_one_tensor_on_another_device(served, operator, leading, change):
 
 @pytest.mark.parametrize("served", OPERATORS)
 def test_all_tensors_on_meta(served):
-    """A bias that is missing may lie on the CPU: the package's own always does."""
+    """A missing bias may be on the CPU: the package's own placeholder always is."""
     x, w = torch.empty(4, 3, device="meta"), torch.empty(2, 3, device="meta")
     for missing in (ops.NO_TENSOR, torch.empty(0, device="meta")):
         y = OPERATORS[served].relu_mlp(x, [w], [missing])
@@ -342,7 +344,7 @@ if mallinfo is not None:
 def left_behind(call, times):
     """Bytes of the C++ heap, and blocks of Python's, that a call leaves behind, on average.
 
-    The smaller of two measurements: in the first there is what is kept once and for all.
+    The smaller of two measurements, because the first includes one-time allocations.
     """
     found = []
     for _ in range(2):
@@ -356,7 +358,7 @@ def left_behind(call, times):
 
 
 def programs():
-    """Calls of every operator and of every function that computes, by name."""
+    """Calls of every operator and of every computing function, by name."""
     x, target = torch.ones(4, 3), torch.ones(4, 2)
     weights, biases = support.make_network([3, 8, 8, 2], dtype=torch.float32)
     for operator, settings in SETTINGS.items():
@@ -415,9 +417,9 @@ def programs():
 @needs_library
 @pytest.mark.skipif(mallinfo is None, reason="needs mallinfo2 of glibc 2.33")
 def test_calls_leave_nothing_behind():
-    """A string of LibTorch's takes 32 bytes and more, a Python object a block or more."""
+    """A string of LibTorch takes at least 32 bytes, a Python object at least one block."""
     gc.collect()
-    gc.freeze()  # what there is now is not looked at again
+    gc.freeze()  # the garbage collector ignores existing objects
     try:
         found = {name: left_behind(call, 200) for name, call in programs()}
     finally:
@@ -425,7 +427,7 @@ def test_calls_leave_nothing_behind():
     assert not {name: left for name, left in found.items() if left[0] > 8 or left[1] >= 1}
 
 
-# -- Memory that cannot be had ----------------------------------------------------
+# -- Memory that cannot be allocated ----------------------------------------------
 
 ALLOCATES = r"DefaultCPUAllocator: can't allocate memory: you tried to allocate \d+ bytes"
 OVERFLOWS = "Storage size calculation overflowed"
@@ -435,7 +437,7 @@ def one(*shape, dtype=torch.float32):
     return torch.ones(1, dtype=dtype).expand(shape)
 
 
-#: The shapes of x and of the weights, and what is said of them.
+#: The shapes of x and of the weights, and words of the message.
 TOO_LARGE = {
     "y": ((2**40, 1), [(7, 1)], ALLOCATES),
     "y at a rank of 3": ((2**20, 2**20, 1), [(7, 1)], ALLOCATES),
@@ -450,8 +452,8 @@ TOO_LARGE = {
 @needs_library
 @pytest.mark.parametrize("dtype", support.DTYPES, ids=str)
 @pytest.mark.parametrize("case", TOO_LARGE)
-def test_words_and_class_of_what_cannot_be_had(case, dtype):
-    """PyTorch's own, without a file or a line of this package: programs look for them."""
+def test_message_and_class_of_a_failed_allocation(case, dtype):
+    """PyTorch's own message, without a file or a line of this package: programs search for it."""
     shape, shapes, words = TOO_LARGE[case]
     x, weights = one(*shape, dtype=dtype), [one(*s, dtype=dtype) for s in shapes]
     needs = "1" + "00" * len(weights)
@@ -467,7 +469,7 @@ def test_words_and_class_of_what_cannot_be_had(case, dtype):
         assert "csrc" not in str(error.value) and "API call" not in str(error.value)
 
 
-def test_words_are_those_of_the_native_layers(backend):
+def test_message_is_that_of_the_native_layers(backend):
     x, weight = one(2**40, 1), one(7, 1)
     said = []
     for call in (relu_mlp.relu_mlp, support.native_mlp):
@@ -477,8 +479,8 @@ def test_words_are_those_of_the_native_layers(backend):
     assert said[0] == said[1]
 
 
-def test_class_of_a_want_of_memory_on_a_gpu():
-    """torch.OutOfMemoryError, which programs catch; anything else stays what it was."""
+def test_error_class_when_a_gpu_runs_out_of_memory():
+    """torch.OutOfMemoryError, which programs catch. Other errors stay unchanged."""
     for said, kind in {
         "CUDA out of memory. Tried to allocate 2.00 GiB.": torch.OutOfMemoryError,
         "x must be on cuda:0 like y, got CUDA out of memory": RuntimeError,
@@ -494,8 +496,8 @@ def test_class_of_a_want_of_memory_on_a_gpu():
 
 @pytest.mark.slow
 @needs_library
-def test_workspace_that_cannot_be_had():
-    """The results fit, what the kernels need beside them does not."""
+def test_workspace_that_cannot_be_allocated():
+    """The results fit, but the kernels' workspace does not."""
     code = """
         import resource, torch
         R = torch.ops.relu_mlp

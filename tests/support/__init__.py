@@ -1,17 +1,17 @@
-"""What the tests share.
+"""Helpers that several tests share.
 
-`networks`      networks, random and of integers, and what PyTorch's own layers make of them
-`bounds`        how far rounding may take two computations apart
-`comparison`    the same bits
-`float64`       a call and its gradients against float64
-`counting`      who computed what
-`layouts`       the same values in other memory
+`networks`      networks with random numbers or integers, and the same with PyTorch's own layers
+`bounds`        bounds on the difference that rounding causes between two computations
+`comparison`    comparisons of bits
+`float64`       compares a call and its gradients with float64
+`counting`      counts the calls of the operators and of PyTorch's own layers
+`layouts`       the same values in other memory layouts
 `covering`      few cases instead of all combinations
-`passes`        raw operators, pass by pass, against the reference
-`bad_arguments` calls with something wrong in them
-`transforms`    a transform of the network against the same of the native one
-`fusing`        a model before `fuse`, after it and after `unfuse`
-`classes`       classes of modules made of text
+`passes`        compares the raw operators with the reference, pass by pass
+`bad_arguments` calls with wrong arguments
+`transforms`    compares a transform of the network with the same transform of the native one
+`fusing`        compares a model before `fuse`, after it and after `unfuse`
+`classes`       makes classes of modules from source text
 """
 
 from .bounds import (

@@ -1,4 +1,4 @@
-"""Calls with something wrong in them, and what the message has to say."""
+"""Calls with wrong arguments, and the words that the message must contain."""
 
 import re
 from dataclasses import dataclass, field
@@ -21,10 +21,9 @@ X, T = torch.ones(5, 3), torch.ones(5, 2)
 
 @dataclass
 class Bad:
-    """A call with something wrong in it: what to say about it, and who says it.
+    """A call with a wrong argument, the words of its message and the class of its error.
 
-    `like_native`: whether the native path refuses this too; then the class is
-    the native one, else `error`.
+    `error` is None if the native path raises too. Then the class is the native one.
     """
 
     words: list[str]
@@ -60,7 +59,7 @@ NETWORKS = {
     "weight of rank 3": Bad(["weights[1]", "(1, 2, 4)"], weights=[W0, torch.ones(1, 2, 4)]),
     "bias too long": Bad(["biases[0]", "(4,)", "(5,)"], biases=[torch.ones(5), B1]),
     "bias without elements": Bad(["biases[0]", "(4,)", "(0,)"], biases=[torch.ones(0), B1]),
-    # PyTorch broadcasts these; relu_mlp promises (out_features,) alone
+    # PyTorch broadcasts these, but relu_mlp accepts only (out_features,)
     "bias of one element": Bad(
         ["biases[0]", "(4,)", "(1,)"], biases=[torch.ones(1), B1], error=RuntimeError
     ),
@@ -79,7 +78,7 @@ NETWORKS = {
     "weight float64": Bad(["weights[1]", "float32", "x", "float64"], weights=[W0, W1.double()]),
     "weight integer": Bad(["weights[0]", "float32", "int64"], weights=[W0.long(), W1]),
     "bias float16": Bad(["biases[1]", "float32", "x", "float16"], biases=[B0, B1.half()]),
-    # devices; the meta device asks nothing of the others natively
+    # devices; natively, a meta tensor is accepted beside tensors of another device
     "weight elsewhere": Bad(
         ["weights[1]", "cpu", "x", "meta"], weights=[W0, W1.to("meta")], error=RuntimeError
     ),
@@ -94,7 +93,7 @@ NETWORKS = {
     "bias a list": Bad(["biases[0]", "Tensor", "list"], biases=[[1.0], B1]),
     "bias an array": Bad(["biases[1]", "Tensor", "ndarray"], biases=[B0, B1.numpy()]),
     "bias a number": Bad(["biases[1]", "Tensor", "float"], biases=[B0, 1.0]),
-    # sequences, which PyTorch has none of
+    # sequences, for which PyTorch has no counterpart
     "weights a Tensor": Bad(["weights", "sequence", "Tensor"], weights=W0, error=TypeError),
     "weights a number": Bad(["weights", "sequence", "int"], weights=3, error=TypeError),
     "weights None": Bad(["weights", "sequence", "NoneType"], weights=None, error=TypeError),
@@ -132,7 +131,7 @@ NO_LOSSES = ["l1", "SSE", "", None, 3, True, b"mse", [], {}, nn.MSELoss()]
 
 
 def raised(function, error, words):
-    """Calls it, sees it raise exactly `error` with all the words, and returns the message."""
+    """Checks that a call raises exactly `error`, with all the words, and returns the message."""
     with pytest.raises(error) as caught:
         function()
     assert caught.type is error
@@ -143,7 +142,7 @@ def raised(function, error, words):
 
 
 def under_every_backend(function, error, words):
-    """The same words whatever runs."""
+    """Checks that every backend raises with the same message."""
     messages = set()
     for name in BACKENDS:
         with relu_mlp.backend(name):

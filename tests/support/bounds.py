@@ -1,15 +1,14 @@
-"""How far two computations of the same numbers may lie apart.
+"""Bounds on the difference between two computations of the same numbers.
 
-Every tolerance in these tests comes from here. A sum of n products, in any
-order, with or without fused multiply-add, in arithmetic of unit roundoff u, is
-off by at most gamma(n) = n u / (1 - n u) times the sum of the absolute values
-(Higham, Accuracy and Stability of Numerical Algorithms, section 3.1).
+Every tolerance in these tests comes from here. The error of a sum of n products, in any order, with
+or without fused multiply-add, in arithmetic of unit roundoff u, is at most
+gamma(n) = n u / (1 - n u) times the sum of the absolute values of its terms (Higham, Accuracy and
+Stability of Numerical Algorithms, section 3.1).
 
-There are two ways to apply this. `Exact` carries a bound through the layers beside
-every value: its bounds are tight, and hold for outputs and first derivatives in every
-dtype. `majorant` is a network in which every term is positive and every output
-activation an exponential: its derivatives, of any order, bound the sums of absolute
-values on the way to the same derivatives of the network.
+There are two ways to apply this. `Exact` propagates a bound through the layers together with every
+value. Its bounds are tight, and hold for outputs and first derivatives in every dtype. `majorant`
+is a network in which every term is positive and every output activation is an exponential. Its
+derivatives, of any order, bound the sums of absolute values in the same derivatives of the network.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from .networks import by_name, gradients, leaves, native_mlp
 
 @dataclass
 class Bounded:
-    """Values in float64 and how far a computation in another dtype may be off."""
+    """Values in float64, and bounds on the error of a computation in another dtype."""
 
     value: Tensor
     bound: Tensor
@@ -52,7 +51,7 @@ class Smooth(NamedTuple):
 
     phi: Callable[[Tensor], Tensor]
     steepest: float  #: the largest |phi'|
-    #: (y, unit roundoff u) -> phi' as computed from y
+    #: (y, unit roundoff u) -> phi', computed from y
     slope: Callable[[Bounded, float], Bounded]
 
 
@@ -71,12 +70,11 @@ SMOOTH = {
 class Exact:
     """A network in float64 whose results carry bounds for one dtype.
 
-    Where a pre-activation is within its bound of 0, the rounding decides
-    whether the unit is on: there, and only there, the mask is taken from the
-    activations of the implementation under test.
+    Where a pre-activation is within its bound of 0, rounding decides whether the unit is on. Only
+    there, the mask is taken from the activations of the implementation under test.
 
     Args:
-        x: (rows, in_features), in the dtype under test, as are the others.
+        x: (rows, in_features), in the dtype under test, like the other tensors.
         hidden: the hidden activations that the implementation found.
     """
 
@@ -108,7 +106,7 @@ class Exact:
         elif output_activation is None:
             self.y = z
         else:
-            # PyTorch's functions are good to a few units
+            # PyTorch's functions are accurate to a few units in the last place
             smooth = SMOOTH[output_activation]
             y64 = smooth.phi(z.value)
             bound = z.bound * smooth.steepest + 4 * self.u * y64.abs()
@@ -122,7 +120,7 @@ class Exact:
         return Bounded(b.value, b.bound + self.store * (b.value.abs() + b.bound) + self.tiny)
 
     def product(self, a: Bounded, b: Bounded, bias: Tensor | None = None) -> Bounded:
-        """a b + bias, by sums of products, then stored."""
+        """a b + bias as sums of products, which are then rounded to be stored."""
         value = a.value @ b.value
         largest = (a.value.abs() + a.bound) @ (b.value.abs() + b.bound)
         carried = largest - a.value.abs() @ b.value.abs()
@@ -187,8 +185,8 @@ ACTIVATION_TERMS = 16.0
 def majorant(x, weights, biases=None, *, output_activation=None):
     """A network without ReLUs whose output activation is a large exponential.
 
-    Its derivatives, taken at absolute values and contracted with them, bound
-    the sums of the absolute values of the terms of the network's own.
+    Its derivatives, taken at absolute values and contracted with them, bound the sums of the
+    absolute values of the terms in the network's own derivatives.
     """
     for layer, weight in enumerate(weights):
         x = F.linear(x, weight, biases[layer] if biases else None)
@@ -199,7 +197,7 @@ def majorant(x, weights, biases=None, *, output_activation=None):
 
 
 def absolutes(tensors):
-    """Their absolute values as new leaves that require what they require."""
+    """The absolute values as new leaves, with the same `requires_grad`."""
     if tensors is None:
         return None
     return [
@@ -208,10 +206,10 @@ def absolutes(tensors):
 
 
 def gamma(products_in_series: int, longest_sum: int, dtype=torch.float64) -> float:
-    """The bound for a chain of sums: u times the roundings that one term meets.
+    """The bound for a chain of sums: u times the number of roundings of one term.
 
-    A product of matrices is a sum of `longest_sum` terms and perhaps a bias; the
-    activation and its derivatives, of any order, are at most 32 operations.
+    A matrix product is a sum of `longest_sum` terms and perhaps a bias. The activation and its
+    derivatives, of any order, are at most 32 operations.
     """
     n = products_in_series * (longest_sum + 1) + 32
     u = torch.finfo(dtype).eps / 2
@@ -254,13 +252,13 @@ def native_jacobian(x, weights, biases=None, *, output_activation=None, network=
 
 
 def jacobian_magnitudes(x, weights, biases, activation) -> dict[str, Tensor]:
-    """The sums of absolute values on the way to every entry of the Jacobian."""
+    """For every entry of the Jacobian, the sum of the absolute values of its terms."""
     tensors = absolutes([x])[0], absolutes(weights), absolutes(biases)
     return native_jacobian(*tensors, output_activation=activation, network=majorant)
 
 
 def first_order_bounds(x, weights, biases, activation, grad_output=None):
-    """How far the gradients of two computations of a network may lie apart."""
+    """Bounds on the difference between the gradients of two computations of a network."""
     a_x, a_weights, a_biases = absolutes([x])[0], absolutes(weights), absolutes(biases)
     y = majorant(a_x, a_weights, a_biases, output_activation=activation)
     grad_output = torch.ones_like(y) if grad_output is None else grad_output.abs()

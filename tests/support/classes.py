@@ -1,4 +1,4 @@
-"""Classes of modules made of text, as a notebook makes them."""
+"""Makes classes of modules from source text, as a notebook does."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 
 def class_from_source(base, body, arguments="self, x", before="", is_async=False, **names):
-    """A subclass whose `forward` has this text as its body, to be found as a notebook's is.
+    """A subclass whose `forward` has this text as its body. Its source is found as in a notebook.
 
     Args:
         before: the lines before it in the class, such as a decorator.

@@ -1,7 +1,6 @@
 """Comparisons with the native path that need no tolerance.
 
-Of small integers, sums of products are exact in every order, so both paths must give
-the same bits.
+Sums of products of small integers are exact in every order, so both paths must give the same bits.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ def assert_same(actual, expected, name="value"):
 
 
 def outcome(function, *args, match=""):
-    """What a function returns, or RuntimeError if it raises one that says `match`."""
+    """The result of a function, or RuntimeError if it raises one whose message has `match`."""
     try:
         return function(*args)
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Who computed what: the operators, or PyTorch's own layers; and what was saved."""
+"""Counts calls of the operators and of PyTorch's own layers, and collects saved tensors."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def count_calls() -> Iterator[dict[str, int]]:
 
 @contextmanager
 def dispatched() -> Iterator[list[tuple[str, int]]]:
-    """Collects what PyTorch computes: each operation's name, and the most elements
-    that a tensor returned by it holds in memory."""
+    """Collects PyTorch's operations: the name, and the number of elements that the largest
+    tensor among the results holds in memory."""
     operations: list[tuple[str, int]] = []
 
     class Mode(TorchDispatchMode):

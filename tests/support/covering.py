@@ -6,8 +6,8 @@ Testing, 2004). A covering array of strength t is a set of cases in which every 
 values of every t factors occurs: for 5 x 3 x 3 x 4 x 4 x 2 values 1,440 cases make all
 combinations, and about a tenth of that all triples.
 
-A test that is marked with `covering` runs such an array instead of the product of its parameters;
-see conftest.py. Whoever names a case that is left out by its id, runs it.
+A test that is marked with `covering` runs such an array instead of the product of its parameters
+(see conftest.py). A case that is left out still runs if its id is named.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from collections.abc import Hashable, Sequence
 
 
 def covering(rows: Sequence[Sequence[Hashable]], strength: int) -> list[int]:
-    """Which rows to keep so that every combination of `strength` values that occurs still does.
+    """Selects rows so that every combination of `strength` values in all rows still occurs.
 
     Args:
         rows: cases, with one value for each factor.
-        strength: how many factors are combined; all rows are kept if there are no more factors.
+        strength: the number of factors that are combined. All rows are kept if there are no more
+            factors.
 
     Returns:
-        Positions in `rows`, in ascending order, the same ones every time. The array is small, and
-        not the smallest.
+        Positions in `rows`, in ascending order, the same ones every time. The array is small, but
+        not the smallest possible.
     """
     factors = len(rows[0]) if rows else 0
     if strength >= factors:
@@ -37,7 +38,7 @@ def covering(rows: Sequence[Sequence[Hashable]], strength: int) -> list[int]:
     random.Random(0).shuffle(order)
     kept: list[int] = []
     covered: set[tuple[object, ...]] = set()
-    # First the rows of which all is new, then those of which all but one is, and so on.
+    # First the rows whose combinations are all new, then those with all but one new, and so on.
     for fewest in range(len(places), 0, -1):
         for position in order:
             if len(combinations[position] - covered) >= fewest:

@@ -1,4 +1,4 @@
-"""A call and its backward pass against float64, with the bounds of bounds.py."""
+"""Compares a call and its backward pass with float64, within the bounds of bounds.py."""
 
 import torch
 

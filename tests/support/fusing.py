@@ -1,8 +1,8 @@
-"""A model before `fuse`, after it and after `unfuse`: the same bits.
+"""Checks that a model gives the same bits before `fuse`, after it and after `unfuse`.
 
-For that, the Linears of a network get integers, and what goes into the network, and the gradient
-that comes back to it, are rounded to binary fractions: then its sums are exact in every order.
-All else in a model is the same code before and after.
+For that, the Linears of a network get integers. The input of the network, and the gradient that
+comes back to it, are rounded to binary fractions. Then its sums are exact in every order. The rest
+of the model is the same code before and after.
 """
 
 import copy
@@ -17,7 +17,7 @@ from .networks import integers_
 
 
 class Round(torch.autograd.Function):
-    """Values to multiples of 1/4, gradients to multiples of 2^-30; as if it were the identity."""
+    """The identity, with values rounded to multiples of 1/4 and gradients to multiples of 2^-30."""
 
     @staticmethod
     def forward(ctx, x):
@@ -41,8 +41,8 @@ def make_exact(model, networks, before, after):
 
     Args:
         networks: modules that have Linears, and the names of these.
-        before, after: the modules whose output goes into a network, and whose output has
-            the gradient that comes back to it.
+        before, after: the modules whose output is the input of a network, and the modules whose
+            output's gradient comes back to it.
     """
     for module, *names in networks:
         for name in names:
@@ -69,10 +69,10 @@ def same(actual, expected):
 
 
 def fused_like(model, *inputs, runs, became, linears=2, copies=None, **arguments):
-    """Fuses a model, and undoes it; it answers as before, by `runs` operators each way.
+    """Fuses a model and unfuses it. Results stay the same, with `runs` operators each way.
 
     Args:
-        became: how many modules become fused.
+        became: the number of modules that are fused.
         linears: the number of Linears in every run.
         copies: ways to copy a model.
     """

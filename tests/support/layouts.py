@@ -1,4 +1,4 @@
-"""The same values in other memory."""
+"""The same values in other memory layouts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Networks of functions and of modules, random and of integers, and what PyTorch makes of them."""
+"""Networks of functions and modules, with random numbers or integers, and their native versions."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ BACKENDS = ["reference"] if ops.LIBRARY_PATH is None else ["extension", "referen
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
-#: All that `output_activation` may be.
+#: All values of `output_activation`.
 ACTIVATIONS = [None, *get_args(activations.OutputActivation)]
 
-#: Those for which PyTorch's own module saves y, and takes integers. For others it saves z: then
-#: what is saved differs, and y may be changed in place.
+#: The activations whose PyTorch module saves y, and accepts integers. Other modules save z: then
+#: the saved tensors differ, and y may be changed in place.
 THAT_SAVE_Y = [None, "relu", "sigmoid", "tanh"]
 
-#: What `bias` means to those that make a network: biases for all layers, for none, for layers
-#: 0, 2, 4, ...
+#: The values of `bias` in the functions that make a network: biases for all layers, for none, or
+#: for the layers 0, 2, 4, ...
 BIASES = ["all", "none", "some"]
 
 
@@ -112,7 +112,7 @@ def leaves(x, weights, biases=None) -> dict[str, Tensor]:
 
 
 def by_name(of_parameters) -> dict[str, Tensor]:
-    """What belongs to each parameter in a pair (weights, biases), named as in `leaves`."""
+    """The entries of a pair (weights, biases), named as in `leaves`."""
     named = leaves(None, *of_parameters)
     del named["x"]
     return named
@@ -133,7 +133,7 @@ def layers_of(net: Sequence[torch.nn.Module]) -> tuple[list[Tensor], list[Tensor
 
 
 def integers_(module):
-    """Integers from -2 to 2 for every parameter, the same ones in every network alike."""
+    """Sets every parameter to integers from -2 to 2, the same ones in all networks of a kind."""
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -142,13 +142,13 @@ def integers_(module):
 
 
 def module_of(activation):
-    """The module of an output activation in a list, which is empty for None."""
+    """A list with the module of an output activation. It is empty for None."""
     rows = {row.name: row for row in activations.ROWS}
     return [] if activation is None else [rows[activation].module()]
 
 
 def twins(in_features, hidden, out_features, seed=0, **arguments):
-    """A ReluMLP and the nn.Sequential that it stands for, with equal parameters of their own."""
+    """A ReluMLP and the equivalent nn.Sequential, each with its own copy of equal parameters."""
     torch.manual_seed(seed)
     net = relu_mlp.ReluMLP(in_features, hidden, out_features, **arguments)
     torch.manual_seed(seed)

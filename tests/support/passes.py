@@ -1,4 +1,4 @@
-"""Raw operators, pass by pass, against the reference."""
+"""Compares the raw operators with the reference, pass by pass."""
 
 import itertools
 
@@ -35,7 +35,7 @@ def kept_of(x, y, weights, hidden, activation, needs):
 
 
 def needs_for(weights, biases):
-    """Patterns of `needs`: everything; each thing alone; all but x; biases that are there."""
+    """Patterns of `needs`, for present biases only: everything, all but x, and each need alone."""
     present = "".join("01"[b.numel() > 0] for b in biases) or "0" * len(weights)
     everything = "1" * (1 + len(weights)) + present
     single = ["0" * n + c + "0" * (len(everything) - n - 1) for n, c in enumerate(everything)]
@@ -43,7 +43,7 @@ def needs_for(weights, biases):
 
 
 def compare(operators, network, activation):
-    """All passes against the reference, bit by bit: sums of small integers are exact."""
+    """Compares all passes with the reference, bit by bit. Sums of small integers are exact."""
     x, weights, biases, grad_output = network
     layers = x, weights, biases
     y, hidden = reference.forward(*layers, activation, True)

@@ -1,8 +1,8 @@
-"""A transform of the network against the same transform of the native path.
+"""Compares a transform of the network with the same transform of the native path.
 
-Integer networks make every sum exact, so without an output activation, and with ReLU, the bits
-must agree. With sigmoid and tanh the pre-activations are exact still, and the results must lie
-within the bounds of bounds.py.
+Integer networks make every sum exact. So without an output activation, and with ReLU, the bits must
+agree. With sigmoid and tanh the pre-activations are still exact, and the results must lie within
+the bounds of bounds.py.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def problem(activation, bias="all", shape=(ROWS,), sizes=SIZES, dtype=torch.floa
     weights, biases = integer_network(sizes, bias, dtype, requires_grad=False)
     primals = leaves(integers(*shape, sizes[0], dtype=dtype), weights, biases)
     if activation in SMOOTH:
-        # A few binary places: products stay exact, and the activation is not saturated.
+        # With a few binary places, products stay exact and the activation is not saturated.
         primals = {name: tensor / 4 for name, tensor in primals.items()}
     tangents = [{n: integers(*p.shape, dtype=dtype) for n, p in primals.items()} for _ in range(2)]
     return primals, *tangents, integers(*shape, sizes[-1], dtype=dtype)
@@ -46,7 +46,7 @@ def of_names(network, activation, layers):
 
 
 def compare(transform, activation, arguments, order, sizes=SIZES, network=relu_mlp):
-    """Asserts that a transform of the network is what it is of the native path.
+    """Asserts that a transform gives the same for the network as for the native path.
 
     `transform` takes the network, as a function of a dict of tensors, and `arguments`. It must
     be a polynomial of them with positive coefficients, and of derivatives up to `order`.

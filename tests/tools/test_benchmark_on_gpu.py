@@ -1,4 +1,4 @@
-"""benchmarks/on_gpu.py, tried on the CPU: whoever is lent a GPU has no time for its mistakes."""
+"""benchmarks/on_gpu.py, tried on the CPU, because time on a GPU is too scarce for its mistakes."""
 
 import os
 import subprocess

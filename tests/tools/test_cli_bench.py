@@ -1,7 +1,7 @@
-"""`relu-mlp bench`: what it writes, prints and refuses, and what its figures mean.
+"""`relu-mlp bench`: its output, its errors, and the meaning of its figures.
 
-No test here asserts a time that was measured: where times matter, they come from a
-clock that the test moves.
+No test here asserts a measured time. Where times matter, they come from a clock that the test
+moves.
 """
 
 import csv
@@ -28,7 +28,7 @@ from relu_mlp.cli.bench import command as bench
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
-LOOK_FOR_JAX = candidates.has_jax.__wrapped__  # each test looks anew
+LOOK_FOR_JAX = candidates.has_jax.__wrapped__  # each test looks again
 TINY = "8,4,3,2"  # rows, in, hidden, out
 
 
@@ -43,7 +43,7 @@ def threads():
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Without what takes seconds: compiling, JAX's import, the probes of the estimate."""
+    """Leaves out the slow parts: compiling, the import of JAX, the probes of the estimate."""
     monkeypatch.setattr(torch, "compile", lambda net, fullgraph: net)
     monkeypatch.setattr(candidates, "has_jax", lambda: False)
     monkeypatch.setattr(suite, "estimated_seconds", lambda plan: 240.0)
@@ -68,7 +68,7 @@ def records(path):
 
 
 def is_drawn(path):
-    """Whether this is a picture; `make abi` runs where there is nothing to draw with."""
+    """Whether this is a picture. `make abi` runs without matplotlib."""
     if not HAS_MATPLOTLIB:
         return not path.exists()
     return path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
@@ -125,10 +125,10 @@ def test_sizes_given(quick, tmp_path, capsys):
     assert said.endswith(f"results are in {tmp_path / 'a' / 'b'}: {', '.join(names)}\n")
 
 
-# PyTorch's own words about its own code: what compiles uses what is deprecated.
+# PyTorch says this about its own code: its compiler uses deprecated functions.
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_torch_compile_for_once(tmp_path):
+def test_torch_compile_is_measured(tmp_path):
     said = io.StringIO()
     with redirect_stdout(said):
         arguments = ["--shape", TINY, "--case", "inference", "--dtype", "float32"]
@@ -244,10 +244,10 @@ def test_candidates_that_fail(capsys):
     def work():
         pass
 
-    assert suite.able({"eager": work, "compile": fail}) == {"eager": work}
+    assert suite.runnable({"eager": work, "compile": fail}) == {"eager": work}
     assert capsys.readouterr().out == "  without torch.compile: the backend raised: no compiler\n"
     with pytest.raises(RuntimeError, match="no compiler"):
-        suite.able({"eager": work, "relu_mlp": fail})
+        suite.runnable({"eager": work, "relu_mlp": fail})
 
 
 # -- Nothing is overwritten unasked ------------------------------------------------------
@@ -276,7 +276,7 @@ def test_force(quick, tmp_path):
     (tmp_path / "suite.json").write_text(json.dumps(about_rows))
     assert run(tmp_path, "--shape", TINY, "--case", "inference", "--force") == 0
     assert len(records(tmp_path / "suite.csv")) == 8
-    # A picture of what is no longer there goes; what another run said of other files stays.
+    # An outdated picture is removed. Entries of another run about other files stay.
     assert not (tmp_path / "roofline.png").exists()
     about = json.loads((tmp_path / "suite.json").read_text())
     assert list(about) == ["rows.csv", "suite.csv"] and about["rows.csv"] == {"threads": 7}
@@ -412,7 +412,7 @@ class Clock:
 
 
 def turns_of(calls):
-    """Runs of the same name: [(name, how many calls), ...]."""
+    """The calls grouped by name: [(name, how many calls), ...]."""
     return [(name, len(list(group))) for name, group in itertools.groupby(calls)]
 
 
@@ -445,7 +445,7 @@ def test_long_calls_are_made_once_a_turn(monkeypatch):
     functions = {"short": clock.candidate("short", 0.0625), "long": clock.candidate("long", 0.5)}
     assert turns.LONG_CALL_S == 0.1
     turns.time_by_turns(functions, rounds=3, turn_ms=10)
-    # Warming up: until 0.2 s have gone by after the first call. Then a turn each.
+    # Warming up: until 0.2 s have passed after the first call. Then one turn each.
     warm = [("short", 1 + 4), ("long", 1 + 1)]
     assert turns_of(clock.calls) == [*warm, ("short", 2), ("long", 2), ("short", 4), ("long", 1)]
 
@@ -468,7 +468,7 @@ def test_a_slow_case_ends_after_its_budget(budget, rounds, monkeypatch):
 
 
 def test_the_median_of_ratios():
-    # Round by round 2, 3, 0.5: the ratio of the medians would be 1.
+    # Round by round 2, 3, 0.5. The ratio of the medians would be 1.
     assert turns.median_of_ratios([2, 30, 50], [1, 10, 100]) == (2, 0.5, 3)
     assert turns.median_of_ratios([4], [2]) == (2, 2, 2)
     with pytest.raises(ValueError):
@@ -476,7 +476,7 @@ def test_the_median_of_ratios():
 
 
 def chance_of_covering(rounds, low, high):
-    """That the median lies between these order statistics, counted from 0.
+    """The probability that the median lies between these order statistics, counted from 0.
 
     It does if more than `low` values are below it, and no more than `high`.
     """
@@ -485,11 +485,11 @@ def chance_of_covering(rounds, low, high):
 
 @pytest.mark.parametrize("rounds", range(7, 60))
 def test_the_confidence_interval(rounds):
-    ratios = torch.randperm(rounds).tolist()  # each is its own place in the order
+    ratios = torch.randperm(rounds).tolist()  # each value equals its position
     _, low, high = turns.median_of_ratios(ratios, [1] * rounds)
     # 95 % in whole percents: the normal approximation covers 94.75 % at 21 rounds.
     assert round(chance_of_covering(rounds, int(low), int(high)), 2) >= 0.95
-    # It is not wider than it need be.
+    # It is no wider than necessary.
     assert chance_of_covering(rounds, int(low) + 1, int(high) - 1) < 0.95
 
 
@@ -641,7 +641,7 @@ def test_side_by_side():
         "8x4-3-2 inference bfloat16 1.25 s - 1 s 1.25 [1.15, 1.35] over compile, "
         "2.50 times the roofline's time",
     ]
-    # The names stand over the ends of their columns.
+    # The names end above the ends of their columns.
     for name, times in {"eager": ["150 µs", "1.25 s"], "relu_mlp": ["100 µs", " 1 s"]}.items():
         ends = {line.index(time) + len(time) for line, time in zip(lines, times)}
         assert ends == {head.index(name) + len(name)}

@@ -1,4 +1,4 @@
-"""`relu-mlp check`: the figures, and that it can fail."""
+"""`relu-mlp check`: its figures, and that it can fail."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from relu_mlp.cli import check, rounding
 
 
 def lines_of(capsys):
-    """The lines of the first table: backend, dtype, activation, six figures, perhaps WRONG."""
+    """The lines of the first table: backend, dtype, activation, six figures, and perhaps WRONG."""
     return [
         line.split()
         for line in capsys.readouterr().out.splitlines()
@@ -66,7 +66,7 @@ def wrong_output(*arguments, **options):
 def test_a_wrong_result_has_status_1(name, broken, monkeypatch, capsys):
     monkeypatch.setattr(check, name, broken)
     assert cli.main(["check"]) == 1
-    # The gradients of 16-bit networks have bounds as large as some of them.
+    # The bounds of 16-bit networks are as large as some of their gradients.
     lines = [line for line in lines_of(capsys) if line[1] in ("float64", "float32")]
     assert lines and all(line[-1] == "WRONG" for line in lines)
 
@@ -112,7 +112,7 @@ def test_bad_arguments_have_status_2(arguments, said, capsys):
 @pytest.mark.parametrize("activation", support.ACTIVATIONS)
 @pytest.mark.parametrize("dtype", support.DTYPES)
 def test_bounds_hold_for_native_networks_and_are_not_idle(dtype, activation):
-    """Native results stay within; results of a network changed by two bounds do not."""
+    """Native results stay within the bounds. Results of a network changed by two bounds do not."""
     for seed in range(10):
         options = cli.parser().parse_args(
             ["check", "--seed", str(seed), "--network", "6", "9", "3"]

@@ -1,4 +1,4 @@
-"""What goes wrong at a terminal: one line and status 2, and no file is lost or half written."""
+"""Failures at a terminal: each is one line and status 2, and no file is lost or half written."""
 
 import contextlib
 import io
@@ -36,7 +36,7 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """The bytes of a regression's checkpoint and of a classification's, trained once."""
+    """The bytes of the checkpoints of a regression and of a classification, trained once."""
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -56,7 +56,7 @@ def trained(checkpoints):
 
 
 def problem(capsys, words):
-    """The one line of a refusal."""
+    """The single line of an error."""
     capsys.readouterr()
     with contextlib.suppress(SystemExit):
         assert cli.main(words.split()) == 2
@@ -218,7 +218,7 @@ def test_refuses_wrong_master_weights(checkpoints, capsys):
 @pytest.mark.parametrize("kind", ["run", "classes", "half"])
 @pytest.mark.parametrize("seal", [True, False])
 def test_takes_what_was_saved(kind, seal, checkpoints, capsys):
-    """Also without a checksum of its own, as it was saved before there was one."""
+    """Also without its own checksum, as earlier versions saved it."""
     Path("run").mkdir()
     if seal:
         Path("run/model.pt").write_bytes(checkpoints[kind])
@@ -275,7 +275,7 @@ def test_a_compressed_file_is_not_unpacked():
         Checkpoint.load(Path("model.pt"))
 
 
-def test_the_seal_is_no_hindrance_to_others():
+def test_other_readers_accept_the_seal():
     buffer = io.BytesIO()
     torch.save({"a": torch.ones(3)}, buffer)
     data = sealed(buffer.getvalue())
@@ -298,7 +298,7 @@ def test_a_pickle_runs_nothing(trained, capsys):
 
 @contextlib.contextmanager
 def full_disk(size):
-    """No file may grow beyond so many bytes."""
+    """Limits the size of every file to this many bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -334,7 +334,7 @@ def test_a_picture_that_cannot_be_written_is_a_failure(monkeypatch, capsys):
 
 
 def test_two_runs_into_one_file(monkeypatch):
-    """One writes the whole file while the other is about to rename its own."""
+    """One run writes the whole file while the other is about to rename its own."""
     path, fsync, nested = Path("model.pt"), os.fsync, []
 
     def fsync_while_another_writes(descriptor):
@@ -424,7 +424,7 @@ def test_the_mode_of_a_file_stays():
 
 def test_a_file_that_may_not_be_written_stays(monkeypatch):
     Path("file").write_bytes(b"old")
-    # Not by its mode, because the superuser may write everywhere.
+    # Not a matter of its mode, because the superuser may write everywhere.
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(cli.Problem, match="file can't be written: Permission denied"):
         files.write(Path("file"), b"new")
@@ -442,12 +442,12 @@ def test_a_file_that_may_not_be_written_stays(monkeypatch):
     ],
 )
 @pytest.mark.parametrize("force", ["", " --force"])
-def test_an_output_that_cannot_be(out, expected, force, trained, capsys):
+def test_an_invalid_output_path(out, expected, force, trained, capsys):
     Path("loop").symlink_to("loop")
     assert expected in problem(capsys, f"predict --data t.csv --out {out}{force}")
 
 
-def test_a_long_name_can_be(trained):
+def test_a_long_output_name_is_valid(trained):
     assert cli.main(["predict", "--data", "t.csv", "--out", "x" * 255]) == 0
 
 
@@ -460,7 +460,7 @@ def test_bench_writes_whole_files(monkeypatch):
     assert Path("memory.csv").read_bytes() == before
     for unreadable in (b"\xff{", b"[1]", b""):
         Path("suite.json").write_bytes(unreadable)
-        suite.keep(Path(), "memory.csv", [row])  # what took a quarter of an hour is not lost
+        suite.keep(Path(), "memory.csv", [row])  # fifteen minutes of results are not lost
         assert b'"memory.csv"' in Path("suite.json").read_bytes()
 
 
@@ -532,7 +532,7 @@ def test_a_terminal_without_a_character(monkeypatch):
 
 
 def test_a_name_that_is_no_text(trained, monkeypatch):
-    """A file name of other bytes than UTF-8 is a str with surrogates."""
+    """A file name with bytes that are not UTF-8 is a str with surrogates."""
     out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     monkeypatch.setattr(sys, "stdout", out)
     assert cli.main(["predict", "--data", "t.csv", "--out", os.fsdecode(b"\xff.csv")]) == 0
@@ -541,7 +541,7 @@ def test_a_name_that_is_no_text(trained, monkeypatch):
 
 
 def test_a_reader_that_has_seen_enough(monkeypatch, capsys):
-    """As `relu-mlp train | head -1`: the training goes on."""
+    """As in `relu-mlp train | head -1`: the training goes on."""
     read, write = os.pipe()
     os.close(read)
     with stream(write) as out:
@@ -642,7 +642,7 @@ def test_more_memory_than_there_is(capsys):
 
 
 def test_without_docstrings(monkeypatch, capsys):
-    """`python -OO` takes them out."""
+    """`python -OO` removes docstrings."""
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == "relu_mlp":
             monkeypatch.setattr(module, "__doc__", None)

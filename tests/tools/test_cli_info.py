@@ -55,7 +55,7 @@ def test_advises_those_who_have_a_gpu(monkeypatch):
 @pytest.mark.parametrize("name", ["RELU_MLP_BACKEND", "RELU_MLP_ISA"])
 def test_a_bad_variable_is_one_line_and_status_2(name):
     if ops.LIBRARY_PATH is None and name == "RELU_MLP_ISA":
-        return  # nobody reads it
+        return  # nothing reads it
     result = run("info", **{name: "nonsense"})
     assert result.returncode == 2 and not result.stdout
     assert result.stderr.startswith(f"relu-mlp info: error: {name} must be")

@@ -1,4 +1,4 @@
-"""`relu-mlp predict`: what it predicts, what it needs of the table, what it refuses."""
+"""`relu-mlp predict`: its predictions, its requirements on the table, and its errors."""
 
 import csv
 import pickle
@@ -29,7 +29,7 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
 def cells():
     """30 rows of a table, as numbers."""
     x = torch.randn(30, 2, dtype=torch.float64)
-    # Few digits, which every pandas reads to the last bit.
+    # Few digits, which every pandas version reads exactly.
     return pandas.DataFrame({"a": x[:, 0].tolist(), "b": (3 * x[:, 1]).tolist()}).round(6)
 
 
@@ -49,7 +49,7 @@ def predict(cells=None, *flags):
 
 
 def problem(capsys, *flags):
-    """The one line of a refusal."""
+    """The single line of an error."""
     capsys.readouterr()
     assert cli.main(["predict", "--data", "new.csv", *map(str, flags)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -57,7 +57,7 @@ def problem(capsys, *flags):
 
 
 def sequential(saved):
-    """What a person would write to load the checkpoint; its sizes are those of the weights."""
+    """A user's code to load the checkpoint. Its sizes are those of the weights."""
     weights = [value for name, value in saved["model"].items() if name.endswith("weight")]
     children = []
     for weight in weights:
@@ -134,7 +134,7 @@ def test_columns_count_by_name_and_rows_in_order(cells):
     whole = [float(value) for value in predict(cells)["predicted_y"]]
     shuffled = cells.iloc[::-1][["b", "a"]].assign(note="text", c=float("nan"))
     turned = predict(shuffled[["note", "b", "c", "a"]])["predicted_y"]
-    # Another place in the matrix may mean another order of a dozen additions, each to 1e-16.
+    # Another position in the matrix may change the order of a dozen additions, each to 1e-16.
     assert [float(value) for value in turned[::-1]] == pytest.approx(whole, rel=0, abs=1e-13)
 
 
@@ -346,7 +346,7 @@ def test_the_page_does_what_it_says(capsys):
             assert cli.main((command + few).split()) == 0, command
     said = capsys.readouterr().out
     assert "After 4 epochs" in said and "Compared with the target: r2" in said
-    # After four epochs it is a rough guess, but a distance: 0 to 90 m.
+    # After four epochs the prediction is rough, but a distance: 0 to 90 m.
     assert 20 < known["distance"].item() < 60
     with torch.no_grad():
         z = known["net"](known["x"].float()).double()

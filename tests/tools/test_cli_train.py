@@ -1,4 +1,4 @@
-"""`relu-mlp train`: what it learns, what it writes, how it resumes, what it refuses."""
+"""`relu-mlp train`: what it learns and writes, how it resumes, and its errors."""
 
 import csv
 import io
@@ -24,13 +24,13 @@ SMALL = ["--data", "table.csv", "--target", "y", "--hidden", "4", "--epochs", "4
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    # Pictures take longer than these trainings; who wants one puts DRAW back.
+    # Pictures take longer than these trainings. Tests that need one restore DRAW.
     monkeypatch.setattr(train_output, "draw", lambda checkpoint, path: path.write_text("a picture"))
 
 
 @pytest.fixture
 def table(tmp_path):
-    """20 rows of numbers, and a target that is no class."""
+    """20 rows of numbers, and a target that is not a class."""
     x = torch.randn(20, 2, dtype=torch.float64)
     return save(tmp_path / "table.csv", a=x[:, 0], b=3 * x[:, 1] + 5, y=x.prod(1))
 
@@ -51,11 +51,11 @@ def load(folder="run"):
 
 
 def problem(capsys, *arguments):
-    """The one line of a refusal."""
+    """The single line of an error."""
     capsys.readouterr()
     try:
         status = run(*arguments)
-    except SystemExit as stop:  # argparse puts the usage above the line
+    except SystemExit as stop:  # argparse prints the usage above the line
         assert stop.code == 2
         return capsys.readouterr().err.splitlines()[-1]
     assert status == 2
@@ -84,8 +84,8 @@ def assert_same(a, b, where="checkpoint"):
 
 
 def test_learns_a_curve(capsys):
-    # sin(3 x) has a variance of about 1/2, the noise one of 0.01: a perfect fit has an R² of
-    # 0.98, and one whose own error has twice the variance of the noise still 0.94.
+    # sin(3 x) has a variance of about 1/2, the noise one of 0.01. A perfect fit has an R² of
+    # 0.98, and one whose own error has twice the variance of the noise still has 0.94.
     x = 4 * torch.rand(400) - 2
     save("table.csv", x=x, y=100 + 20 * (torch.sin(3 * x) + 0.1 * torch.randn(400)))
     assert run("--data", "table.csv", "--target", "y", "--epochs", 60, "--lr", 0.005) == 0
@@ -99,8 +99,8 @@ def test_learns_a_curve(capsys):
 
 
 def test_learns_classes(capsys):
-    # The centres are 4.3 apart, so the nearest class is wrong for 2 Q(4.3 / 2) = 3 % at
-    # most; of 80 rows that is 2.4 with a standard deviation of 1.5, and 8 are allowed.
+    # The centers are 4.3 apart, so the nearest class is wrong for 2 Q(4.3 / 2) = 3 % at
+    # most. Of 80 rows that is 2.4 with a standard deviation of 1.5, and 8 are allowed.
     names = ["oak", "ash", "elm"]
     label = torch.randint(3, (400,))
     angle = label * 2 * math.pi / 3
@@ -139,7 +139,7 @@ def test_16_bits_take_updates_that_would_round_away(table):
 
 @pytest.mark.parametrize("device", ["cpu"] + ["cuda"] * torch.cuda.is_available())
 def test_training_is_by_the_fused_operators(device, backend, table, monkeypatch):
-    known = relu_mlp.build_info()  # an operator too, but not one to be counted
+    known = relu_mlp.build_info()  # the mode also counts another operator, which is left out
     monkeypatch.setattr(train_output, "checked_build_info", lambda: known)
     with support.count_calls() as counts:
         assert run(*SMALL, "--batch-size", 8, "--device", device) == 0
@@ -288,7 +288,7 @@ def test_two_rows_are_enough():
     assert math.isnan(load()["history"][-1]["validation_r2"])
 
 
-# -- Again, and further ----------------------------------------------------------
+# -- Repeated and resumed --------------------------------------------------------
 
 
 def test_the_same_seed_gives_the_same_bits(table):
@@ -329,7 +329,7 @@ def test_a_resumed_training_takes_another_learning_rate(table):
 
 
 class Stop:
-    """In the place of `Training.train_one_epoch`: raises instead of the last of `epochs`."""
+    """Replaces `Training.train_one_epoch` and raises instead of running the last of `epochs`."""
 
     def __init__(self, monkeypatch, epochs, error):
         original, self.left = Training.train_one_epoch, epochs
@@ -605,7 +605,7 @@ def test_needs_a_target(table, capsys):
 
 
 def test_refuses_a_folder_that_cannot_be_written_to(table, monkeypatch, capsys):
-    # Not by its mode, because the superuser may write everywhere.
+    # Not a matter of its mode, because the superuser may write everywhere.
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert problem(capsys, *SMALL) == "the folder run can't be written to"
 

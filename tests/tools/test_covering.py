@@ -17,7 +17,7 @@ def combinations(rows, strength):
 
 
 PRODUCT = list(itertools.product(range(5), "abc", [True, False], [None, "relu"], (1.5, 2.5, 3.5)))
-#: Not everything goes with everything: values of the last factor depend on the first.
+#: Not every combination is allowed: values of the last factor depend on the first.
 PART = [row for row in PRODUCT if row[0] + row[-1] < 5]
 
 
@@ -30,7 +30,7 @@ def test_every_combination_occurs(rows, strength):
 
 
 def test_is_small():
-    """The most that any three factors have is 5 x 3 x 3."""
+    """Any three factors have at most 5 x 3 x 3 combinations."""
     assert 45 <= len(covering(PRODUCT, 3)) <= 60
 
 

@@ -1,18 +1,18 @@
-"""What the documentation says is so.
+"""The documentation is true.
 
 In every Markdown file of the repository:
 
-- a fenced block whose first line names a file after the language, as in
-  ```python relu_mlp/reference.py, quotes it: its lines stand there, one after the
-  other (a line of three dots leaves some out; indentation may differ);
-- any other block of Python runs, after those above it on the page; a block of text
-  right after it is what it prints;
-- so do the lines of other blocks that begin with "$ relu-mlp";
-- a relative link leads to a file, and to a heading of it where it names one;
-- every file that docs/architecture.md and docs/adding.md name exists, and so does every name of a
-  module that they give with its module, such as `functional.is_served`;
-- README.md and docs/architecture.md keep to their length, and the figures in README.md are
-  those of docs/performance.md.
+- A fenced block whose first line names a file after the language, as in
+  ```python relu_mlp/reference.py, quotes it. Its lines occur there, one after the other. A line of
+  three dots leaves some out, and indentation may differ.
+- Any other block of Python runs, after those above it on the page. A block of text right after it
+  shows its output.
+- So do the lines of other blocks that begin with "$ relu-mlp".
+- A relative link leads to a file, and to a heading of it where it names one.
+- Every file that docs/architecture.md and docs/adding.md name exists, and so does every name of a
+  module that they give with its module, such as `functional.is_served`.
+- README.md and docs/architecture.md keep to their length, and the figures in README.md are those of
+  docs/performance.md.
 """
 
 import contextlib
@@ -42,10 +42,10 @@ MOST_WORDS = {"README.md": 1000, "docs/architecture.md": 1500}
 @dataclass
 class Block:
     language: str
-    path: str  #: of the file that is quoted, or nothing
+    path: str  #: the quoted file, or an empty string
     text: str
-    line: int  #: where it begins
-    follows: bool  #: nothing but a blank line stands between it and the block before
+    line: int  #: the line at which it begins
+    follows: bool  #: whether only blank lines separate it from the block before
 
 
 def blocks_of(page):
@@ -63,7 +63,7 @@ def name_of(page):
 
 
 def file_of(path):
-    """A file of the repository; the package's own may be installed elsewhere."""
+    """A file of the repository. The package's own files may be installed elsewhere."""
     if path.startswith("relu_mlp/"):
         return Path(relu_mlp.__file__).parent / path.removeprefix("relu_mlp/")
     return ROOT / path
@@ -74,7 +74,7 @@ def stripped(text):
 
 
 def quote_problem(quote, source):
-    """What keeps a quote from standing in a source, or None."""
+    """The reason why a quote does not occur in a source, or None."""
     lines, at = stripped(source), 0
     for part in re.split(r"^\s*\.\.\.$", quote, flags=re.MULTILINE):
         wanted = stripped(part)
@@ -126,7 +126,7 @@ def runs(page):
 
 
 def run(page):
-    """Runs a page's Python from top to bottom, and compares what it prints."""
+    """Runs a page's Python from top to bottom, and compares its output."""
     namespace = {"__name__": "docs"}
     blocks = blocks_of(page)
     for n, block in enumerate(blocks):
@@ -145,7 +145,7 @@ def run(page):
             assert actual == after.text.rstrip("\n"), f"line {block.line} prints\n{actual}"
 
 
-# PyTorch's own, when it first loads what forward mode needs.
+# PyTorch says this about itself when it first loads the code for forward mode.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
 @pytest.mark.slow
 @pytest.mark.installation
@@ -172,7 +172,7 @@ def test_a_command_that_fails_is_found(tmp_path, monkeypatch, capsys):
 
 
 def anchors_of(page):
-    """The names under which GitHub links to a page's headings."""
+    """The anchors that GitHub makes from a page's headings."""
     text = CODE.sub("", page.read_text(encoding="utf-8"))
     titles = [re.sub(r"[^\w\- ]", "", title.lower()) for title in HEADING.findall(text)]
     return {title.strip().replace(" ", "-") for title in titles}
@@ -205,7 +205,7 @@ def files_named(text):
 
 
 def exists(name):
-    """Whether a file or folder has this path, or a path that ends so."""
+    """Whether a file or folder has this path, or a path that ends with it."""
     folders = ["csrc", "docs", "tests", "tools", "examples"]
     found = [path for folder in folders for path in (ROOT / folder).rglob("*")]
     found += Path(relu_mlp.__file__).parent.rglob("*")

@@ -25,7 +25,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a
 
 
 def run(*command, cwd, **environment):
-    """What a command prints; a failure shows it."""
+    """A command's output. If the command fails, the test shows it."""
     scripts = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
     done = subprocess.run(
         list(map(str, command)),
@@ -60,7 +60,7 @@ def installed(source, site):
 
 
 def run_tests(source, site, *options):
-    """Runs the tests of a copy with the package that lies in `site`."""
+    """Runs the tests of a copy with the package in `site`."""
     (source / "pytest.ini").write_text("[pytest]\n")
     paths = [str(site), str(Path(relu_mlp.__file__).parent.parent)]
     return run(
@@ -75,13 +75,13 @@ def test_builds_a_wheel_that_passes_its_tests(tmp_path):
     source, site = copied(tmp_path / "source"), tmp_path / "site"
     wheel = installed(source, site)
     assert re.fullmatch(r"squared_relu-0\.1\.0-cp310-abi3-\w+\.whl", wheel.name)
-    shutil.rmtree(source / "squared_relu")  # so that what is tested is what was installed
+    shutil.rmtree(source / "squared_relu")  # so that the installed package is tested
     assert "8 passed" in run_tests(source, site)
 
     tool = shutil.which("nm")
     if tool is not None:
         wanted = run(tool, "-D", "--undefined-only", site / "squared_relu/_C.abi3.so", cwd=tmp_path)
-        # The C API of the stable ABI alone: no Python, and no C++ of ATen or c10.
+        # Only the C API of the stable ABI: no Python, and no C++ of ATen or c10.
         assert "aoti_torch_" in wanted and not re.findall(
             r" U (Py\w+|_ZNK?(?:2at|3c10)\w+)", wanted
         )
@@ -121,7 +121,7 @@ def test_the_cuda_kernel_compiles(tmp_path):
         cwd=tmp_path,
     )
     kernels = re.findall(r"Compiling entry function '\w*kernel\w*' for '(sm_\d+)'", said)
-    assert sorted(kernels) == ["sm_80"] * 4 + ["sm_90"] * 4  # one for each dtype
+    assert sorted(kernels) == ["sm_80"] * 4 + ["sm_90"] * 4  # one kernel for each dtype
     assert set(re.findall(r"(\d+) bytes spill", said)) == {"0"}
 
 
@@ -154,7 +154,7 @@ def test_the_text_for_two_instruction_sets_runs(tmp_path):
 
 
 def test_the_traps_are_there():
-    """What docs/extension.md says of PyTorch beyond what its own code shows."""
+    """The statements of docs/extension.md about PyTorch that its own code does not show."""
 
     def backward(ctx, grad):
         return grad * 2 * torch.relu(*ctx.saved_tensors)

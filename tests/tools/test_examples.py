@@ -1,5 +1,5 @@
-"""The programs in examples/: each runs, prints the figures that its page quotes, and stops
-with a message that names what is wrong if one gradient is.
+"""The programs in examples/: each runs and prints the figures that its page quotes. If one gradient
+is wrong, it stops with a message that names the mistake.
 """
 
 import importlib
@@ -20,11 +20,11 @@ from relu_mlp import LossAndGrads
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 
-# agreement.py is what the others share. digits.py is `make demo`, which `.ci/run` runs: it
+# The others share agreement.py. digits.py is `make demo`, which `.ci/run` runs: it
 # needs scikit-learn, which the tests do not.
 PROGRAMS = sorted({path.stem for path in EXAMPLES.glob("*.py")} - {"agreement", "digits"})
 
-# What a program must print. Its page in docs/examples quotes each of these too.
+# The output that a program must print. Its page in docs/examples quotes each of these too.
 FIGURES = {
     "two_layers": [
         " 499  loss           150.095557815     150.095557815     150.095557815",
@@ -71,7 +71,7 @@ FIGURES = {
     ],
 }
 
-# The files that a program leaves, with no --out given; the others leave none.
+# The files that a program writes without --out. The others write none.
 WRITTEN = {"levenberg_marquardt": ["demo/levenberg_marquardt.png"]}
 
 
@@ -81,7 +81,7 @@ WRITTEN = {"levenberg_marquardt": ["demo/levenberg_marquardt.png"]}
 def test_runs_and_prints_its_figures(name, backend, tmp_path):
     package = str(Path(relu_mlp.__file__).parent.parent)
     path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
-    # A second thread has nothing to do in networks of this size but to wait.
+    # In networks of this size, a second thread would only wait.
     variables = {"PYTHONPATH": path, "RELU_MLP_BACKEND": backend, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [sys.executable, str(EXAMPLES / f"{name}.py")],
@@ -109,7 +109,7 @@ def test_page_quotes_the_figures(name):
 
 @pytest.fixture
 def load(monkeypatch):
-    """Imports a program afresh; nothing of it stays behind."""
+    """Imports a program again. Nothing of it stays behind."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
 
     def function(name, steps):
@@ -133,7 +133,7 @@ def fails(module):
     return message
 
 
-# Mistakes. Each is given the right answer, with biases, and makes a wrong one of it.
+# Mistakes. Each gets the right gradients, with biases, and makes wrong ones of them.
 
 
 def divides_bias_gradients(right, x, target, weights, biases):
@@ -152,7 +152,7 @@ def masks_before_the_bias(right, x, target, weights, biases):
 
 
 def sums_over_outputs(right, x, target, weights, biases):
-    """Document 000, but for the shape: one output would hide it."""
+    """Document 000, with the right shape. With one output the mistake would not show."""
     grad_b1, grad_b2 = right.biases
     return right._replace(biases=(grad_b1, grad_b2.sum().expand(grad_b2.shape)))
 
@@ -184,7 +184,7 @@ def computes_in_single_precision(right, x, target, weights, biases):
 
 
 def is_off_in_one_element(right, x, target, weights, biases):
-    """By a few units of the tenth digit."""
+    """Off by a few units of the tenth digit."""
     grad_w2 = right.weights[1].clone()
     grad_w2[0, 1] *= 1 + 5e-10
     return right._replace(weights=(right.weights[0], grad_w2))
@@ -200,7 +200,7 @@ def has_a_loss_in_single_precision(right, x, target, weights, biases):
     return right._replace(loss=right.loss.float().double())
 
 
-# What the message names.
+# The names in the message.
 MISTAKES = {
     divides_bias_gradients: r"biases\[0\]\[\d\] is ",
     masks_before_the_bias: r"weights\[0\]\[\d, \d\] is ",
@@ -222,7 +222,7 @@ CASES = [
 
 
 def with_mistake(mistake, right, after=0):
-    """The gradients `right`, wrong from a call on."""
+    """The gradients `right`, wrong from some call on."""
     calls = itertools.count()
 
     def gradients(x, target, weights, biases=None):
@@ -255,7 +255,7 @@ def test_names_the_wrong_gradient(load, monkeypatch, name, mistake, way):
     ],
 )
 def test_the_curve_shows_a_mistake_too(load, monkeypatch, name, mistake, way):
-    """Also one that is not made in the first step, where the gradients are compared."""
+    """Also a mistake that is not made in the first step, where the gradients are compared."""
     module = load(name, steps=5)
     monkeypatch.setattr(module, way, with_mistake(mistake, getattr(module, way), after=1))
     assert re.search(r"losses\[\d+\] is ", fails(module))
@@ -275,12 +275,12 @@ def test_two_layers_runs_on_the_gpu_where_there_is_one(load, monkeypatch, availa
 
 
 def without_its_sigmoid(right, *arguments):
-    """The derivative of the sigmoid forgotten."""
+    """Forgets the derivative of the sigmoid."""
     return right(*arguments[:3], None)
 
 
 def with_half_of_its_sigmoid(right, W, X, T, activation):
-    """Y for Y (1 - Y)."""
+    """Y instead of Y (1 - Y)."""
     Y = torch.sigmoid(X @ W) if activation else X @ W
     return X.T @ ((Y - T) * Y) if activation else right(W, X, T, activation)
 
@@ -308,7 +308,7 @@ def one_sided_at_large_steps(right, W, X, T, activation, step):
 
 
 def over_one_step(right, *arguments):
-    """Divided by the step and not by twice the step."""
+    """Divides by the step instead of twice the step."""
     return 2 * right(*arguments)
 
 
@@ -356,7 +356,7 @@ def test_numerical_gradient_checks_the_package(load, monkeypatch):
 
 
 def test_bounds_end_at_a_kink(load):
-    """A hidden unit at 0 may be on or off, and nothing is said of a gradient there."""
+    """A hidden unit at 0 may be on or off, so there is no bound for a gradient there."""
     agreement = load("agreement", steps=None)
     x, target = torch.zeros(1, 3).double(), torch.zeros(1, 1).double()
     weights = [torch.ones(2, 3).double(), torch.ones(1, 2).double()]
@@ -367,10 +367,10 @@ def test_bounds_end_at_a_kink(load):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("sizes", [[3, 2, 1], [30, 20, 20, 5]], ids=str)
 def test_bounds_hold_and_are_no_wider_than_need_be(load, sizes, bias):
-    """In single precision, where double precision can see every rounding.
+    """In single precision, so that double precision can see every rounding.
 
-    The bounds grow with the unit roundoff, in proportion as long as it is small, and are
-    for two computations. The largest errors are some hundredths of the worst case.
+    The bounds grow in proportion to the unit roundoff as long as it is small, and cover two
+    computations. The largest errors are a few hundredths of the worst case.
     """
     agreement = load("agreement", steps=None)
     weights, biases = support.make_network(sizes, "all", torch.float32)

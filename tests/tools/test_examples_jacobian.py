@@ -1,4 +1,4 @@
-"""The two examples about J = dy/dw: they run, print what is known, and notice what is wrong."""
+"""The two examples about J = dy/dw: they run, print the known figures, and detect mistakes."""
 
 import importlib.util
 import itertools
@@ -20,7 +20,7 @@ pytest.importorskip("matplotlib")
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
-# What the source document printed: losses of epochs 500, 1000, ..., 5000; w, b.
+# The output of the source document: losses of epochs 500, 1000, ..., 5000; w, b.
 LOSSES = {
     500: 7.860115051269531,
     1000: 3.828537940979004,
@@ -37,7 +37,7 @@ FINAL = {"b": -17.3012, "w": 5.3671}
 
 
 def run(name, backend, *arguments, cwd):
-    """What the program printed; it must end well and complain about nothing."""
+    """The program's output. It must end well and print no warnings."""
     package = Path(relu_mlp.__file__).parents[1]
     environment = {"RELU_MLP_BACKEND": backend, "PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
@@ -115,7 +115,7 @@ def failure_of(main, capsys):
 
 
 def change(monkeypatch, owner, name, entry, how):
-    """Makes one tensor wrong of what `owner.name` returns: the one at `entry`, (kind, layer)."""
+    """Makes one tensor in the results of `owner.name` wrong: the one at `entry`, (kind, layer)."""
     right = getattr(owner, name)
 
     def wrong(*arguments, **options):
@@ -129,7 +129,7 @@ def change(monkeypatch, owner, name, entry, how):
 
 
 def next_up(tensor):
-    """One unit in the last place: where a check has no tolerance, that must be enough."""
+    """One unit in the last place, which is enough where a check has no tolerance."""
     return torch.nextafter(tensor, torch.full_like(tensor, torch.inf))
 
 
@@ -144,7 +144,7 @@ def short(model_and_loss, monkeypatch):
     return model_and_loss
 
 
-#: Where the ways get their gradients from, beside the Jacobian.
+#: The functions from which the ways get their gradients, besides the Jacobian.
 SOURCES = {
     "without J": lambda example: (relu_mlp.Linearization, "vjp"),
     "one call": lambda example: (example, "loss_and_grads"),
@@ -175,7 +175,7 @@ def test_a_jacobian_without_the_mask(short, monkeypatch, capsys):
     assert "the Jacobian of biases[0] has" in failure_of(short.main, capsys)
 
 
-# The first loss is off by as much of itself as dL/db, or by 1/20 as much as dL/dw; the
+# The relative error of the first loss is that of dL/db, or 1/20 of that of dL/dw. The
 # limit is 1e-5.
 @pytest.mark.parametrize(("kind", "wrong"), [("weights", 1e-3), ("biases", 3e-5)])
 @pytest.mark.parametrize("way", SOURCES)
@@ -193,7 +193,7 @@ def test_a_wrong_gradient_of_the_network(short, monkeypatch, capsys, way, kind):
 
 
 def test_a_wrong_loss_gradient(short, monkeypatch, capsys):
-    """The factor 2 forgotten, in the table where the reference looks it up."""
+    """The factor 2 is missing in the table that the reference uses."""
     monkeypatch.setitem(reference.LOSS_BACKWARDS, "mse", lambda error: error / error.numel())
     with relu_mlp.backend("reference"):
         assert "the line by one call has" in failure_of(short.main, capsys)
@@ -211,7 +211,7 @@ def test_a_wrong_loss(short, monkeypatch, capsys):
 
 
 def test_a_wrong_autograd(short, monkeypatch, capsys):
-    # A loss too large by 1e-3 of itself falls too fast, and ends too small by 6e-5 of itself.
+    # With a relative error of 1e-3, the loss falls too fast, and ends too small by 6e-5 of itself.
     right = F.mse_loss
     monkeypatch.setattr(F, "mse_loss", lambda y, target: (1 + 1e-3) * right(y, target))
     assert "the line by autograd has" in failure_of(short.main, capsys)
@@ -250,7 +250,7 @@ def test_a_step_solves_its_equation(levenberg_marquardt, monkeypatch, start, bac
     assert 0 < products < 50 and products == len(calls)
     of_weights, of_biases = relu_mlp.jacobian(x, *start)
     J = torch.cat([entry.flatten(2).flatten(0, 1) for entry in (*of_weights, *of_biases)], 1)
-    # It stops by a residual that it carries along, which rounding moves by 1e-13 or so.
+    # It stops at a residual that it updates recursively, which rounding moves by about 1e-13.
     assert (J.T @ (J @ d) + d - b).norm() <= (1e-2 + 1e-9) * b.norm()
 
 

@@ -1,7 +1,7 @@
-"""The examples of derivatives of derivatives and of samples: the operators serve them, and a
-wrong derivative ends them with a message.
+"""The examples of derivatives of derivatives and of samples: the operators serve them, and a wrong
+derivative ends them with a message.
 
-That they run whole and print their figures is in test_examples.py.
+test_examples.py runs them in full and checks their figures.
 """
 
 import importlib
@@ -26,7 +26,7 @@ SMALL = {
 
 @pytest.fixture
 def load(monkeypatch):
-    """Imports a program afresh, cut down to a moment; nothing of it stays behind."""
+    """Imports a program again, shortened to a moment. Nothing of it stays behind."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     threads = torch.get_num_threads()
 
@@ -56,7 +56,7 @@ def failure_of(module, capsys):
 
 
 def with_one_larger(tensors, by):
-    """The same, but the largest element of the first tensor is larger by a fraction of itself."""
+    """The same, but the largest element of the first tensor grows by a fraction of itself."""
     first, *others = tensors
     first = first.clone()
     first.view(-1)[first.abs().argmax()] *= 1 + by
@@ -79,7 +79,7 @@ def test_the_operators_run(load, backend, capsys, name):
 def test_a_wrong_second_derivative_of_tanh(load, backend, monkeypatch, capsys, factor):
     monkeypatch.setitem(second_order.CURVATURES, "tanh", lambda y: -2 * factor * y)
     message = failure_of(load("physics_informed"), capsys)
-    # Under torch.func the reference is differentiated by PyTorch, and does not ask for it.
+    # Under torch.func PyTorch differentiates the reference, and does not call it.
     assert re.search("the loss is .* by (torch.func|create_graph) and .* by hand", message), message
 
 
@@ -88,14 +88,14 @@ def test_a_wrong_second_derivative_in_one_way(load, backend, monkeypatch, capsys
     module = load("physics_informed")
     right = getattr(module, way)
     monkeypatch.setattr(module, way, lambda *arguments: (1 + 1e-12) * right(*arguments))
-    # The table of ways is made when main is called.
+    # main makes the table of ways when it is called.
     by = {"by_func": "by torch.func", "by_create_graph": "by create_graph"}[way]
     assert f" {by} and " in failure_of(module, capsys)
 
 
 @pytest.mark.parametrize("enough", [1e-3, float("nan")])
 def test_a_solution_that_is_not_one(load, monkeypatch, capsys, enough):
-    """After 20 iterations it is not yet within 1e-3, nor is anything within NaN."""
+    """After 20 iterations it is not yet within 1e-3, and NaN is not within any limit."""
     module = load("physics_informed")
     monkeypatch.setattr(module, "ENOUGH", enough)
     assert "from sin x, and should be within" in failure_of(module, capsys)
@@ -119,12 +119,12 @@ def larger(of_saved):
 
 
 def lost(of_saved):
-    """As a fused layer without a second derivative gives it."""
+    """As from a fused layer without a second derivative."""
     return [None] * len(of_saved)
 
 
 def one_forgotten(of_saved):
-    """That of one weight."""
+    """The gradient of one weight."""
     forgotten = next(n for n, grad in enumerate(of_saved) if grad is not None)
     return [None if n == forgotten else grad for n, grad in enumerate(of_saved)]
 
@@ -167,7 +167,7 @@ def test_a_wrong_gradient_of_a_sample(load, backend, monkeypatch, capsys, kind):
 
 
 def test_gradients_of_all_samples_added_up(load, backend, monkeypatch, capsys):
-    """What the layer would give if `vmap` were not there."""
+    """The result if `vmap` were missing."""
     module = load("per_sample")
     right = module.every_gradient
 
@@ -219,7 +219,7 @@ def test_a_wrong_sum(load, backend, monkeypatch, capsys, kind):
 
 
 def test_a_sum_that_is_not_clipped(load, backend, monkeypatch, capsys):
-    """The factors of one way are 1."""
+    """One of the two ways uses factors of 1."""
     module = load("per_sample")
     right = module.by_norms
 
@@ -233,7 +233,7 @@ def test_a_sum_that_is_not_clipped(load, backend, monkeypatch, capsys):
 
 
 def test_the_norms_hold_no_gradient_of_a_sample(load, backend):
-    """The program says how much each way holds; so much is the largest tensor of each."""
+    """The program says how many numbers each way holds. Its largest tensor has that size."""
     module = load("per_sample")
     weights, biases = support.make_network([8, 64, 64, 1])
     w = Parameters(tuple(weights), tuple(biases))

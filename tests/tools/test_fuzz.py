@@ -1,5 +1,6 @@
-"""The fuzzer: some of its cases, that it finds what is broken on purpose, and that a case which
-crashes or hangs is told like others. What it found in the reference is here, too."""
+"""The fuzzer: some of its cases run, it finds deliberate defects, and it reports a case that
+crashes or hangs like any other. Its findings in the reference are tested here too.
+"""
 
 import importlib
 import subprocess
@@ -16,14 +17,14 @@ TOOLS = Path(__file__).parents[2] / "tools"
 
 pytestmark = [
     pytest.mark.skipif(not TOOLS.exists(), reason="the tools are not beside the tests"),
-    # PyTorch's words about layouts that are in beta, and the like.
+    # PyTorch's warnings about layouts in beta, and the like.
     pytest.mark.filterwarnings("ignore"),
 ]
 
 
 @pytest.fixture
 def fuzz(monkeypatch):
-    """The fuzzer, as a package; it may choose an instruction set, which is undone."""
+    """The fuzzer, as a package. It may choose an instruction set, which is undone."""
     monkeypatch.syspath_prepend(TOOLS)
     monkeypatch.setattr(sys, "path", list(sys.path))  # the package adds this folder
     before = relu_mlp.build_info().instruction_set
@@ -46,7 +47,7 @@ def run(code, *arguments):
 
 @pytest.mark.slow
 def test_cases():
-    """Of every kind, with two processes."""
+    """Cases of every kind, with two processes."""
     done = run("", "--seed", "tests", "--cases", "250", "--processes", "2")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert "250 cases, 0 of them wrong" in done.stdout
@@ -68,7 +69,7 @@ def test_a_case_follows_from_seed_and_number(fuzz):
 
 
 def last_number_off(answer):
-    """The same with 1 more in the last number of the last tensor that has any."""
+    """The same with 1 added to the last number of the last nonempty tensor."""
     for tensor in reversed(torch.utils._pytree.tree_leaves(answer)):
         if tensor.numel():
             tensor.view(-1)[-1] += 1
@@ -130,7 +131,7 @@ def test_finds_what_is_broken(fuzz, monkeypatch, how):
 
 
 def test_a_wrong_gradient_is_found(fuzz, monkeypatch):
-    """Of the public function, in the bits and, of real numbers, beyond the bounds."""
+    """A wrong gradient of the public function: in the bits, and for real numbers beyond bounds."""
     monkeypatch.setattr(fuzz.kinds, "KINDS", {fuzz.functions.public_relu_mlp: 1})
 
     def scaled(*arguments, **options):
@@ -183,7 +184,7 @@ def test_a_case_that_crashes_or_hangs_is_reported():
     assert done.returncode == 1, done.stdout + done.stderr
     assert "case 3: the process ended with SIGSEGV" in done.stdout
     assert "case 4: the process ended with SIGABRT" in done.stdout
-    assert "number: 4" in done.stdout  # what it was made of
+    assert "number: 4" in done.stdout  # the arguments of the case
     assert 'make fuzz ARGS="--seed s --case 3"' in done.stdout
     assert "9 cases, 2 of them wrong" in done.stdout
 

@@ -12,7 +12,7 @@ import support
 
 pytestmark = pytest.mark.slow
 
-# All are in the extra "test"; `make abi` runs with PyTorch, pytest and numpy alone.
+# All are in the extra "test". `make abi` runs with PyTorch, pytest and numpy alone.
 pytest.importorskip("matplotlib")
 pytest.importorskip("ipykernel")
 jupyter_client = pytest.importorskip("jupyter_client")
@@ -22,7 +22,7 @@ nbformat = pytest.importorskip("nbformat")
 NOTEBOOK = Path(__file__).parents[2] / "examples" / "backpropagation.ipynb"
 
 
-#: Of the file as it is committed: its pictures and what it prints.
+#: The pictures and printed lines of the committed file.
 LARGEST = 200_000
 
 
@@ -40,19 +40,19 @@ def without_outputs():
 
 
 def words(cell):
-    """What a cell prints, line by line, without numbers: they depend on the machine."""
+    """The printed lines of a cell, without numbers, which depend on the machine."""
     text = "".join(output.get("text", "") for output in cell.outputs)
     return [re.findall(r"\b[a-z]{4,}\b", line) for line in text.splitlines()]
 
 
 def execute(notebook, **environment):
-    """Runs a notebook with this Python and this relu_mlp; the outputs go into its cells."""
+    """Runs a notebook with this Python and this relu_mlp. The outputs go into its cells."""
     with tempfile.TemporaryDirectory() as folder:
         manager = jupyter_client.AsyncKernelManager(
-            # No kernel that somebody has installed: ipykernel's own, which is this Python.
+            # Not an installed kernel, but ipykernel's own, which is this Python.
             kernel_name="python3",
             kernel_spec_manager=jupyter_client.kernelspec.KernelSpecManager(kernel_dirs=[]),
-            # Sockets that are files need no ports, and a short path: it has 100 characters or so.
+            # Sockets that are files need no ports, but a short path, of about 100 characters.
             transport="ipc",
             connection_file=str(Path(folder, "kernel.json")),
         )
@@ -90,7 +90,7 @@ def test_runs_from_top_to_bottom(backend):
 
 
 def test_is_committed_with_its_outputs():
-    """As tools/notebook.py writes it: small, and without anything of the machine it ran on."""
+    """As tools/notebook.py writes it: small, and without machine-dependent data."""
     notebook = read()
     nbformat.validate(notebook)
     assert notebook.metadata.kernelspec.name == "python3"

@@ -1,7 +1,7 @@
 """Runs the generic tests and compares ours with the control: `make torch-suite`.
 
-Usage: python tests/torch_suite [PATTERN]: all tests, or those whose name has PATTERN.
-The exit status is 1 if a test fails of which the control does not, or if none ran.
+Usage: python tests/torch_suite [PATTERN]: all tests, or those whose name contains PATTERN. The exit
+status is 1 if a test fails whose control passes, or if none ran.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ warnings.simplefilter("ignore")
 import generic  # noqa: E402
 from entries import CONTROL, MODULES, OPS  # noqa: E402
 
-#: The names of the entries as they stand in the names of tests, the longest first.
+#: The names of the entries as they occur in the names of tests, the longest first.
 NAMES = sorted(
     {op.name for op in OPS} | {info.formatted_name for info in MODULES}, key=len, reverse=True
 )

@@ -1,8 +1,8 @@
-"""The entries that PyTorch's generic tests are run on: ours, and a native control of each.
+"""The entries on which PyTorch's generic tests run: ours, and a native control of each.
 
-An OpInfo describes a function by its sample inputs, a ModuleInfo a module by its
-constructor's arguments and inputs. The control is the native code of the same samples, so
-a test that fails for it says something about the test, and nothing about this package.
+An OpInfo describes a function by its sample inputs, a ModuleInfo a module by its constructor's
+arguments and inputs. The control is the native code for the same samples. A test that fails for the
+control says something about the test, and nothing about this package.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.testing._internal.opinfo.core import ErrorInput, OpInfo, SampleInput
 
 import relu_mlp
 
-#: What the names of the controls begin with.
+#: The prefix of the names of the controls.
 CONTROL = "control"
 
 # -- Functions of x, weight, bias, weight, bias, ... -------------------------------------------
@@ -112,7 +112,7 @@ def op_entry(name, function):
     )
 
 
-#: Ours with the control that says what is to be expected of it.
+#: Each of ours with the control that says what to expect of it.
 OPS = [
     op_entry("relu_mlp", by_function),
     op_entry("relu_mlp_operator", by_operator),
@@ -142,7 +142,7 @@ class Recomputing(relu_mlp.ReluMLP):
 
 
 class Fused(nn.Sequential):
-    """What `fuse` makes of a control: here the object is made by its constructor."""
+    """The module that `fuse` makes of a control. Here its constructor makes the object."""
 
     def __new__(cls, *arguments, **named):
         return relu_mlp.fuse(nn.Sequential(*Control(*arguments, **named)))

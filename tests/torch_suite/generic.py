@@ -82,7 +82,7 @@ class TestOps(JitCommonTestCase):
 
     @ops([op for op in OPS if op.name == "relu_mlp"], dtypes=OpDTypes.none)
     def test_dtypes(self, device, op):
-        """A dtype works, forward and backward, where it does natively, and nowhere else."""
+        """A dtype works, forward and backward, exactly where it works natively."""
 
         def works(function, dtype):
             x = torch.ones(4, 3).to(dtype)
@@ -123,7 +123,7 @@ class TestOps(JitCommonTestCase):
 
     @ops(OPS, allowed_dtypes=SINGLE)
     def test_cow_input(self, device, dtype, op):
-        """Copy-on-write inputs are read and not copied, forward and backward."""
+        """Copy-on-write inputs are read without a copy, forward and backward."""
         for sample in op.sample_inputs(device, dtype, requires_grad=True):
             tensors, with_tensors = tensors_of(sample)
             lazy = [torch._lazy_clone(t.detach()).requires_grad_() for t in tensors]
@@ -359,7 +359,7 @@ class TestTransforms(TestCase):
 
 
 def subsets(count):
-    """Non-empty subsets: each alone, all, and all but x."""
+    """Non-empty subsets: each alone, all, and all except x."""
     return [*({n} for n in range(count)), set(range(count)), set(range(1, count))]
 
 
@@ -507,7 +507,7 @@ class TestModule(TestCase):
         """`call_for_per_sample_grads`, whose parameters are tensor subclasses."""
         for module, x, entry in each_input(module_info, device, dtype):
             if not x.numel() or x.dim() < 2 or entry.desc in ("tanh", "sigmoid"):
-                continue  # not what ExpandedWeights take, or knows no such operation
+                continue  # ExpandedWeights do not take this, or lack such an operation
             call_for_per_sample_grads(module, batch_size=x.shape[0])(x).sum().backward()
             for p in module.parameters():
                 summed = p.grad_sample.sum(0)

@@ -1,4 +1,4 @@
-"""What is done to the arguments of a valid call."""
+"""Mistakes that are put into the arguments of a valid call."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ OTHER_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def broken_tensor(case: Case, t: Tensor) -> Any:
-    """Something wrong in the place of t: another tensor, or no tensor."""
+    """A wrong replacement for t: another tensor, or an object that is not a tensor."""
     r = case.r
     how = r.choice(
         ["dtype", "dtype", "meta", "shape", "shape", "shape", "memory", "memory", "layout", "none"]
@@ -82,7 +82,7 @@ def broken_tensor(case: Case, t: Tensor) -> Any:
 
 
 def broken_list(case: Case, items: list[Any]) -> Any:
-    """Something wrong in the place of a list."""
+    """A wrong replacement for a list."""
     items = list(items)
     r = case.r
     how = r.choice(["short", "long", "order", "empty", "none", "tensor", "tuple", "many", "string"])

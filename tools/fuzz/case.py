@@ -1,4 +1,4 @@
-"""The random choices that a case is made of, all from one seed."""
+"""The random choices that define a case, all from one seed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .verdict import Subclass, describe
 
 SANITIZED = "asan" in os.environ.get("LD_PRELOAD", "")
 
-#: Where a child process leaves its notes, for the process that watches it.
+#: The memory to which a child process writes its log, for the process that watches it.
 LIVE: mmap.mmap | None = None
 
 

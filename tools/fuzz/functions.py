@@ -1,4 +1,4 @@
-"""Cases of the public functions: against the native layers."""
+"""Cases of the public functions, compared with the native layers."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from .verdict import (
 
 
 def native(x, weights, biases=None, *, output_activation=None, recompute=False):
-    """`relu_mlp.relu_mlp` by the native layers."""
+    """`relu_mlp.relu_mlp` with the native layers."""
     functional.activation_name(output_activation)  # raises for an unknown one
     return support.native_mlp(x, weights, biases, output_activation)
 
 
 def operator(x, weights, biases=None, *, output_activation=None, recompute=False):
-    """`relu_mlp.relu_mlp` by the operator itself."""
+    """`relu_mlp.relu_mlp` with the operator itself."""
     biases = [ops.NO_TENSOR if bias is None else bias for bias in biases or []]
     return OPERATORS.relu_mlp(x, weights, biases, functional.activation_name(output_activation))
 

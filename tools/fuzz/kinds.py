@@ -1,4 +1,4 @@
-"""All kinds of cases, and how often each comes."""
+"""All kinds of cases, and their frequencies."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ KINDS: dict[Callable[[Case], str], int] = {
 
 
 def run_case(seed: object, number: int) -> tuple[str, str]:
-    """Runs a case and returns its kind and how it ended. `Wrong` has the whole log of it."""
+    """Runs a case and returns its kind and its result. `Wrong` contains the case's whole log."""
     case = Case(seed, number)
     kind = case.r.choices([*KINDS], [*KINDS.values()])[0]
     try:

@@ -35,7 +35,7 @@ class OwnLinear(nn.Linear):
 
 
 def random_sequential(case: Case, is_run: bool) -> nn.Sequential:
-    """An `nn.Sequential` that is a run; or, with is_run=False, nearly one, or has some within."""
+    """An `nn.Sequential` that is a run. With is_run=False, it is nearly one, or contains runs."""
     r = case.r
     width = case.size(0)
     children: list[nn.Module] = []
@@ -66,7 +66,7 @@ def random_sequential(case: Case, is_run: bool) -> nn.Sequential:
 
 
 def change(case: Case) -> Callable[[nn.Module], Any]:
-    """A function that changes a model as people do; it changes every copy in the same way."""
+    """A function that changes a model as users do. It changes every copy in the same way."""
     r = case.r
     n = r.randrange(99)
     how = case.note(
@@ -188,7 +188,7 @@ def fuse(case: Case) -> str:
 
 
 def from_sequential(case: Case) -> str:
-    """`from_sequential` serves a module as it runs natively, or refuses it."""
+    """`from_sequential` gives a module with the native results, or raises."""
     native_net = random_sequential(case, case.chance(0.5))
     before = copy.deepcopy(native_net)
     if case.chance(0.6):

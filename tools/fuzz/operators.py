@@ -1,4 +1,4 @@
-"""Cases of the raw operators: each against the reference in float64."""
+"""Cases of the raw operators, each compared with the reference in float64."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def judged(
     elif case.chance(0.06):
         case.note("all on", "meta")
         arguments = tree_map(lambda t: t.to("meta") if isinstance(t, Tensor) else t, arguments)
-        valid = case.backend != "extension"  # that has no kernels for it
-    # Sums that are exact need not be so with other numbers.
+        valid = case.backend != "extension"  # which has no kernels for meta tensors
+    # With other numbers, sums that were exact may round.
     exact = exact and valid and net.is_exact(net.dtype)
     return judge(case, operator, arguments, valid, exact)
 
@@ -101,7 +101,7 @@ def op_backward(case: Case) -> str:
     everything = [net.x, y, *net.weights, *hidden]
     saved = [case.placed(t) for t, keep in zip(everything, kept, strict=True) if keep]
     case.note("saved, needs", (saved, needs))
-    # After rounding, or in another layout, they need not be small integers.
+    # After rounding, or in another layout, they may not be small integers.
     exact = all(
         float(t.double().abs().nan_to_num(0, 0, 0).max()) / net.unit < 64
         for t in hidden

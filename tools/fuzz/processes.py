@@ -1,4 +1,4 @@
-"""Child processes that run cases, and the watch over them."""
+"""Child processes that run cases, and the process that watches them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cases of transforms and of fake tensors: against those of the native layers."""
+"""Cases of transforms and of fake tensors, compared with the native layers."""
 
 from __future__ import annotations
 

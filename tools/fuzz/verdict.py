@@ -1,4 +1,4 @@
-"""The verdict on a case: answers, exceptions and arguments compared with what they should be."""
+"""The verdict on a case: compares answers, exceptions and arguments with the expected ones."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Subclass(Tensor):
 
 
 def outcome(call: Callable[[], Any]) -> Any:
-    """What a call returns, or `Refused`."""
+    """The result of a call, or `Refused`."""
     try:
         return call()
     except PYTORCH_ERRORS as error:
@@ -54,7 +54,7 @@ def check_message(refused: Refused) -> None:
 
 
 def describe(value: Any) -> str:
-    """A value in a line: of a tensor its dtype, shape, layout and device."""
+    """A value in one line. For a tensor: its dtype, shape, layout and device."""
     if isinstance(value, Tensor):
         if value.is_nested:
             return f"a nested {checks.name_of(value.dtype)}"
@@ -157,7 +157,7 @@ def compare(name: str, found: Any, expected: Any, values: bool = True, rtol: flo
 def ending_without_answer(
     found: Any, arguments: Sequence[Any], valid: bool, answered: bool = True
 ) -> str | None:
-    """How a call ended that has no answer to compare; None if it has one.
+    """The ending of a call that has no answer to compare; None if it has one.
 
     Args:
         found: the `outcome` of the call.
@@ -177,5 +177,5 @@ def ending_without_answer(
 
 
 def has_elements(arguments: Any) -> bool:
-    """Whether every tensor among the arguments has some."""
+    """Whether every tensor among the arguments has elements."""
     return all(t.numel() for t in tree_leaves(arguments) if isinstance(t, Tensor))

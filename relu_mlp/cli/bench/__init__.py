@@ -1,7 +1,7 @@
 """The benchmark behind `relu-mlp bench`. Nothing else in the package imports it.
 
 command.py     the command
-plan.py        what is measured, and an estimate of how long that takes
+plan.py        the plan of a benchmark, and an estimate of its duration
 candidates.py  the networks of the suite, and the ways to run them
 turns.py       timing by turns, and the figures that follow from it
 roofline.py    the shortest time that a step can take

@@ -78,7 +78,8 @@ def networks(shape: Shape, dtype: torch.dtype) -> dict[str, nn.Module]:
     # Dynamo keeps a limited number of graphs for the code of nn.Module, which all networks
     # share: the graphs of the last shape must go.
     torch.compiler.reset()
-    # fullgraph makes it an error if nothing is compiled, as by compiled.compile() in PyTorch 2.13.
+    # With fullgraph it is an error if nothing is compiled, as with compiled.compile() in PyTorch
+    # 2.13.
     compiled = cast(nn.Module, torch.compile(to_compile, fullgraph=True))
     return {"eager": eager, "eager again": again, "compile": compiled, "relu_mlp": net}
 
@@ -202,7 +203,7 @@ def loss_and_grads_step(net: nn.Module, x: Tensor, target: Tensor) -> Step:
 
 @functools.cache
 def has_jax() -> bool:
-    """Whether JAX can be imported. Prints once why not."""
+    """Whether JAX can be imported. If not, it prints the reason once."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     try:
         import jax  # noqa: F401

@@ -141,7 +141,7 @@ def _unique(items: Iterable[T]) -> list[T]:
 
 
 def _check_backend() -> None:
-    """Prints what could run faster."""
+    """Prints advice on what could run faster. Raises a `Problem` if the backend can't run."""
     info = checked_build_info()
     if info.runs_on_cpu == "nothing":
         raise Problem(f"RELU_MLP_BACKEND is 'extension', but {info.problem}")

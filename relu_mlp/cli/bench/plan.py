@@ -1,4 +1,4 @@
-"""What is measured, and an estimate of how long that takes."""
+"""The plan of a benchmark, and an estimate of its duration."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LENGTH_FEWEST_ROUNDS, LENGTH_BUDGET_S = 7, 5
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured."""
+    """The cases, shapes and dtypes to measure."""
 
     shapes: Sequence[Shape]
     cases: Sequence[str]  #: from SHAPE_CASES and OTHER_CASES
@@ -52,7 +52,7 @@ class Plan:
 
 
 class Speeds(NamedTuple):
-    """What the probes of the roofline measured for a dtype."""
+    """The results of the roofline's probes for a dtype."""
 
     rate: float  #: operations per second
     bandwidth: float  #: bytes per second
@@ -86,7 +86,7 @@ def _seconds_of(
     shape: Shape, case: str, dtype: torch.dtype, candidates: int, rounds: int, speeds: Speeds
 ) -> float:
     """Roughly how long one case takes at one shape."""
-    # By experience, eager comes this near to the limits.
+    # Empirical factors: eager comes this close to the limits.
     operations = roofline.operations(shape, case)
     step = 1.1 * operations / speeds.rate
     step += 4 * roofline.compulsory_bytes(shape, case, dtype) / speeds.bandwidth

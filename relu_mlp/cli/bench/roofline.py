@@ -8,7 +8,7 @@ drifts.
 Operations are those of the dense products: 2 * rows * in * out for each of forward, gradient of
 the weight and gradient of the input (for the first layer only if the input needs one).
 
-Compulsory bytes are those that no order of computation avoids, if no cache keeps anything from
+Compulsory bytes are those that every order of computation has to move, if no cache keeps data from
 one pass over the rows to the next:
 
     inference        x, the weights and biases; y written

@@ -1,4 +1,4 @@
-"""The suite: runs a plan, case by case, and stores the results. On the CPU.
+"""The suite: runs a plan on the CPU, case by case, and stores the results.
 
 Training steps and inference are compared with eager `nn.Sequential`, with `torch.compile` of
 it, with the training step written by hand in PyTorch's operations, and with the roofline of the
@@ -124,7 +124,7 @@ def jobs(plan: Plan) -> Iterator[Job]:
 
 def measured(job: Job, rounds: int) -> list[Row]:
     """Times a job, prints its figures, and returns them."""
-    candidates = able(job.candidates)
+    candidates = runnable(job.candidates)
     operations = roofline.operations(job.shape, job.case, job.input_grad)
     if job.has_roofline and operations >= ROOFLINE_FROM:
         candidates |= roofline.probes(job.dtype)
@@ -167,8 +167,8 @@ def row_of(job: Job, figure: Figure, rounds: int, distance: float | None) -> Row
     )
 
 
-def able(candidates: dict[str, Step]) -> dict[str, Step]:
-    """The candidates that run. torch.compile compiles here, and fails without a C++ compiler."""
+def runnable(candidates: dict[str, Step]) -> dict[str, Step]:
+    """The candidates that run. torch.compile compiles now, and fails without a C++ compiler."""
     result = {}
     for name, step in candidates.items():
         try:
