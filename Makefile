@@ -98,8 +98,8 @@ sanitize: $(call needs,torch)  ## kernels and operators under the address, undef
 cross: $(call needs,torch)  ## compile the plain kernels for AArch64 with CROSS, by default aarch64-linux-gnu-g++
 	@mkdir -p build
 	set -e; include=$$($(PYTHON) -c 'import torch.utils.cpp_extension as e; print(e.include_paths()[0])'); \
-	for file in isa/baseline isa/isa isa/avx2 isa/avx512 isa/avx512_bf16 isa/amx plan packing tuning; do \
-	    $(CROSS) -std=c++20 -O3 -Wall -Werror -I$$include -c csrc/cpu/$$file.cpp -o build/$$(basename $$file).aarch64.o; \
+	for file in csrc/cpu/isa/*.cpp csrc/cpu/plan.cpp csrc/cpu/packing.cpp csrc/cpu/tuning.cpp; do \
+	    $(CROSS) -std=c++20 -O3 -Wall -Werror -I$$include -c $$file -o build/$$(basename $$file .cpp).aarch64.o; \
 	done
 
 # MAX_JOBS compilers at once, 2 if it is not set. Nothing runs on a GPU.

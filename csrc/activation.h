@@ -109,6 +109,20 @@ struct ActivationRow<Activation::tanh> {
   }
 };
 
+// What the products apply while they write z, and what PyTorch applies.
+#define RELU_MLP_CHECK(name)                                                  \
+  static_assert(                                                              \
+      (ActivationRow<Activation::name>::applied_by == AppliedBy::epilogue) == \
+          (Activation::name == Activation::none ||                            \
+           Activation::name == Activation::relu),                             \
+      "the products apply only none and relu");                               \
+  static_assert(                                                              \
+      (ActivationRow<Activation::name>::applied_by == AppliedBy::pytorch) ==  \
+          (ActivationRow<Activation::name>::in_place != nullptr),             \
+      "in_place is PyTorch's operator for AppliedBy::pytorch");
+RELU_MLP_ACTIVATIONS(RELU_MLP_CHECK)
+#undef RELU_MLP_CHECK
+
 // Calls f<ActivationRow<phi>>() for an activation chosen at run time, and
 // returns its result.
 #ifdef __CUDACC__

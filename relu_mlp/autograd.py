@@ -423,11 +423,12 @@ def _backward_kernel(
 
 _library = ops.kernels_of(__name__)
 
-for _name, _kernel in (
-    ("relu_mlp", _relu_mlp_kernel),
-    ("forward", _forward_kernel),
-    ("backward", _backward_kernel),
-):
-    _library.impl(_name, _kernel, "Autograd")
+_KERNELS: dict[str, Callable[..., Any]] = {
+    "relu_mlp": _relu_mlp_kernel,
+    "forward": _forward_kernel,
+    "backward": _backward_kernel,
+}
+for _name in ops.DIFFERENTIABLE:
+    _library.impl(_name, _KERNELS[_name], "Autograd")
 for _name in ("relu_mlp", "forward", "backward", "recompute_backward"):
     batching.register_rule(_library, _name, getattr(batching, _name))

@@ -15,16 +15,14 @@ from itertools import compress
 import torch
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from . import ops as ops  # defines the operators
+from . import ops
 from .reference import is_kept
 
 Shape = Sequence[int]
 
 _operators = torch.ops.relu_mlp
 
-_NAMES = ("relu_mlp", "forward", "backward", "recompute_backward", "loss_and_grads")
-
-for _name in _NAMES:
+for _name in ops.OPERATORS:
     flop_registry.pop(getattr(_operators, _name), None)  # from an earlier import
 
 
@@ -81,7 +79,7 @@ def loss_and_grads(
     return _products(x, [*weights, *weights, *weights[1:]])
 
 
-for _name in _NAMES:
+for _name in ops.OPERATORS:
     flop_registry[getattr(_operators, f"_{_name}_in_cpp")] = flop_registry[
         getattr(_operators, _name)
     ]

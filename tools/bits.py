@@ -29,7 +29,7 @@ from torch import Tensor
 
 import relu_mlp
 
-SETS = ["baseline", "avx2", "avx512", "avx512_bf16", "amx"]
+SETS = relu_mlp.build_info().instruction_sets
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda t: t,

@@ -28,9 +28,21 @@ Capabilities capabilities(
   fail("no dtype '", dtype, "'");
 }
 
+const char* name_of(LayersKind kind) {
+  switch (kind) {
+    case LayersKind::packed:
+      return "packed";
+    case LayersKind::bf16:
+      return "bf16";
+    case LayersKind::bf16_one_block:
+      return "bf16_one_block";
+    case LayersKind::library:
+      return "library";
+  }
+  fail("no such layers");
+}
+
 std::string describe(const Plan& plan) {
-  constexpr const char* kinds[] = {
-      "packed", "bf16", "bf16_one_block", "library"};
   constexpr const char* packs[] = {"none", "view", "once", "per_use", "left"};
   constexpr std::pair<const char*, Pack LayerPacking::*> products[] = {
       {"forward", &LayerPacking::forward},
@@ -38,7 +50,7 @@ std::string describe(const Plan& plan) {
       {"grad_weight", &LayerPacking::grad_weight}};
   std::ostringstream text;
   text << "candidate: " << plan.candidate
-       << "\nlayers: " << kinds[int(plan.layers)] << "\nblock: " << plan.block
+       << "\nlayers: " << name_of(plan.layers) << "\nblock: " << plan.block
        << "\nchunk: " << plan.chunk << "\nchunks: " << plan.chunks;
   for (const auto& [name, member] : products) {
     text << '\n' << name << ':';

@@ -24,9 +24,11 @@ from .backend import (
     using,
 )
 from .library import (
+    DIFFERENTIABLE,
     HAS_CUDA,
     LIBRARY_PATH,
     LIBRARY_PROBLEM,
+    OPERATORS,
     REMEDY,
     SCHEMAS,
     kernels_of,
@@ -36,10 +38,12 @@ from .library import (
 
 __all__ = [
     "BACKENDS",
+    "DIFFERENTIABLE",
     "HAS_CUDA",
     "LIBRARY_PATH",
     "LIBRARY_PROBLEM",
     "NO_TENSOR",
+    "OPERATORS",
     "PLAIN",
     "REMEDY",
     "SCHEMAS",

@@ -7,17 +7,11 @@ from typing import Any
 
 from .. import reference
 from .._torch_private import has_kernel, register
-from .library import LIBRARY_PATH, kernels_of
+from .library import LIBRARY_PATH, OPERATORS, kernels_of
 
 _library = kernels_of(__name__)
 
-_OPERATORS: dict[str, Callable[..., Any]] = {
-    "relu_mlp": reference.relu_mlp,
-    "forward": reference.forward,
-    "backward": reference.backward,
-    "recompute_backward": reference.recompute_backward,
-    "loss_and_grads": reference.loss_and_grads,
-}
+_OPERATORS: dict[str, Callable[..., Any]] = {name: getattr(reference, name) for name in OPERATORS}
 
 # Every device without kernels of its own.
 for _name, _kernel in _OPERATORS.items():

@@ -22,7 +22,7 @@ from .._torch_private import (
 )
 from .arguments import PLAIN, is_differentiated
 from .backend import original_call
-from .library import kernels_of
+from .library import DIFFERENTIABLE, OPERATORS, kernels_of
 
 _library = kernels_of(__name__)
 
@@ -46,8 +46,9 @@ def _guard(name: str) -> Callable[..., Any]:
     return guarded
 
 
-for _name in ("recompute_backward", "loss_and_grads"):
-    _library.impl(_name, _guard(_name), "Autograd")
+for _name in OPERATORS:
+    if _name not in DIFFERENTIABLE:
+        _library.impl(_name, _guard(_name), "Autograd")
 
 
 # -- A bypass of the Autograd kernels --------------------------------------------
@@ -83,5 +84,5 @@ def _bypass_autograd_when_idle(name: str) -> None:
 
 
 if HAS_BELOW_AUTOGRAD:
-    for _name in ("relu_mlp", "forward", "backward"):
+    for _name in DIFFERENTIABLE:
         _bypass_autograd_when_idle(_name)

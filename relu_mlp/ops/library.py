@@ -46,6 +46,12 @@ SCHEMAS = (
     "_instruction_set() -> int",
 )
 
+#: The operators by name, without those that graphs in C++ call and what the library says of itself.
+OPERATORS = tuple(text.partition("(")[0] for text in SCHEMAS if not text.startswith("_"))
+
+#: Those that have a derivative (autograd.py). guards.py makes the others refuse one.
+DIFFERENTIABLE = ("relu_mlp", "forward", "backward")
+
 REMEDY = (
     "Build it where PyTorch 2.11 or newer and a C++20 compiler are installed: "
     "`pip install --no-build-isolation .` in a checkout of relu_mlp, "

@@ -16,6 +16,7 @@ from torch._subclasses import FakeTensorMode
 import relu_mlp
 import support
 from relu_mlp import activations, ops, reference
+from relu_mlp._torch_private import has_kernel
 from relu_mlp.ops import library
 
 # PyTorch says this about its own code: forward mode compiles with TorchScript.
@@ -87,6 +88,16 @@ def test_schemas():
     for schema in ops.SCHEMAS:
         operator = getattr(R, schema.split("(")[0]).default
         assert str(torch._C.parse_schema(f"relu_mlp::{schema}")) == str(operator._schema)
+
+
+@pytest.mark.parametrize("name", ops.OPERATORS)
+def test_an_operator_is_complete(name):
+    """What a new operator needs (docs/adding.md), and nothing else would miss."""
+    for operator in (f"relu_mlp::{name}", f"relu_mlp::_{name}_in_cpp"):
+        assert has_kernel(operator, "CompositeExplicitAutograd"), operator
+    assert has_kernel(f"relu_mlp::{name}", "Autograd")
+    for place in (reference, ops.fake, ops.Implementation, ops.extension):
+        assert hasattr(place, name), f"{place} has no {name}"
 
 
 @pytest.mark.skipif(ops.LIBRARY_PATH is None, reason="is about the library")

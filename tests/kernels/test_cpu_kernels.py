@@ -875,6 +875,23 @@ def test_an_unknown_instruction_set_is_refused_and_the_best_is_the_default():
     ]
 
 
+@pytest.mark.skipif(not CSRC.exists(), reason="needs the sources")
+@needs_x86
+def test_every_instruction_set_is_listed():
+    """A file that csrc/cpu/isa/isa.cpp does not list would compile, and never run."""
+    texts = [path.read_text() for path in CSRC.glob("cpu/isa/*.cpp")]
+    assert set(COMPILED) == set(re.findall(r"^#define RELU_MLP_ISA (\w+)", "".join(texts), re.M))
+    options = (CSRC.parent / "docs" / "troubleshooting.md").read_text()
+    (row,) = re.findall(r"^\| `RELU_MLP_ISA` \|.*", options, re.M)
+    assert set(COMPILED) <= set(re.findall(r"`(\w+)`", row))
+
+
+@pytest.mark.skipif(not CSRC.exists(), reason="needs the sources")
+def test_every_family_is_tested():
+    rows = re.findall(r'family = "(\w+)"', (CSRC / "cpu/tuning.cpp").read_text())
+    assert {"generic", *rows} == set(FAMILIES)
+
+
 def test_an_unknown_choice_changes_nothing():
     before = chosen()
     with pytest.raises(RuntimeError, match=r"name must be one of .*, got 'avx3'"):
@@ -904,12 +921,12 @@ def test_no_shared_function_is_compiled_for_more_than_the_baseline():
     """The linker keeps one copy of an inline function, and it has to run everywhere."""
     found, leaks = set(), []
     for name, code in functions(ops.LIBRARY_PATH):
-        if "6avx512" in name or "11avx512_bf16" in name or "3amx" in name:
-            found.add("avx512")
-        elif "4avx2" in name:
-            found.add("avx2")
+        # a mangled name begins with its length
+        sets = {isa for isa in COMPILED if isa != "baseline" and f"{len(isa)}{isa}" in name}
+        found |= sets
+        if sets == {"avx2"}:
             leaks += [name] * bool(AVX512.search(code))
-        else:
+        elif not sets:
             leaks += [name] * bool(AVX.search(code))
     if not found:
         pytest.skip("the library is stripped")

@@ -578,7 +578,7 @@ def test_a_closed_stream(closed, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "words, expected",
     [
-        ("", "relu-mlp: error: expected a command, one of info, check, train, predict, bench"),
+        ("", f"relu-mlp: error: expected a command, one of {', '.join(cli.COMMANDS)}"),
         ("trian", "relu-mlp: error: argument COMMAND: invalid choice: 'trian' (choose from "),
         ("info --nonsense", "relu-mlp: error: unrecognized arguments: --nonsense"),
         ("train", "relu-mlp train: error: the following arguments are required: --data"),

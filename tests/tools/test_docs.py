@@ -267,6 +267,11 @@ def test_every_program_is_named_in_the_documentation(program):
     assert any(program in page.read_text(encoding="utf-8") for page in PAGES)
 
 
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_the_guide_names_every_command(command):
+    assert f"\nrelu-mlp {command} " in (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+
+
 def test_compatibility_names_tests_that_exist():
     text = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
     rows = [line for line in text.splitlines() if re.match(r"\| [^|]*[^|\s-]", line)]

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import relu_mlp
+from relu_mlp import ops
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -53,6 +54,13 @@ def test_cases():
     assert "250 cases, 0 of them wrong" in done.stdout
     for kind in ("op_forward", "op_backward", "public_relu_mlp", "fuse"):
         assert f"{kind}, right" in done.stdout
+
+
+def test_every_operator_has_a_kind_of_case(fuzz):
+    written = {name for name in vars(fuzz.operators) if name.startswith("op_")}
+    assert written <= {kind.__name__ for kind in fuzz.kinds.KINDS}
+    # `op_forward` calls `relu_mlp` too
+    assert written == {f"op_{name}" for name in ops.OPERATORS if name != "relu_mlp"}
 
 
 def test_a_case_follows_from_seed_and_number(fuzz):

@@ -113,7 +113,8 @@ def broken(case: Case, arguments: Sequence[Any]) -> list[Any]:
         new = outcome(lambda: broken_tensor(case, t))  # it fails for some tensors
         return t if isinstance(new, Refused) else new
 
-    for n in case.r.sample(range(len(arguments)), 1 if case.chance(0.8) else 2):
+    count = 1 if case.chance(0.8) else min(2, len(arguments))
+    for n in case.r.sample(range(len(arguments)), count):
         value = arguments[n]
         if isinstance(value, list) and value and case.chance(0.6):
             at = case.r.randrange(len(value))

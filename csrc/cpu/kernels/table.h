@@ -10,6 +10,10 @@
 namespace relu_mlp::cpu::RELU_MLP_ISA {
 namespace {
 
+// A kernel that a table leaves out would be null.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic error "-Wmissing-field-initializers"
+
 template <typename C>
 constexpr Kernels<C> kernels = {
     lanes<C>, max_vectors* lanes<C>, max_rows(max_vectors), product<C>,
@@ -22,6 +26,8 @@ constexpr Kernels16 bfloat16 = {
 constexpr Kernels16 half = {
     widen_half, round_to_half, relu<0x7c00>, mask<0x7c00>,
     column_sums_16bit<widen_half>};
+
+#pragma GCC diagnostic pop
 
 } // namespace
 } // namespace relu_mlp::cpu::RELU_MLP_ISA
