@@ -187,4 +187,11 @@ def _check_function(
         return listed_gradients(call(backward, tensors), named)
 
     subject = f"{getattr(function, '__name__', type(function).__name__)}({', '.join(named)})"
-    return compared(subject, lambda *tensors: call(function, tensors), named, listed_backward, eps)
+    return compared(
+        subject,
+        lambda *tensors: call(function, tensors),
+        named,
+        listed_backward,
+        eps,
+        source=function,
+    )

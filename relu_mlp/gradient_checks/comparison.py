@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +20,9 @@ from .differences import (
     value_of,
 )
 from .report import GradientReport, ParameterReport
+from .search import diagnose
 from .sensitivity import dense, input_sensitivity, leaves_and_loss, operand_sensitivity
+from .wording import Sentences
 
 
 def compared(
@@ -27,6 +31,7 @@ def compared(
     inputs: Mapping[str, Tensor],
     backward: Callable[..., list[Tensor | None]],
     eps: float | None,
+    source: Callable[..., Any] | None = None,
 ) -> GradientReport:
     """Computes and compares the gradients of a function.
 
@@ -34,6 +39,7 @@ def compared(
         subject: what is checked, for the report.
         function, backward: take all inputs, in their order.
         eps: the relative step of the differences; None for the default.
+        source: the user's function, for the names that are used in it.
     """
     eps = STEP if eps is None else float(eps)
     tensors = {
@@ -61,21 +67,31 @@ def compared(
         name: central_differences(function, tensors, name, loss, spread, eps) for name in checked
     }
     tolerances = _tolerances(function, tensors, gradients, differences)
-    parameters = []
-    for name, grad in gradients.items():
-        hand, found = given[name], differences[name]
-        parameters.append(
-            ParameterReport(
-                name,
-                None if hand is None else dense(hand.detach()).double(),
-                grad,
-                found.numerical,
-                found.uncertainty,
-                found.is_at_kink,
-                tolerances[name],
-            )
+    hands = {
+        name: dense(given[name].detach()).double()
+        for name in checked
+        if given[name] is not None
+    }
+    reports = {
+        name: ParameterReport(
+            name,
+            hands.get(name),
+            grad,
+            differences[name].numerical,
+            differences[name].uncertainty,
+            differences[name].is_at_kink,
+            tolerances[name],
         )
-    return GradientReport(subject, _notes(inputs, eps), loss, eps, tuple(parameters))
+        for name, grad in gradients.items()
+    }
+    wrong = [name for name, report in reports.items() if report.is_wrong_by_hand]
+    if wrong:
+        diagnoses, tape = diagnose(function, tensors, hands, gradients, tolerances, wrong)
+        say = Sentences(tape, source, diagnoses, list(hands))
+        for name in wrong:
+            said = say(name, hands[name], gradients[name], tolerances[name])
+            reports[name] = replace(reports[name], mistake=said)
+    return GradientReport(subject, _notes(inputs, eps), loss, eps, tuple(reports.values()))
 
 
 def _tolerances(
