@@ -68,9 +68,9 @@ def compared(
     }
     tolerances = _tolerances(function, tensors, gradients, differences)
     hands = {
-        name: dense(given[name].detach()).double()
-        for name in checked
-        if given[name] is not None
+        name: dense(hand.detach()).double()
+        for name, hand in given.items()
+        if name in gradients and hand is not None
     }
     reports = {
         name: ParameterReport(

@@ -6,32 +6,42 @@ made: it says what the gradients would be. search.py compares.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .tape import Backward, Change, Edge, Slot, Step
+from .tape import Backward, Change, Edge, Slot, Step, Tape
 
 #: Operators that only look at their operand in another way.
 VIEWS = frozenset(
-    "t permute transpose view _unsafe_view reshape expand unsqueeze squeeze alias detach clone "
-    "contiguous numpy_T select slice unbind split lift_fresh _to_copy".split()
+    [
+        *("t", "permute", "transpose", "numpy_T", "view", "_unsafe_view", "reshape", "expand"),
+        *("clone", "unsqueeze", "squeeze", "alias", "detach", "contiguous", "select", "slice"),
+        *("unbind", "split", "lift_fresh", "_to_copy"),
+    ]
 )
 #: Operators whose derivative by one operand takes another one.
-PRODUCTS = frozenset("mm bmm matmul addmm baddbmm mv addmv dot mul convolution linear".split())
+PRODUCTS = frozenset(
+    ["mm", "bmm", "matmul", "baddbmm", "mv", "addmv", "dot", "mul", "convolution", "linear"]
+)
 #: Products with a matrix: each begins a layer.
 LAYERS = PRODUCTS - {"mul"}
 #: Operators that reduce rows or columns to a statistic of them.
-STATISTICS = frozenset("mean var std sum amax amin logsumexp var_mean std_mean".split())
+STATISTICS = frozenset(
+    ("mean", "var", "std", "sum", "amax", "amin", "logsumexp", "var_mean", "std_mean")
+)
 
 #: At most so many values are tried in the place of another.
 MAX_OTHERS = 12
 #: At most so many rows are told apart.
 MAX_ROWS = 64
+
+
+#: What two mistakes have in common if the same is done wrong in two layers.
+Rule = tuple[object, ...]
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,10 @@ class Mistake:
 
     kind: str
     details: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def rule(self) -> Rule:
+        return self.kind, self.details.get("formula")
 
 
 @dataclass(frozen=True)
@@ -53,33 +67,31 @@ class Hypothesis:
     partly: Mistake | None = None
 
 
-def hypotheses(backward: Backward, wrong: Mapping[str, Tensor]) -> list[Hypothesis]:
-    """All hypotheses that concern the gradients that are wrong, the cheapest first.
+def hypotheses(
+    backward: Backward, wrong: Mapping[str, Tensor], rules: Collection[Rule] | None = None
+) -> Iterator[Hypothesis]:
+    """The hypotheses that concern the gradients that are wrong, the cheapest first, but for those
+    that take more to think of: they come later.
 
     Args:
         backward: the pass as far as it is understood.
         wrong: the gradients by hand that it doesn't explain, by name.
+        rules: those that are asked for, if not all.
     """
-    names = set(wrong)
-    found = chain(
-        of_slopes(backward, names),
-        of_operands(backward, names),
-        of_paths(backward, names),
-        of_operators(backward, names),
-        of_forward(backward, names),
-        of_cross_entropies(backward, names),
-        of_factors(backward, names),
-        of_rows(backward, wrong),
-        of_early_updates(backward, names),
-    )
-    return sorted(found, key=lambda hypothesis: hypothesis.cost)
+    for stage in STAGES:
+        found: list[Hypothesis] = []
+        for of in stage:
+            if rules is None or of is not of_rows or ROWS_RULE in rules:  # it takes long
+                found += of(backward, wrong)
+        asked = (each for each in found if rules is None or each.mistake.rule in rules)
+        yield from sorted(asked, key=lambda hypothesis: hypothesis.cost)
 
 
-def edges_to(backward: Backward, names: set[str]) -> Iterator[tuple[Edge, Step]]:
+def edges_to(backward: Backward, names: Collection[str]) -> Iterator[tuple[Edge, Step]]:
     """The edges along which a gradient flows to one of the inputs."""
     tape = backward.tape
     for edge, value in tape.edges():
-        if tape.reached[value] & names and any(
+        if tape.reached[value].intersection(names) and any(
             result in backward.gradients for result in tape.steps[edge.step].results
         ):
             yield edge, tape.steps[edge.step]
@@ -87,6 +99,12 @@ def edges_to(backward: Backward, names: set[str]) -> Iterator[tuple[Edge, Step]]
 
 def slope(backward: Backward, edge: Edge) -> Tensor | None:
     """The factor of an operation that works element by element; None if it does not."""
+    if edge not in backward.slopes:
+        backward.slopes[edge] = _slope(backward, edge)
+    return backward.slopes[edge]
+
+
+def _slope(backward: Backward, edge: Edge) -> Tensor | None:
     tape = backward.tape
     local = backward.local(edge.step)
     operand = backward.values[tape.value_of(edge)]
@@ -112,7 +130,7 @@ def differs(left: Tensor, right: Tensor) -> bool:
     return not torch.allclose(left, right, rtol=1e-9, atol=0, equal_nan=True)
 
 
-def of_slopes(backward: Backward, names: set[str]) -> Iterator[Hypothesis]:
+def of_slopes(backward: Backward, names: Collection[str]) -> Iterator[Hypothesis]:
     """The derivative of an operation element by element: left out, twice, of something else."""
     tape = backward.tape
     for edge, step in edges_to(backward, names):
@@ -161,6 +179,7 @@ def of_slopes(backward: Backward, names: set[str]) -> Iterator[Hypothesis]:
 def slopes_instead(z: Tensor, y: Tensor, right: Tensor) -> Iterator[tuple[float, str, Tensor]]:
     """What is taken for the slope of y = f(z), element by element."""
     yield 3.5, "its square", right**2
+    yield 3.8, "2", torch.full_like(right, 2.0)
     for name, v in (("y", y), ("z", z)):
         if v.shape == right.shape:
             yield 3.6, f"{name} (1 - {name})", v * (1 - v)
@@ -177,11 +196,11 @@ def slopes_instead(z: Tensor, y: Tensor, right: Tensor) -> Iterator[tuple[float,
     yield 4.7, "its absolute value", right.abs()
     yield 4.7, "its sign", right.sign()
     yield 4.8, "1 / f'(z)", 1 / right
-    yield 4.8, "z f'(z)", z * right
+    yield 3.9, "z f'(z)", z * right
     yield 4.8, "f'(z) / z", right / z
 
 
-def of_operands(backward: Backward, names: set[str]) -> Iterator[Hypothesis]:
+def of_operands(backward: Backward, names: Collection[str]) -> Iterator[Hypothesis]:
     """A derivative that is taken with another value in the place of an operand."""
     tape = backward.tape
     alike: dict[tuple[int, ...], list[int]] = {}
@@ -217,14 +236,14 @@ def others_are_needed(
     is_active: Sequence[bool],
     step: Step,
     position: int,
-    names: set[str],
+    names: Collection[str],
     reached: Sequence[frozenset[str]],
 ) -> bool:
     """Whether the operand at a position can matter for the gradient of an input."""
     if len(step.operands) == 1:
         return True
     return any(
-        is_active[other] and reached[other] & names
+        is_active[other] and reached[other].intersection(names)
         for place, other in enumerate(step.operands)
         if place != position
     )
@@ -250,7 +269,7 @@ def distance(backward: Backward, one: int, other: int) -> tuple[int, int]:
     return (0 if is_near else 1), abs(maker.get(one, -1) - maker.get(other, -1))
 
 
-def of_paths(backward: Backward, names: set[str]) -> Iterator[Hypothesis]:
+def of_paths(backward: Backward, names: Collection[str]) -> Iterator[Hypothesis]:
     """A value that is used in several places, and a gradient that comes from some of them."""
     tape = backward.tape
 
@@ -258,7 +277,7 @@ def of_paths(backward: Backward, names: set[str]) -> Iterator[Hypothesis]:
         return Change(edges=dict.fromkeys(edges, lambda _, right: torch.zeros_like(right)))
 
     for value, uses in tape.uses.items():
-        if len(uses) < 2 or not tape.reached[value] & names:
+        if len(uses) < 2 or tape.reached[value].isdisjoint(names):
             continue
         last_first = sorted(uses, key=lambda edge: -edge.step)
         kept = last_first if len(uses) <= 8 else [last_first[0], last_first[-1]]
@@ -279,13 +298,13 @@ def of_paths(backward: Backward, names: set[str]) -> Iterator[Hypothesis]:
         step.results[0]
         for n, step in enumerate(tape.steps)
         if step.name in STATISTICS
-        and tape.reached[step.results[0]] & names
+        and tape.reached[step.results[0]].intersection(names)
         and backward.values[step.results[0]].numel() > 1
     ]
     zero: Callable[[Tensor], Tensor] = torch.zeros_like
     for value in statistics:
         yield Hypothesis(
-            4.3, Mistake("constant", {"values": [value]}), Change(values={value: zero})
+            4.1, Mistake("constant", {"values": [value]}), Change(values={value: zero})
         )
     if len(statistics) > 1:
         yield Hypothesis(
@@ -296,7 +315,7 @@ def of_paths(backward: Backward, names: set[str]) -> Iterator[Hypothesis]:
     for name in names:  # what the others of its products do, in a chain such as a recurrent net
         products = [
             (Edge(edge.step, place), tape.steps[edge.step])
-            for edge in real_uses(backward, tape.inputs[name])
+            for edge in real_uses(tape, tape.inputs[name])
             for place in range(len(tape.steps[edge.step].operands))
             if place != edge.operand and tape.steps[edge.step].name in LAYERS
         ]
@@ -305,20 +324,20 @@ def of_paths(backward: Backward, names: set[str]) -> Iterator[Hypothesis]:
             yield Hypothesis(4.4, Mistake("chain cut", {"name": name}), cut(edges))
 
 
-def real_uses(backward: Backward, value: int) -> list[Edge]:
+def real_uses(tape: Tape, value: int) -> list[Edge]:
     """The uses of a value, beyond those that only view it."""
     found = []
-    for edge in backward.tape.uses.get(value, ()):
-        step = backward.tape.steps[edge.step]
+    for edge in tape.uses.get(value, ()):
+        step = tape.steps[edge.step]
         if step.name in VIEWS:
             for result in step.results:
-                found += real_uses(backward, result)
+                found += real_uses(tape, result)
         else:
             found.append(edge)
     return found
 
 
-def of_operators(backward: Backward, names: set[str]) -> Iterator[Hypothesis]:
+def of_operators(backward: Backward, names: Collection[str]) -> Iterator[Hypothesis]:
     """What is known to go wrong with certain operators."""
     for edge, step in edges_to(backward, names):
         values = backward.values
@@ -360,30 +379,26 @@ def of_operators(backward: Backward, names: set[str]) -> Iterator[Hypothesis]:
 
 def indices_of(step: Step) -> Sequence[Any]:
     argument = step.args[1]
-    return list(argument) if isinstance(argument, (list, tuple)) and not isinstance(
-        argument, Slot
-    ) else [argument]
+    return (
+        list(argument)
+        if isinstance(argument, (list, tuple)) and not isinstance(argument, Slot)
+        else [argument]
+    )
 
 
-def of_forward(backward: Backward, names: set[str]) -> Iterator[Hypothesis]:
+def of_forward(backward: Backward, names: Collection[str]) -> Iterator[Hypothesis]:
     """A derivation whose own forward pass lacks a term, a factor or an activation."""
-    tape = backward.tape
     steps = {edge.step: step for edge, step in edges_to(backward, names)}
     for n, step in steps.items():
         result = backward.values[step.results[0]]
         details = {"y": step.results[0]}
-        if step.name in ("add", "sub", "mul", "div", "addmm") and len(step.operands) > 1:
-            for place, operand in enumerate(step.operands[:2]):
-                if step.name == "addmm":
-                    if place:
-                        continue
-                    rest: Callable[[Sequence[Tensor]], Tensor] = lambda o: o[1] @ o[2]  # noqa: E731
-                else:
-                    kept = 1 - place
-                    if backward.values[step.operands[kept]].shape != result.shape:
-                        continue
-                    sign = -1 if step.name == "sub" and kept == 1 else 1
-                    rest = lambda o, kept=kept, sign=sign: sign * o[kept]  # type: ignore[misc]  # noqa: E731
+        if step.name in ("add", "sub", "mul", "div") and len(step.operands) == 2:
+            for place, operand in enumerate(step.operands):
+                kept = 1 - place
+                if backward.values[step.operands[kept]].shape != result.shape:
+                    continue
+                sign = -1 if step.name == "sub" and kept == 1 else 1
+                rest = lambda o, kept=kept, sign=sign: sign * o[kept]  # noqa: E731
                 yield Hypothesis(
                     4.5,
                     Mistake("term forgotten", {**details, "operand": operand}),
@@ -413,7 +428,7 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def of_cross_entropies(backward: Backward, names: set[str]) -> Iterator[Hypothesis]:
+def of_cross_entropies(backward: Backward, names: Collection[str]) -> Iterator[Hypothesis]:
     """Where the gradient is p - t, however the loss is written: without t, without the rest of
     the softmax's Jacobian, without the softmax."""
     for value, gradient in activations(backward, names):
@@ -440,13 +455,13 @@ def of_cross_entropies(backward: Backward, names: set[str]) -> Iterator[Hypothes
                     instead(gradient * p * (1 - p)),
                 )
         p = v.sigmoid()
-        for scale in {1.0, 1 / v.numel(), 1 / len(v) if v.dim() else 1.0}:
-            t = p - gradient / scale
+        for whole in {1.0, 1 / v.numel(), 1 / len(v) if v.dim() else 1.0}:
+            t = p - gradient / whole
             if torch.allclose(t, t.round(), rtol=0, atol=1e-9) and bool(
                 ((t > -0.5) & (t < 1.5)).all()
             ):
-                yield Hypothesis(3.9, Mistake("no target", details), instead(scale * p))
-                yield Hypothesis(4, Mistake("sigmoid left out", details), instead(scale * (v - t)))
+                yield Hypothesis(3.9, Mistake("no target", details), instead(whole * p))
+                yield Hypothesis(4, Mistake("sigmoid left out", details), instead(whole * (v - t)))
 
 
 def is_one_hot(t: Tensor) -> bool:
@@ -458,7 +473,7 @@ def is_one_hot(t: Tensor) -> bool:
     )
 
 
-def activations(backward: Backward, names: set[str]) -> Iterator[tuple[int, Tensor]]:
+def activations(backward: Backward, names: Collection[str]) -> Iterator[tuple[int, Tensor]]:
     """The values of the forward pass that are no inputs and no views, with their gradients."""
     tape = backward.tape
     for value, gradient in backward.gradients.items():
@@ -466,16 +481,16 @@ def activations(backward: Backward, names: set[str]) -> Iterator[tuple[int, Tens
         if (
             maker is not None
             and tape.steps[maker].name not in VIEWS
-            and tape.reached[value] & names
+            and tape.reached[value].intersection(names)
             and gradient.numel() > 1
         ):
             yield value, gradient
 
 
-def of_factors(backward: Backward, names: set[str]) -> Iterator[Hypothesis]:
+def of_factors(backward: Backward, names: Collection[str]) -> Iterator[Hypothesis]:
     """A factor that has no business where it is, such as the slope of an output activation that
     has cancelled."""
-    for value, gradient in activations(backward, names):
+    for value, _ in activations(backward, names):
         v = backward.values[value]
         squashed = {"p = sigmoid": v.sigmoid(), "p = tanh": v.tanh()}
         for formula, factor in (
@@ -508,7 +523,7 @@ def of_rows(backward: Backward, wrong: Mapping[str, Tensor]) -> Iterator[Hypothe
     tape = backward.tape
     places: dict[int, set[str]] = {}
     for name in wrong:  # where the sum over the rows is taken, and where the rows begin
-        for edge in real_uses(backward, tape.inputs[name])[:1]:
+        for edge in real_uses(tape, tape.inputs[name])[:1]:
             places.setdefault(tape.steps[edge.step].results[0], set()).add(name)
     if places:
         rows = {len(backward.values[v]) for v in places if backward.values[v].dim()}
@@ -565,12 +580,12 @@ def row_weights(parts: Tensor, total: Tensor) -> Tensor | None:
     return None
 
 
-def of_early_updates(backward: Backward, names: set[str]) -> Iterator[Hypothesis]:
+def of_early_updates(backward: Backward, names: Collection[str]) -> Iterator[Hypothesis]:
     """A weight that a step of the training had already changed when the gradient went on."""
     tape = backward.tape
     for name, number in tape.inputs.items():
         change = {}
-        for edge in real_uses(backward, number):
+        for edge in real_uses(tape, number):
             step, operand = tape.steps[edge.step], backward.values[tape.value_of(edge)]
             gradient = backward.gradient(tape.value_of(edge))
             if step.name in LAYERS and gradient.shape == operand.shape:
@@ -578,3 +593,13 @@ def of_early_updates(backward: Backward, names: set[str]) -> Iterator[Hypothesis
         if change:
             mistake = Mistake("early update", {"name": name})
             yield Hypothesis(6, mistake, Change(operands=change), mistake)
+
+
+ROWS_RULE = Mistake("rows").rule
+
+#: What yields hypotheses, in the order in which it is asked.
+STAGES: tuple[tuple[Callable[[Backward, Mapping[str, Tensor]], Iterator[Hypothesis]], ...], ...] = (
+    (of_slopes, of_operators, of_cross_entropies),
+    (of_operands, of_paths, of_rows),
+    (of_forward, of_factors, of_early_updates),
+)

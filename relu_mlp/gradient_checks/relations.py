@@ -82,17 +82,15 @@ def known_factor(factor: float, sizes: Mapping[int, str]) -> str | None:
     for simple in SIMPLE:
         if abs(factor / simple - 1) < 1e-9:
             return ""
-    products: dict[float, str] = {float(n): what for n, what in sizes.items() if n > 1}
-    for (n, of_n), (m, of_m) in combinations(
-        [(n, what) for n, what in sizes.items() if n > 1], 2
-    ):
-        products.setdefault(float(n * m), f"{of_n}; {of_m}")
-    for size, what in products.items():
-        for power in (1.0, 0.5):
-            for simple in (1.0, 2.0, 0.5):
+    counts = {float(n): what for n, what in sizes.items() if n > 1}
+    for (n, of_n), (m, of_m) in combinations(list(counts.items()), 2):
+        counts.setdefault(n * m, f"{of_n}, and {of_m}")
+    for simple in (1.0, 2.0, 0.5):
+        for size, what in counts.items():
+            for power, said in ((1.0, what), (0.5, f"the square root of {size:g}: {what}")):
                 for expected in (size**power * simple, simple / size**power):
                     if abs(abs(factor) / expected - 1) < 1e-9:
-                        return what if power == 1 else f"the root of it; {what}"
+                        return said
     return None
 
 
@@ -188,7 +186,7 @@ def of_parameter(
         ("sparsity", parameter.sign()),
         ("constant term", torch.ones_like(parameter)),
     ):
-        if not term.any():
+        if not term.any() or (kind == "sparsity" and bool((term == term.flatten()[0]).all())):
             continue
         factor = float((error * term).sum() / term.square().sum())
         # The error of a small term is the rounding of the large gradient.

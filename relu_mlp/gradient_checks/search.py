@@ -17,8 +17,11 @@ from .hypotheses import (
     VIEWS,
     Hypothesis,
     Mistake,
+    Rule,
     hypotheses,
+    is_constant,
     real_uses,
+    slope,
 )
 from .relations import (
     Closeness,
@@ -27,19 +30,23 @@ from .relations import (
     of_parameter,
     of_signs,
     of_sums,
-    reshaped,
     relation,
+    reshaped,
 )
-from .tape import Backward, Change, Tape, record
+from .tape import Backward, Tape, record
 
 Function = Callable[..., Tensor]
 
 #: How many steps may be taken backwards: below a second for 10^4 parameters.
-MAX_WORK = 6000
+MAX_WORK = 5000
 #: A tape with more numbers than this is not searched.
 MAX_NUMBERS = 2_000_000
 #: How many mistakes are found one after the other, each in the pass with those before.
-MAX_DEPTH = 3
+MAX_MISTAKES = 16
+#: How many hypotheses are tried two at a time.
+MAX_PAIRED = 60
+#: Operators that square, or sum squares.
+SQUARES = ("pow", "square", "mse_loss")
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,8 @@ class _Search:
         self.is_close = {name: Closeness(tolerances[name]) for name in right}
         self.tape = self._checked_tape(function)
         self.sizes = self._sizes()
-        self.work = 0
+        self.layers = {} if self.tape is None else layers_of(self.tape)
+        self.work = 0.0
 
     def _checked_tape(self, function: Function) -> Tape | None:
         """The tape, if the backward pass over it gives autograd's gradients."""
@@ -110,18 +118,21 @@ class _Search:
             return {n: f"{n}" for tensor in self.tensors.values() for n in tensor.shape}
         sizes: dict[int, str] = {}
         for number, value in enumerate(self.tape.values):
-            if value.dim() and self.tape.is_active[number] and number in self.tape.maker:
-                if self.tape.steps[self.tape.maker[number]].name not in VIEWS:
-                    sizes.setdefault(len(value), f"{len(value)} is the number of rows")
+            maker = self.tape.maker.get(number)
+            if value.dim() and maker is not None and self.tape.is_active[number]:
+                if self.tape.steps[maker].name in VIEWS:
+                    continue
+                sizes.setdefault(len(value), f"{len(value)} is the number of rows")
         for value in self.tape.values:
             for n in value.shape:
                 sizes.setdefault(n, f"{n} is a size of a tensor")
-            sizes.setdefault(value.numel(), f"{value.numel()} is a number of elements")
+        for value in self.tape.values:
+            product = " * ".join(map(str, value.shape))
+            sizes.setdefault(value.numel(), f"{value.numel()} = {product} is a number of elements")
         return sizes
 
-    # -- What needs no backward pass ---------------------------------------------
-
     def run(self, wrong: Sequence[str]) -> dict[str, tuple[Mistake, ...]]:
+        """The mistakes in each gradient that is wrong, the last one first."""
         found: dict[str, tuple[Mistake, ...]] = {}
         weak: dict[str, tuple[Mistake, ...]] = {}
         for name in wrong:
@@ -130,101 +141,158 @@ class _Search:
                 (found if is_strong else weak)[name] = mistakes
         left = [name for name in wrong if name not in found]
         if left and self.tape is not None:
-            found |= self._by_backward_passes(self.tape, left, found, weak)
-        for name in wrong:
-            if name not in found:
-                found[name] = weak.get(name, ())
-        return found
+            found |= self._by_backward_passes(self.tape, left, found)
+        found = {name: found.get(name, weak.get(name, ())) for name in wrong}
+        return self._with_places(found)
+
+    # -- What needs no backward pass ---------------------------------------------
 
     def _at_once(self, name: str) -> tuple[tuple[Mistake, ...], bool]:
-        """What is seen from the gradients alone; whether more than one element says so."""
+        """What is seen from the gradients alone, and whether it needs no other support."""
         by_hand, right, is_close = self.by_hand[name], self.right[name], self.is_close[name]
-        if not by_hand.isfinite().all() and right.isfinite().all():
-            return (Mistake("not finite"),), True
         if not right.isfinite().all():
             return (), True
+        if not by_hand.isfinite().all():
+            return (Mistake("not finite"),), True
         if by_hand.shape == right.shape and is_close(by_hand, torch.zeros_like(by_hand)):
             return (Mistake("zero"),), True
         precision = in_precision(by_hand, right)
         if precision:
             return (Mistake("precision", {"name": precision}),), True
-        is_strong = right.numel() > 1
-        small = of_parameter(by_hand, right, self.tensors[name], is_close)
-        if small is not None and small.kind == "decay":
-            return (small,), True
+        term = of_parameter(by_hand, right, self.tensors[name], is_close)
+        if term is not None and self._may_be_a_term(name, term):
+            return (term,), True
         for shaped, mistakes in reshaped(by_hand, right, is_close):
             if is_close(shaped, right):
                 return tuple(mistakes), True
         sums = of_sums(by_hand, right, (), is_close)
         if sums:
             return (sums,), True
-        others = [other for other in self.right if other != name]
-        for other in others:
-            of_other = self.right[other]
-            if not self.is_close[other].is_small(of_other) and of_other.numel() > 1:
-                for shaped, mistakes in reshaped(by_hand, of_other, self.is_close[other]):
-                    if self.is_close[other](shaped, of_other):
-                        exchanged = Mistake("exchanged", {"name": other})
-                        return (exchanged, *mistakes), True
+        exchanged = self._exchanged(name)
+        if exchanged:
+            return exchanged, True
         found = relation(by_hand, right, self.sizes, is_close)
         if found is not None:
-            return tuple(found), is_strong
+            return tuple(found), right.numel() > 1
+        signs = of_signs(by_hand, right, is_close)
+        if signs:
+            return (signs,), True
         factor = factor_between(by_hand, right, is_close)
         if factor is not None and right.numel() > 1:
             return (Mistake("factor of all", {"factor": factor, "why": ""}),), right.numel() > 2
-        if small is not None:
-            return (small,), True
-        signs = of_signs(by_hand, right, is_close)
-        return ((signs,) if signs else ()), True
+        return ((term,) if term else ()), False
+
+    def _may_be_a_term(self, name: str, term: Mistake) -> bool:
+        """Whether the loss has a term of its own for an input, if one is said to be missing."""
+        if self.tape is None or term.details["factor"] > 0:
+            return True
+        return len(real_uses(self.tape, self.tape.inputs[name])) > 1
+
+    def _exchanged(self, name: str) -> tuple[Mistake, ...]:
+        """Whether it is the gradient of another input."""
+        for other, gradient in self.right.items():
+            is_close = self.is_close[other]
+            if other == name or gradient.numel() < 2 or is_close.is_small(gradient):
+                continue
+            for shaped, mistakes in reshaped(self.by_hand[name], gradient, is_close):
+                if is_close(shaped, gradient):
+                    return (Mistake("exchanged", {"name": other}), *mistakes)
+        return ()
+
+    def _with_places(
+        self, found: Mapping[str, tuple[Mistake, ...]]
+    ) -> dict[str, tuple[Mistake, ...]]:
+        """Adds to each factor where in the function it is."""
+        placed = dict(found)
+        factors: dict[float, list[str]] = {}
+        for name, mistakes in found.items():
+            if len(mistakes) == 1 and mistakes[0].kind == "factor of all":
+                factors.setdefault(float(f"{mistakes[0].details['factor']:.9g}"), []).append(name)
+        for factor, names in factors.items():
+            place = self._place_of(factor, names)
+            shared = not place and len(names) == len(self.by_hand) > 1
+            for name in names:
+                details = {**found[name][0].details, **place, "shared": shared}
+                placed[name] = (Mistake("factor of all", details),)
+        return placed
+
+    def _place_of(self, factor: float, names: Sequence[str]) -> Mapping[str, object]:
+        """The operation that multiplies by a factor which was left out, or taken twice."""
+        if self.tape is None:
+            return {}
+        backward = Backward(self.tape)
+        squares = {}
+        for edge, value in self.tape.edges():
+            if self.tape.reached[value] & set(self.by_hand) != set(names):
+                continue
+            step = self.tape.steps[edge.step]
+            constant = slope(backward, edge)
+            if step.name in SQUARES and abs(factor) in (0.5, 2.0):
+                squares = {"square": step.results[0]}
+            if constant is None or not constant.numel() or not is_constant(constant):
+                continue
+            size = constant.flatten()[0].item()
+            if size and abs(size * factor - 1) < 1e-9 and size != 1:
+                return {"lost": step.results[0]}
+            if size != 1 and abs(size - factor) < 1e-9:
+                return {"twice": step.results[0]}
+        return squares
 
     # -- What needs one ----------------------------------------------------------
 
     def _by_backward_passes(
-        self,
-        tape: Tape,
-        wrong: Sequence[str],
-        strong: Mapping[str, tuple[Mistake, ...]],
-        weak: Mapping[str, tuple[Mistake, ...]],
+        self, tape: Tape, wrong: Sequence[str], strong: dict[str, tuple[Mistake, ...]]
     ) -> dict[str, tuple[Mistake, ...]]:
         """Passes with one change each; then with one more, in the pass that explains most."""
         found: dict[str, tuple[Mistake, ...]] = {}
-        known, made = Change(), ()
-        for _ in range(MAX_DEPTH):
-            left = [name for name in wrong if name not in found]
-            if not left:
-                break
-            backward = Backward(tape, known)
-            if made:
-                found |= self._unsummed(backward, left, made)
-                left = [name for name in left if name not in found]
-            else:
-                found |= self._unsummed(backward, left, ())
-                left = [name for name in left if name not in found]
-            if not left:
-                break
-            best = self._best(backward, left, strong)
+        right = backward = Backward(tape)
+        made: tuple[Mistake, ...] = ()
+        for _ in range(MAX_MISTAKES):
+            best = None
+            # The same mistake in the next layer first, and then any other.
+            for rules in (*([{m.rule for m in made}] if made else []), None):
+                for each in (right, backward) if made else (right,):
+                    of_made = made if each is backward else ()
+                    left = [name for name in wrong if name not in found]
+                    found |= self._unsummed(each, left, of_made)
+                    left = [name for name in left if name not in found]
+                    best = self._best(each, left, strong, rules) if left else None
+                    if best is not None:
+                        break
+                if best is not None:
+                    break
             if best is None:
                 break
             hypothesis, explained = best
             for name, mistakes in explained.items():
-                found[name] = (*mistakes[0], *made, *mistakes[1])
-            known, made = known | hypothesis.change, (*made, hypothesis.mistake)
-        left = [name for name in wrong if name not in found and name not in weak]
+                found[name] = (*mistakes[0], *mistakes[1], *of_made)
+            backward = Backward(tape, each.known | hypothesis.change)
+            made = (hypothesis.mistake, *of_made)
+        left = [name for name in wrong if name not in found]
         if left and not found:
-            found |= self._pairs(tape, left)
+            found |= self._pairs(right, left)
         return found
 
     def _best(
-        self, backward: Backward, left: Sequence[str], strong: Mapping[str, tuple[Mistake, ...]]
+        self,
+        backward: Backward,
+        left: Sequence[str],
+        strong: Mapping[str, tuple[Mistake, ...]],
+        rules: set[Rule] | None = None,
     ) -> tuple[Hypothesis, dict[str, tuple[tuple[Mistake, ...], tuple[Mistake, ...]]]] | None:
         """The hypothesis that explains most gradients, and contradicts fewest right ones."""
         best, best_score = None, (0, 0.0, 0.0)
         wrong = {name: self.by_hand[name] for name in left}
-        for hypothesis in hypotheses(backward, wrong):
-            if self.work + backward.work > MAX_WORK:
+        before = backward.work
+        last = max(self.layers[name] for name in left)
+        for hypothesis in hypotheses(backward, wrong, rules):
+            if self.work + backward.work - before > MAX_WORK:
                 break
-            if best is not None and best_score[0] == len(left) and best_score[1] == 0:
-                if hypothesis.cost > -best_score[2]:
+            if best is not None and not best_score[1]:
+                in_last = {name for name in left if self.layers[name] == last}
+                explains_last = in_last <= set(best[1])
+                margin = 0 if len(best[1]) >= len(left) else 1
+                if explains_last and hypothesis.cost > best[0].cost + margin:
                     break
             try:
                 gradients = backward.under(hypothesis.change)
@@ -237,6 +305,10 @@ class _Search:
                     explained[name] = mistakes
             if not explained or not self._is_proven(explained):
                 continue
+            for name in strong:  # a change that makes this one too says more than a part alone
+                mistakes = self._explained(name, gradients[name], backward, hypothesis)
+                if mistakes is not None and not mistakes[0]:
+                    explained[name] = mistakes
             contradicted = sum(
                 not self.is_close[name](self.by_hand[name], gradients[name])
                 for name in self.by_hand
@@ -246,7 +318,7 @@ class _Search:
             score = (len(explained), -float(contradicted), -hypothesis.cost - further)
             if best is None or score > best_score:
                 best, best_score = (hypothesis, explained), score
-        self.work += backward.work
+        self.work += backward.work - before
         return best
 
     def _explained(
@@ -272,60 +344,62 @@ class _Search:
                 return (), (mistake,)
         return None
 
-    def _is_proven(self, explained: Mapping[str, object]) -> bool:
-        """Whether the gradients that agree have more than one element."""
-        return any(self.right[name].numel() > 1 for name in explained) or len(explained) > 1
+    def _is_proven(
+        self, explained: Mapping[str, tuple[tuple[Mistake, ...], tuple[Mistake, ...]]]
+    ) -> bool:
+        """Whether so many digits agree that it can't be by chance: of several elements, or of one
+        that is no small integer."""
+        return len(explained) > 1 or any(
+            self.right[name].numel() > 1
+            or (not before and abs(by_hand.item() - round(by_hand.item())) > 1e-6)
+            for name, (before, _) in explained.items()
+            for by_hand in [self.by_hand[name]]
+        )
 
     def _unsummed(
         self, backward: Backward, left: Sequence[str], made: tuple[Mistake, ...]
     ) -> dict[str, tuple[Mistake, ...]]:
-        """Gradients that are right in a pass but for the axes that a sum is taken over."""
+        """Gradients that are right in a pass, but for a factor or the axes of a sum."""
         found: dict[str, tuple[Mistake, ...]] = {}
         for name in left:
-            right, is_close = backward.gradient(backward.tape.inputs[name]), self.is_close[name]
-            mistakes: list[Mistake] | None = None
-            if made:
-                mistakes = relation(self.by_hand[name], right, self.sizes, is_close)
-            if mistakes is None:
-                sums = of_sums(
-                    self.by_hand[name], right, list(unsummed(backward, name)), is_close
-                )
-                mistakes = [sums] if sums else None
-            if mistakes is None and made:
-                term = of_parameter(self.by_hand[name], right, self.tensors[name], is_close)
-                term = term or of_signs(self.by_hand[name], right, is_close)
-                mistakes = [term] if term else None
-            if mistakes:
-                found[name] = (*mistakes, *made)
+            by_hand, is_close = self.by_hand[name], self.is_close[name]
+            right = backward.gradient(backward.tape.inputs[name])
+            if made and is_close(right, self.right[name]):
+                continue  # what was found does not concern it
+            if made and right.numel() > 1:
+                same = relation(by_hand, right, self.sizes, is_close)
+                if same is not None:
+                    found[name] = (*same, *made)
+                    continue
+            mistake = of_sums(by_hand, right, list(unsummed(backward, name)), is_close)
+            if mistake is None and made:
+                mistake = of_parameter(by_hand, right, self.tensors[name], is_close)
+                mistake = mistake or of_signs(by_hand, right, is_close)
+            if mistake is not None:
+                found[name] = (mistake, *made)
         return found
 
-    def _pairs(self, tape: Tape, left: Sequence[str]) -> dict[str, tuple[Mistake, ...]]:
+    def _pairs(self, backward: Backward, left: Sequence[str]) -> dict[str, tuple[Mistake, ...]]:
         """Two changes at once, where no single one explains anything."""
-        backward = Backward(tape)
         wrong = {name: self.by_hand[name] for name in left}
-        tried = [h for h in hypotheses(backward, wrong) if not h.change.forward][:40]
-        for total in range(1, 2 * len(tried)):
-            for first in range(max(0, total - len(tried) + 1), (total + 1) // 2):
-                one, other = tried[first], tried[total - first]
-                if self.work + backward.work > MAX_WORK:
-                    return {}
-                if one.mistake.details.get("edge", 0) == other.mistake.details.get("edge", 1):
-                    continue
-                try:
-                    gradients = backward.under(one.change | other.change)
-                except RuntimeError:
-                    continue
-                found: dict[str, tuple[Mistake, ...]] = {}
-                for name in left:
-                    mistakes = relation(
-                        self.by_hand[name], gradients[name], {}, self.is_close[name]
-                    )
-                    if mistakes is not None and not self.is_close[name](
-                        gradients[name], self.right[name]
-                    ):
-                        found[name] = (*mistakes, one.mistake, other.mistake)
-                if found and self._is_proven(found):
-                    return found
+        tried = [h for h in hypotheses(backward, wrong) if not h.change.forward][:MAX_PAIRED]
+        before = backward.work
+        for one, other in cheapest_pairs(tried):
+            if backward.work - before > MAX_WORK / 2:
+                break
+            if one.mistake.details.get("edge", 0) == other.mistake.details.get("edge", 1):
+                continue
+            try:
+                gradients = backward.under(one.change | other.change)
+            except RuntimeError:
+                continue
+            found: dict[str, tuple[tuple[Mistake, ...], tuple[Mistake, ...]]] = {}
+            for name in left:
+                mistakes = self._explained(name, gradients[name], backward, one)
+                if mistakes is not None and not mistakes[0]:
+                    found[name] = mistakes
+            if found and self._is_proven(found):
+                return dict.fromkeys(found, (one.mistake, other.mistake))
         return {}
 
     # -- Where it is -------------------------------------------------------------
@@ -335,7 +409,7 @@ class _Search:
     ) -> dict[str, Diagnosis]:
         if self.tape is None:
             return {name: Diagnosis(found[name]) for name in wrong}
-        layers = layers_of(self.tape)
+        layers = self.layers
         right = [name for name in self.by_hand if name not in wrong]
         last = max((layers[name] for name in wrong), default=0)
         above = tuple(name for name in right if layers[name] > last)
@@ -350,6 +424,13 @@ class _Search:
         }
 
 
+def cheapest_pairs(tried: Sequence[Hypothesis]) -> Iterator[tuple[Hypothesis, Hypothesis]]:
+    """All pairs, by the sum of their places."""
+    for total in range(1, 2 * len(tried) - 2):
+        for first in range(max(0, total - len(tried) + 1), (total + 1) // 2):
+            yield tried[first], tried[total - first]
+
+
 def layers_of(tape: Tape) -> dict[str, int]:
     """In which layer each input is, counted from 1: a product with a matrix begins one."""
     depth = [0] * len(tape.values)
@@ -359,17 +440,15 @@ def layers_of(tape: Tape) -> dict[str, int]:
             depth[value] = deepest + (step.name in LAYERS)
     layers = {}
     for name, number in tape.inputs.items():
-        uses = real_uses(Backward(tape), number)
-        layers[name] = min(
-            (depth[tape.steps[edge.step].results[0]] for edge in uses), default=0
-        )
+        uses = real_uses(tape, number)
+        layers[name] = min((depth[tape.steps[edge.step].results[0]] for edge in uses), default=0)
     return layers
 
 
 def unsummed(backward: Backward, name: str) -> Iterator[Tensor]:
     """What the gradient of an input that was broadcast is the sum of."""
     tape = backward.tape
-    for edge in real_uses(backward, tape.inputs[name]):
+    for edge in real_uses(tape, tape.inputs[name]):
         step, value = tape.steps[edge.step], tape.value_of(edge)
         operand, result = backward.values[value], backward.values[step.results[0]]
         gradient = backward.gradients.get(step.results[0])

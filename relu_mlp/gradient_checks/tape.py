@@ -86,6 +86,18 @@ class Unrecorded(Exception):
     """The function does what a tape can't hold, such as writing to a tensor."""
 
 
+def _mse_loss(y: Tensor, target: Tensor, reduction: int = 1) -> Tensor:
+    square = (y - target).pow(2)
+    return square if reduction == 0 else square.mean() if reduction == 1 else square.sum()
+
+
+#: Operators that are recorded as the steps that people take.
+DECOMPOSED: Mapping[str, Callable[..., Tensor]] = {
+    "aten::addmm": lambda bias, left, right: torch.mm(left, right) + bias,
+    "aten::mse_loss": _mse_loss,
+}
+
+
 class _Recorder(TorchDispatchMode):
     """Writes down the operations that are called."""
 
@@ -115,6 +127,9 @@ class _Recorder(TorchDispatchMode):
         schema = schema_of_overload(func)
         if schema is None or len(self.steps) == MAX_STEPS:
             raise Unrecorded(str(func))
+        if schema.name in DECOMPOSED and not kwargs:
+            with self:
+                return DECOMPOSED[schema.name](*args)
         operands: list[int] = []
 
         def slotted(argument: Any) -> Any:
@@ -270,10 +285,11 @@ class Backward:
         known: what the derivation is already known to do otherwise; nothing for a right pass.
     """
 
-    def __init__(self, tape: Tape, known: Change = Change()) -> None:  # noqa: B008, it is frozen
+    def __init__(self, tape: Tape, known: Change = Change()) -> None:
         self.tape, self.known = tape, known
         self.values = forward(tape, known.forward) if known.forward else tape.values
-        self.work = 0  #: how many steps have been taken backwards
+        self.work = 0.0  #: how many steps have been taken backwards; large ones count more
+        self.slopes: dict[Edge, Tensor | None] = {}  #: of hypotheses.py, which keeps them here
         self._locals: dict[int, Local] = {}
         self._of_edges: dict[Edge, Tensor] = {}
         #: the gradients of all values that are reached
@@ -330,7 +346,7 @@ class Backward:
 
     def through(self, local: Local, of_results: Sequence[Tensor]) -> list[Tensor]:
         """The gradients of a step's operands by the right rule."""
-        self.work += 1
+        self.work += 1 + sum(leaf.numel() for leaf in local.leaves) / 1e4
         grads = torch.autograd.grad(
             local.results, local.leaves, of_results, retain_graph=True, allow_unused=True
         )

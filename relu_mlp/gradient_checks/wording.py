@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -96,8 +97,6 @@ class Expressions:
             return f"{inner(operands[0], 9)}[...]", 9
         if name in VIEWS:
             return self._written(operands[0], depth)
-        if name == "addmm":
-            return f"{inner(operands[1], 2)} @ {inner(operands[2], 3)} + {inner(operands[0])}", 1
         if name in INFIX:
             sign = INFIX[name]
             binding = BINDING[sign]
@@ -196,41 +195,30 @@ class Sentences:
         said = ""
         if by_hand.shape != right.shape:
             said = f"it has shape {tuple(by_hand.shape)} instead of {tuple(right.shape)}"
-        for place, mistake in enumerate(diagnosis.mistakes):
-            clause = self.clause(mistake, name, right, is_first=not place)
-            said += f"{'; ' if said and not place else '. And ' if place else ''}{clause}"
-        if not diagnosis.mistakes:
-            if by_hand.shape == right.shape:
-                said = unexplained(by_hand, right, tolerance)
-            said += self.where(name, diagnosis)
-        if self._is_in_all(name):
-            said += (
-                ". Every gradient has this factor, so it is in the derivative of the loss itself"
-            )
+        clauses: list[str] = []
+        groups = [list(group) for _, group in groupby(diagnosis.mistakes, lambda m: m.rule)]
+        for first, *same in groups:
+            clause = self.clause(first, name, right)
+            places = [place for place in map(self.at, same) if place]
+            if same:
+                clause += "; the same mistake is made above it"
+                clause += f", at {listed(places)}" if places else ""
+            clauses.append(clause)
+        if clauses:
+            said += ("; " if said else "") + ". And ".join(clauses)
+        elif by_hand.shape == right.shape:
+            said = unexplained(by_hand, right, tolerance)
         if diagnosis.all_above and diagnosis.layer:
-            said += (
-                f". Everything above layer {diagnosis.layer} is right "
-                f"({listed(diagnosis.all_above)})"
-            )
+            above = f"({listed(shortened(diagnosis.all_above))})"
+            said += f". Everything above layer {diagnosis.layer} is right {above}"
+        if not clauses:
+            said += self.where(name, diagnosis)
         return said
 
-    def _is_in_all(self, name: str) -> bool:
-        mistakes = self.diagnoses[name].mistakes
-        return (
-            len(self.given) > 1
-            and set(self.given) == set(self.diagnoses)
-            and len(mistakes) == 1
-            and mistakes[0].kind == "factor of all"
-            and all(
-                other.mistakes
-                and other.mistakes[0].kind == "factor of all"
-                and abs(
-                    other.mistakes[0].details["factor"] / mistakes[0].details["factor"] - 1
-                )
-                < 1e-6
-                for other in self.diagnoses.values()
-            )
-        )
+    def at(self, mistake: Mistake) -> str:
+        """Where a mistake was made, if it is said of a step."""
+        y = mistake.details.get("y")
+        return self.written(y) if isinstance(y, int) else ""
 
     def where(self, name: str, diagnosis: Diagnosis) -> str:
         """Where to look for a mistake that was not found."""
@@ -240,10 +228,10 @@ class Sentences:
                 f"is right: look at the last step, from there to {name}"
             )
         if diagnosis.all_above:
-            return ". Look at what leads from there to this layer: the activation between them"
+            return f", so look at what leads from there to layer {diagnosis.layer}"
         return ""
 
-    def clause(self, mistake: Mistake, name: str, right: Tensor, is_first: bool) -> str:
+    def clause(self, mistake: Mistake, name: str, right: Tensor) -> str:
         say = getattr(self, f"_{mistake.kind.replace(' ', '_').replace('-', '_')}")
         details = dict(mistake.details)
         details.pop("edge", None)
@@ -262,20 +250,36 @@ class Sentences:
     def _precision(self, name: str) -> str:
         return f"it is right to some digits only, as if computed in {name} precision"
 
-    def _factor_of_all(self, factor: float, why: str, **_: Any) -> str:
-        said = f"it is {in_words(factor)} autograd's"
-        if why:
-            said += f" ({why})"
-            if "rows" in why.split(";")[0]:
-                said += (
-                    ": was a mean taken for a sum" if abs(factor) < 1 else ": is the loss a mean"
-                )
-                said += ", or the other way round?"
-            return said
-        if abs(factor + 1) < 1e-6:
-            return f"{said}: look for a difference that was taken the other way round"
-        if abs(abs(factor) - 2) < 1e-6 or abs(abs(factor) - 0.5) < 1e-6:
-            return f"{said}: the derivative of a square has a 2, which a factor 1/2 cancels"
+    def _factor_of_all(
+        self,
+        factor: float,
+        why: str,
+        lost: int | None = None,
+        twice: int | None = None,
+        square: int | None = None,
+        shared: bool = False,
+        **_: Any,
+    ) -> str:
+        said = f"it is {in_words(factor)} autograd's" + (f" ({why})" if why else "")
+        if lost is not None:
+            return f"{said}: the derivative of {self.written(lost)} has a factor that is left out"
+        if twice is not None:
+            return (
+                f"{said}: the derivative of {self.written(twice)} has a factor that is in it twice"
+            )
+        if square is not None:
+            return f"{said}: the derivative of a square, {self.written(square)}, has a factor 2"
+        if "rows" in why and abs(factor) < 1:
+            said += ": look for a division by it that is too much, such as a mean in place of a sum"
+        elif "rows" in why:
+            said += ": look for a division by it that was lost, such as that of a mean"
+        elif abs(factor + 1) < 1e-6:
+            said += ": look for a difference that was taken the other way round"
+        if shared:
+            said += (
+                "; every gradient has this factor, so it is in what all share, the derivative of "
+                "the loss"
+            )
         return said
 
     def _transposed(self, **_: Any) -> str:
@@ -292,10 +296,10 @@ class Sentences:
 
     def _summed_over(self, axes: tuple[int, ...], shape: Sequence[int], **_: Any) -> str:
         if len(axes) == len(shape):
-            return "it is the sum over all elements: only the axes that were broadcast are summed"
+            return "it is the sum over all elements: sum only the axes that were broadcast"
         return (
-            f"the sum was taken over {axes_in_words(axes)} of the {tuple(shape)} gradient: sum over "
-            "the axis along which the input was broadcast, which are the rows"
+            f"the sum was taken over {axes_in_words(axes)} of the {tuple(shape)} gradient: "
+            "sum over the axis along which the input was broadcast, which are the rows"
         )
 
     def _mean_over(self, axes: tuple[int, ...], shape: Sequence[int], **_: Any) -> str:
@@ -312,7 +316,10 @@ class Sentences:
         ) + ": sum over the rows alone"
 
     def _exchanged(self, name: str) -> str:
-        return f"it is the gradient of {name}: were the two exchanged when they were returned?"
+        return (
+            f"it is the gradient of {name}: look at the order in which they are "
+            "returned, and at which factor belongs to which"
+        )
 
     def _decay(self, factor: float, name: str, **_: Any) -> str:
         return (
@@ -377,7 +384,7 @@ class Sentences:
     def _mask_inverted(self, z: int, y: int) -> str:
         return (
             f"the mask of {self.written.maker(y)} at {self.written(y)} is inverted: the gradient "
-            f"passes where {self.written(z)} > 0, and is 0 elsewhere"
+            f"must pass where {self.written(z)} > 0, and be 0 elsewhere"
         )
 
     def _mask_of_the_gradient(self, z: int, y: int) -> str:
@@ -401,6 +408,11 @@ class Sentences:
             )
         expression = self.written(y)
         rule = SLOPES.get(operator)
+        if operator in ("mul", "div") and formula == "z f'(z)":
+            return (
+                f"the derivative of {expression} by {self.written(z)} lacks a division by "
+                f"{self.written(z)}: that of 1 / z is -1 / z²"
+            )
         if operator in ("mul", "div"):
             factor = self.written(z) if formula == "z" else f"{formula}, z = {self.written(z)}"
             return (
@@ -427,10 +439,27 @@ class Sentences:
     def _argument(self, y: int, operand: int, other: int) -> str:
         operator = self.written.maker(y)
         said = "the mask" if operator == "relu" else "the derivative"
+        missing = self._term_between(operand, other)
+        if missing:
+            return (
+                f"{said} of {operator} at {self.written(y)} is taken at {self.written(other)}: "
+                f"{missing} is forgotten, and its argument is {self.written(operand)}"
+            )
         return (
             f"{said} of {operator} at {self.written(y)} is taken at {self.written(other)}, in "
             f"place of its argument {self.written(operand)}"
         )
+
+    def _term_between(self, operand: int, other: int) -> str:
+        """What was added to a value, or taken from it, to make an operand; "" if nothing was."""
+        assert self.tape is not None
+        maker = self.tape.maker.get(operand)
+        if maker is None or self.tape.steps[maker].name not in ("add", "sub"):
+            return ""
+        operands = self.tape.steps[maker].operands
+        if len(operands) != 2 or other not in operands:
+            return ""
+        return self.written(operands[1 - operands.index(other)])
 
     def _operand(self, y: int, operand: int, other: int) -> str:
         expected, taken = self.written(operand), self.written(other)
@@ -454,7 +483,9 @@ class Sentences:
                 base = self.tape.steps[maker[base]].operands[0]
             step = self.tape.steps[maker[base]] if base in maker else None
             rest = other if one == operand else operand
-            if step is not None and len(step.operands) == 1 and rest in self._same(step.operands[0]):
+            if step is None or len(step.operands) != 1:
+                continue
+            if rest in self._same(step.operands[0]):
                 return f", the {what} of {self.written.operator(step)}"
         return ""
 
@@ -546,9 +577,7 @@ class Sentences:
     def _factor(self, value: int, formula: str, p: str = "") -> str:
         v = self.written(value)
         of = f" with p = {p}({v})" if p else f" with v = {v}"
-        look = (
-            ": this slope has already cancelled in the derivative of the loss" if p else ""
-        )
+        look = ": this slope has already cancelled in the derivative of the loss" if p else ""
         return f"there is a factor {formula} too much{of}{look}"
 
     def _places_overwritten(self, z: int, y: int) -> str:
@@ -585,7 +614,7 @@ class Sentences:
             (only,) = (n for n, w in enumerate(weights) if w)
             return (
                 f"only row {only} of {count}{at} is in it: a loop that assigns (=) where it must "
-                "add (+=)?"
+                "add (+=)"
             )
         said = []
         if missing:
@@ -627,6 +656,10 @@ ABOUT_IT = frozenset(
         "clipped",
     )
 )
+
+
+def shortened(names: Sequence[str]) -> list[str]:
+    return list(names) if len(names) <= 4 else [*names[:3], "others"]
 
 
 def are(rows: Sequence[int]) -> str:

@@ -151,7 +151,7 @@ net("2 forgotten", everywhere("1/2 of"), g=lambda v: v["y"] - v["t"])
 net("sign", everywhere("minus"), g=lambda v: 2 * (v["t"] - v["y"]))
 net("divided by the rows", {"b1": ("1/12", "rows")}, gb1=lambda v: v["d1"].mean(0))
 net("times the rows", {"w2": ("12 times", "rows")}, gw2=lambda v: ROWS * v["d2"].T @ v["a1"])
-net("mean over all", everywhere("1/24", "12 * 2"), g=lambda v: 2 * (v["y"] - v["t"]) / 24)
+net("mean over all", everywhere("1/24"), g=lambda v: 2 * (v["y"] - v["t"]) / 24)
 net("factor in one layer", below("3 times"), d1=lambda v: 3 * v["ga1"] * (v["z1"] > 0))
 # Shapes, sums.
 net("transposed", {"w2": ("transpose",)}, gw2=lambda v: v["a1"].T @ v["d2"])
@@ -248,7 +248,7 @@ net(
 )
 # One output: elements that are alone.
 net("one output, mask", below("relu", "left out"), ONE_OUT, d1=lambda v: v["ga1"])
-net("one output, bias divided", {"b2": ("1/12",)}, ONE_OUT, gb2=lambda v: v["d2"].mean(0))
+net("one output, bias divided", {"b2": ("1/12|mean",)}, ONE_OUT, gb2=lambda v: v["d2"].mean(0))
 net("zero", {"b1": ("it is 0",)}, gb1=lambda v: 0 * v["d1"].sum(0))
 net("absolute value", {"w1": ("sign", "absolute")}, gw1=lambda v: (v["d1"].T @ v["x"]).abs())
 
@@ -540,7 +540,7 @@ def embedding():
     return lambda table: (table[places] - t).square().sum(), [draw(4, 3)], backward
 
 
-@wrong("attention without its scale", q=("2 times", "4"), k=("2 times", "4"))
+@wrong("attention without its scale", q=("2 times", "q @ k.T / 2"), k=("2 times", "q @ k.T / 2"))
 def scale():
     v, t = draw(6, 4), draw(6, 4)
 
