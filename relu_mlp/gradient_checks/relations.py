@@ -109,7 +109,7 @@ def reshaped(
     if by_hand.shape == other.shape:
         return
     if by_hand.numel() == other.numel():
-        yield by_hand.reshape(other.shape), [Mistake("reshaped")]
+        yield by_hand.reshape(other.shape), [Mistake("reshaped", {"is_sum": not by_hand.dim()})]
     if by_hand.dim() > other.dim():
         for axes in subsets(by_hand.dim(), by_hand.dim() - other.dim()):
             summed = by_hand.sum(axes)
@@ -205,15 +205,14 @@ def in_precision(by_hand: Tensor, right: Tensor) -> str | None:
     """The dtype to which a gradient was rounded, if that alone is wrong with it."""
     if by_hand.shape != right.shape or not by_hand.isfinite().all() or not right.numel():
         return None
-    error = (by_hand - right).abs()
-    for dtype, name in (
-        (torch.bfloat16, "half"),
-        (torch.float16, "half"),
-        (torch.float32, "single"),
+    error, largest = (by_hand - right).abs(), right.abs().max()
+    for dtype, name, units, least in (
+        (torch.bfloat16, "half", 4, 3),
+        (torch.float16, "half", 4, 3),
+        (torch.float32, "single", 64, 1),
     ):
-        unit = torch.finfo(dtype).eps
-        if torch.equal(by_hand.to(dtype).double(), by_hand) and bool(
-            (error <= 64 * unit * right.abs().max()).all()
-        ):
+        if right.numel() < least or not torch.equal(by_hand.to(dtype).double(), by_hand):
+            continue
+        if bool((error <= units * torch.finfo(dtype).eps * largest).all()):
             return name
     return None

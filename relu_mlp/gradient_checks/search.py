@@ -77,9 +77,12 @@ def diagnose(
         tolerances: how far each may be off by rounding.
         wrong: the inputs whose gradients by hand are wrong.
     """
-    search = _Search(function, tensors, by_hand, right, tolerances)
-    found = search.run(wrong)
-    return search.placed(wrong, found), search.tape
+    try:
+        search = _Search(function, tensors, by_hand, right, tolerances)
+        return search.placed(wrong, search.run(wrong)), search.tape
+    except (RuntimeError, NotImplementedError):
+        # Nobody knows what a function of somebody's does. What is wrong is wrong all the same.
+        return {name: Diagnosis(()) for name in wrong}, None
 
 
 class _Search:
@@ -139,6 +142,12 @@ class _Search:
             mistakes, is_strong = self._at_once(name)
             if mistakes:
                 (found if is_strong else weak)[name] = mistakes
+        for name in wrong:  # a single element can't tell a factor, but it can share that of others
+            for mistakes in found.copy().values():
+                if name not in found and mistakes[0].kind == "factor of all":
+                    factor = mistakes[0].details["factor"]
+                    if self.is_close[name](self.by_hand[name], factor * self.right[name]):
+                        found[name] = mistakes
         left = [name for name in wrong if name not in found]
         if left and self.tape is not None:
             found |= self._by_backward_passes(self.tape, left, found)

@@ -285,7 +285,12 @@ class Sentences:
     def _transposed(self, **_: Any) -> str:
         return "it is the transpose: the two factors of the product were exchanged"
 
-    def _reshaped(self, **_: Any) -> str:
+    def _reshaped(self, is_sum: bool, **_: Any) -> str:
+        if is_sum:
+            return (
+                "it is the sum over all elements of the gradient, which is the right number where "
+                "there is one element: sum over the rows alone, which keeps the shape"
+            )
         return "the values are right, so reshape it (keepdim=True keeps a dimension of size 1)"
 
     def _not_summed(self, axes: tuple[int, ...], shape: Sequence[int], **_: Any) -> str:
