@@ -242,7 +242,7 @@ class _Search:
                 continue
             size = constant.flatten()[0].item()
             if size and abs(size * factor - 1) < 1e-9 and size != 1:
-                return {"lost": step.results[0]}
+                return {"lost": step.results[0], **squares}
             if size != 1 and abs(size - factor) < 1e-9:
                 return {"twice": step.results[0]}
         return squares

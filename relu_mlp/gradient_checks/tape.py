@@ -152,7 +152,10 @@ class _Recorder(TorchDispatchMode):
         if schema.is_mutable:
             outputs: tuple[int, ...] = (self.new(result),)
         else:
-            outputs = tuple(map(self.number, tensors_in(result)))
+            outputs = tuple(  # an operator may return its operand, which is another value then
+                self.new(each) if self.numbers.get(id(each)) in operands else self.number(each)
+                for each in tensors_in(result)
+            )
             storages = {each.untyped_storage().data_ptr() for each in tensors_in(args)}
             made = {each.untyped_storage().data_ptr() for each in tensors_in(result)}
             self.viewed |= made & storages

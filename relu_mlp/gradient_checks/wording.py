@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from itertools import groupby
 from typing import Any
 
@@ -162,6 +163,10 @@ def in_words(factor: float) -> str:
         return f"{round(factor)} times"
     if abs(1 / factor - round(1 / factor)) < 1e-6 / abs(factor):
         return f"{'-' if factor < 0 else ''}1/{abs(round(1 / factor))} of"
+    simple = Fraction(factor).limit_denominator(12)
+    if simple.denominator % 3 == 0 or simple.denominator % 7 == 0:  # no short decimal fraction
+        if abs(factor - simple) < 1e-6 * abs(factor):
+            return f"{simple} of"
     return f"{factor:.6g} times"
 
 
@@ -261,6 +266,11 @@ class Sentences:
         **_: Any,
     ) -> str:
         said = f"it is {in_words(factor)} autograd's" + (f" ({why})" if why else "")
+        if lost is not None and square is not None:
+            return (
+                f"{said}: the factor of {self.written(lost)} is left out, or the 2 in the "
+                f"derivative of the square {self.written(square)}"
+            )
         if lost is not None:
             return f"{said}: the derivative of {self.written(lost)} has a factor that is left out"
         if twice is not None:
