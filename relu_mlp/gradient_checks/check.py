@@ -36,6 +36,7 @@ from .modes import by_gradcheck, first_line
 from .operators import name_of, subject_of
 from .relations import Closeness
 from .report import GradientReport
+from .wording import names_in
 
 
 @overload
@@ -219,20 +220,22 @@ def _check_network(
         of_weights, of_biases = split(tensors)
         present = [None if bias is NO_TENSOR else bias for bias in of_biases]
         if by_hand is not None:
-            of_layers = pair_of_lists(by_hand(x64, target64, of_weights, present), len(names))
+            pair = pair_of_lists(by_hand(x64, target64, of_weights, present), len(names))
         else:
             grads = loss_and_grads(
                 x64, target64, of_weights, present, loss=loss, output_activation=output_activation
             )
-            of_layers = grads.weights, grads.biases
-        found = dict(zip(names, of_layers[0], strict=True))
-        found |= {f"biases[{n}]": grad for n, grad in enumerate(of_layers[1] or ())}
+            pair = list(grads.weights), list(grads.biases or ())
+        found = dict(zip(names, pair[0], strict=True))
+        found |= {f"biases[{n}]": grad for n, grad in enumerate(pair[1])}
         return listed_gradients({name: found.get(name) for name in inputs}, inputs)
 
     widths = "-".join(str(n) for n in [x.shape[-1], *(weight.shape[0] for weight in weight_list)])
     rows = math.prod(x.shape[:-1])
     subject = f"the {loss} loss of a {widths} network over {rows} rows"
-    return compared(subject, function, inputs, backward, eps, source=by_hand)
+    return compared(
+        subject, function, inputs, backward, eps, {id(x64): "x", id(target64): "target"}
+    )
 
 
 def _check_function(
@@ -258,7 +261,7 @@ def _check_function(
         named,
         listed_backward,
         eps,
-        source=function,
+        names_in(function),
     )
 
 
@@ -269,7 +272,7 @@ def _check_derivative(
     subject = subject_of(handed_over, inputs)
     named = named_inputs(subject.function, subject.inputs)
     words = f"{subject.name}({', '.join(named)})"
-    report = compared(words, subject.function, named, None, eps, source=subject.source)
+    report = compared(words, subject.function, named, None, eps, names_in(handed_over))
     tensors = in_float64(named)
     checked = [parameter.name for parameter in report.parameters]
     right = {p.name: p.autograd for p in report.parameters}

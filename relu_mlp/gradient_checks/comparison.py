@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +32,7 @@ def compared(
     inputs: Mapping[str, Tensor],
     backward: Callable[..., list[Tensor | None]] | None,
     eps: float | None,
-    source: Callable[..., Any] | None = None,
+    names: Mapping[int, str] | None = None,
 ) -> GradientReport:
     """Computes and compares the gradients of a function.
 
@@ -43,7 +42,7 @@ def compared(
             derivative that the function brings along takes its place, and is compared with
             that of the operations in its forward pass.
         eps: the relative step of the differences; None for the default.
-        source: the user's function, for the names that are used in it.
+        names: what the user calls tensors that are no inputs, by their id.
     """
     eps = STEP if eps is None else float(eps)
     tensors = in_float64(inputs)
@@ -97,7 +96,7 @@ def compared(
     wrong = [name for name, report in reports.items() if report.is_wrong_by_hand]
     if wrong:
         diagnoses, tape = diagnose(function, tensors, hands, gradients, tolerances, wrong)
-        say = Sentences(tape, source, diagnoses, list(hands))
+        say = Sentences(tape, names or {}, diagnoses)
         for name in wrong:
             said = say(name, hands[name], gradients[name], tolerances[name])
             reports[name] = replace(reports[name], mistake=said)

@@ -23,7 +23,6 @@ class Subject(NamedTuple):
     function: Callable[..., Tensor]  #: of all inputs, in their order, to a tensor of one element
     outputs: Callable[..., list[Tensor]]  #: to all outputs of floating point
     inputs: dict[str, Tensor]
-    source: Any  #: what was handed over
 
 
 def subject_of(handed_over: Any, inputs: Inputs) -> Subject:
@@ -49,7 +48,7 @@ def subject_of(handed_over: Any, inputs: Inputs) -> Subject:
             raise TypeError("the function must return a Tensor of floating point, got none")
         return weighted_sum(found)
 
-    return Subject(name_of(handed_over), function, outputs, named, handed_over)
+    return Subject(name_of(handed_over), function, outputs, named)
 
 
 def arriving(outputs: Sequence[Tensor]) -> list[Tensor]:

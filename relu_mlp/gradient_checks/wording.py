@@ -41,14 +41,13 @@ BINDING = {"+": 1, "-": 1, "*": 2, "/": 2, "@": 2}
 class Expressions:
     """The values of a tape as the user would write them."""
 
-    def __init__(self, tape: Tape | None, function: Callable[..., Any] | None) -> None:
+    def __init__(self, tape: Tape | None, names: Mapping[int, str]) -> None:
         self.tape = tape
         self.names: dict[int, str] = dict(tape.names) if tape is not None else {}
-        if tape is not None and function is not None:
-            named = names_in(function)
+        if tape is not None:
             for number, value in enumerate(tape.values):
-                if number not in tape.maker and id(value) in named:
-                    self.names.setdefault(number, named[id(value)])
+                if number not in tape.maker and id(value) in names:
+                    self.names.setdefault(number, names[id(value)])
 
     def operator(self, step: Any) -> str:
         """The name of an operation, as a person calls it."""
@@ -164,9 +163,9 @@ def in_words(factor: float) -> str:
     if abs(1 / factor - round(1 / factor)) < 1e-6 / abs(factor):
         return f"{'-' if factor < 0 else ''}1/{abs(round(1 / factor))} of"
     simple = Fraction(factor).limit_denominator(12)
-    if simple.denominator % 3 == 0 or simple.denominator % 7 == 0:  # no short decimal fraction
-        if abs(factor - simple) < 1e-6 * abs(factor):
-            return f"{simple} of"
+    is_long = simple.denominator % 3 == 0 or simple.denominator % 7 == 0  # as a decimal fraction
+    if is_long and abs(factor - simple) < 1e-6 * abs(factor):
+        return f"{simple} of"
     return f"{factor:.6g} times"
 
 
@@ -180,19 +179,16 @@ class Sentences:
     """What to say about a gradient by hand.
 
     Args:
-        function: the user's, for the names that it uses.
-        names: all inputs whose gradients are wrong, for what they have in common.
+        tape: the forward pass, if it could be recorded.
+        names: what the user calls tensors that are no inputs, by their id.
+        diagnoses: of all inputs whose gradients are wrong.
     """
 
     def __init__(
-        self,
-        tape: Tape | None,
-        function: Callable[..., Any] | None,
-        diagnoses: Mapping[str, Diagnosis],
-        given: Sequence[str],
+        self, tape: Tape | None, names: Mapping[int, str], diagnoses: Mapping[str, Diagnosis]
     ) -> None:
-        self.written = Expressions(tape, function)
-        self.tape, self.diagnoses, self.given = tape, diagnoses, given
+        self.written = Expressions(tape, names)
+        self.tape, self.diagnoses = tape, diagnoses
 
     def __call__(self, name: str, by_hand: Tensor, right: Tensor, tolerance: float) -> str:
         """The finding about one input, whose gradient is wrong."""

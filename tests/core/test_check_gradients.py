@@ -14,8 +14,8 @@ import relu_mlp
 import support
 from relu_mlp import GradientReport, check_gradients
 from relu_mlp.gradient_checks import differences
-from relu_mlp.gradient_checks.rounding import ulp
 from relu_mlp.gradient_checks.report import HEAD
+from relu_mlp.gradient_checks.rounding import ulp
 from support import make_case_with_target
 from support.bad_arguments import (
     NETWORKS,

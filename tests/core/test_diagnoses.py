@@ -1,8 +1,6 @@
 """The mistakes of derivations that `check_gradients` names: a table of wrong backward passes with
 the words that must be said of them, and of right ones, of which nothing may be said."""
 
-import time
-
 import pytest
 import torch
 from torch.nn import functional as F
