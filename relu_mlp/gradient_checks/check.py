@@ -29,7 +29,7 @@ from ..functional import (
 from ..ops import NO_TENSOR
 from . import modes as modes_of
 from .arguments import Backward, Inputs, listed_gradients, named_inputs, pair_of_lists
-from .arrays import any_array, backward_of_arrays, function_of_arrays, is_array
+from .arrays import any_array, backward_of_arrays, function_of_arrays
 from .comparison import compared, in_float64
 from .differences import Function
 from .modes import by_gradcheck, first_line
@@ -173,13 +173,6 @@ def check_gradients(
             return _check_function(x, target, weights, eps)
         if asked:
             raise TypeError(f"{asked[0]} is for a function without a backward pass")
-        x, target = (torch.tensor(each) if is_array(each) else each for each in (x, target))
-        weights, biases = (
-            [torch.tensor(each) if is_array(each) else each for each in layers]
-            if isinstance(layers, (list, tuple))
-            else layers
-            for layers in (weights, biases)
-        )
         return _check_network(x, target, weights, biases, loss, output_activation, eps, backward)
 
 

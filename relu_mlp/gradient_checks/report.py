@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -30,8 +31,10 @@ class Element:
     def __str__(self) -> str:
         name = self.parameter + (str(list(self.index)) if self.index else "")
         numerical = f"{self.numerical:.10g}"
-        if self.is_at_kink or self.numerical != self.numerical:
-            numerical = "at a kink" if self.is_at_kink else "not computed"
+        if self.is_at_kink:
+            numerical = "at a kink"
+        elif math.isnan(self.numerical) and self.uncertainty == math.inf:
+            numerical = "not computed"
         by_hand, difference = f"{self.by_hand:.11g}", f"{self.difference:.1e}"
         ulps = f"{self.ulps:.2g}"
         if self.instead:

@@ -1048,7 +1048,7 @@ def test_a_backward_in_another_dtype():
 RESULTS = {
     "a number": (lambda a, b: 3.0, TypeError, ["backward", "sequence", "mapping", "float"]),
     "a number among them": (lambda a, b: (a, 3.0), TypeError, ["backward", "b", "Tensor", "float"]),
-    "an array": (lambda a, b: (a, b.numpy()), TypeError, ["backward", "b", "Tensor", "ndarray"]),
+    "a list": (lambda a, b: (a, b.tolist()), TypeError, ["backward", "b", "Tensor", "list"]),
     "few": (lambda a, b: (a,), ValueError, ["backward", "a, b", "got 1"]),
     "one tensor": (lambda a, b: a, ValueError, ["backward", "a, b", "got 1"]),
     "nothing": (lambda a, b: None, ValueError, ["backward", "a, b", "got 1"]),
@@ -1107,7 +1107,7 @@ INPUTS = {
     "a number": (3, TypeError, ["inputs", "sequence", "int"]),
     "None": (None, TypeError, ["inputs", "sequence", "NoneType"]),
     "a number among them": ([3.0], TypeError, ["p", "Tensor", "float"]),
-    "an array by name": ({"p": np.ones(3)}, TypeError, ["p", "Tensor", "ndarray"]),
+    "a list by name": ({"p": [1.0]}, TypeError, ["p", "Tensor", "list"]),
     "none": ([], ValueError, ["inputs", "floating-point", "none"]),
     "integers": ([torch.arange(3)], ValueError, ["inputs", "floating-point", "none"]),
 }
@@ -1156,17 +1156,16 @@ def test_bad_options(option):
 def test_what_was_not_derived():
     net = Perceptron()
     report = net.check(b1=lambda g: None, w2=lambda g: 2 * g)
-    assert findings(report) == {
-        "b1": ["no gradient by hand was given"],
-        "w2": ["wrong by hand: it is 2 times autograd's"],
-    }
+    said = findings(report)
+    assert list(said) == ["b1", "w2"] and said["b1"] == ["no gradient by hand was given"]
+    assert said["w2"][0].startswith("wrong by hand: it is 2 times autograd's")
     without = check_gradients(
         net.loss, net.inputs, lambda **inputs: {"w1": net.backward(**inputs)["w1"]}
     )
     assert without.ok and list(findings(without)) == ["b1", "w2", "b2"]
     assert of(without)["b1"].by_hand is None and of(without)["b1"].max_error == 0
     line = next(line for line in str(without).splitlines() if line.startswith("b1[0]"))
-    assert line.split()[1] == "nan"
+    assert line.split()[1:3] == ["not", "given"] and "nan" not in line
 
 
 @pytest.mark.parametrize("where", ["x", "target", "weights[0]", "biases[0]"])
