@@ -25,8 +25,10 @@ from .hypotheses import (
 )
 from .relations import (
     Closeness,
+    distribution,
     factor_between,
     in_precision,
+    is_alike,
     of_parameter,
     of_signs,
     of_sums,
@@ -38,7 +40,7 @@ from .tape import Backward, Tape, record
 Function = Callable[..., Tensor]
 
 #: How many steps may be taken backwards: below a second for 10^4 parameters.
-MAX_WORK = 5000
+MAX_WORK = 8000
 #: A tape with more numbers than this is not searched.
 MAX_NUMBERS = 2_000_000
 #: How many mistakes are found one after the other, each in the pass with those before.
@@ -85,6 +87,47 @@ def diagnose(
         return {name: Diagnosis(()) for name in wrong}, None
 
 
+#: The mistakes that make a changed gradient the one by hand: those that come after the change on
+#: the way back, and the change itself.
+Mistakes = tuple[tuple[Mistake, ...], tuple[Mistake, ...]]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A hypothesis, and what speaks for it."""
+
+    hypothesis: Hypothesis
+    explained: Mapping[str, Mistakes]
+    contradicted: int  #: how many right gradients would be wrong by it
+    affected: frozenset[str]  #: the inputs whose gradients it changes
+
+    @property
+    def cost(self) -> float:
+        return self.hypothesis.cost + max(len(before) for before, _ in self.explained.values())
+
+    @property
+    def score(self) -> tuple[int, int, float]:
+        """The larger, the better."""
+        return len(self.explained), -self.contradicted, -self.cost
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether only a part of the change explains a gradient."""
+        return any(
+            mistake != self.hypothesis.mistake
+            for _, of_step in self.explained.values()
+            for mistake in of_step
+        )
+
+
+@dataclass(frozen=True)
+class Made:
+    """A mistake that was found, and the inputs whose gradients it changes."""
+
+    mistake: Mistake
+    affected: frozenset[str]
+
+
 class _Search:
     def __init__(
         self,
@@ -100,6 +143,8 @@ class _Search:
         self.sizes = self._sizes()
         self.layers = {} if self.tape is None else layers_of(self.tape)
         self.work = 0.0
+        self.unharmed: list[str] = []  #: inputs whose gradients by hand are right
+        self.shapes = {name: distribution(hand) for name, hand in by_hand.items()}
 
     def _checked_tape(self, function: Function) -> Tape | None:
         """The tape, if the backward pass over it gives autograd's gradients."""
@@ -120,12 +165,17 @@ class _Search:
         if self.tape is None:
             return {n: f"{n}" for tensor in self.tensors.values() for n in tensor.shape}
         sizes: dict[int, str] = {}
+        columns = set()
         for number, value in enumerate(self.tape.values):
             maker = self.tape.maker.get(number)
             if value.dim() and maker is not None and self.tape.is_active[number]:
                 if self.tape.steps[maker].name in VIEWS:
                     continue
                 sizes.setdefault(len(value), f"{len(value)} is the number of rows")
+                if value.dim() > 1:
+                    columns.add(value.shape[-1])
+        for n in columns:
+            sizes.setdefault(n, f"{n} is the number of columns")
         for value in self.tape.values:
             for n in value.shape:
                 sizes.setdefault(n, f"{n} is a size of a tensor")
@@ -136,6 +186,7 @@ class _Search:
 
     def run(self, wrong: Sequence[str]) -> dict[str, tuple[Mistake, ...]]:
         """The mistakes in each gradient that is wrong, the last one first."""
+        self.unharmed = [name for name in self.by_hand if name not in wrong]
         found: dict[str, tuple[Mistake, ...]] = {}
         weak: dict[str, tuple[Mistake, ...]] = {}
         for name in wrong:
@@ -219,7 +270,9 @@ class _Search:
                 factors.setdefault(float(f"{mistakes[0].details['factor']:.9g}"), []).append(name)
         for factor, names in factors.items():
             place = self._place_of(factor, names)
-            shared = not place and len(names) == len(self.by_hand) > 1
+            shared = (
+                "lost" not in place and "twice" not in place and len(names) == len(self.by_hand) > 1
+            )
             for name in names:
                 details = {**found[name][0].details, **place, "shared": shared}
                 placed[name] = (Mistake("factor of all", details),)
@@ -230,22 +283,27 @@ class _Search:
         if self.tape is None:
             return {}
         backward = Backward(self.tape)
-        squares = {}
+        reasons: dict[str, object] = {}
         for edge, value in self.tape.edges():
             if self.tape.reached[value] & set(self.by_hand) != set(names):
                 continue
             step = self.tape.steps[edge.step]
             constant = slope(backward, edge)
-            if step.name in SQUARES and abs(factor) in (0.5, 2.0):
-                squares = {"square": step.results[0]}
+            if step.name in SQUARES and abs(factor) == 0.5:
+                reasons["square"] = step.results[0]
             if constant is None or not constant.numel() or not is_constant(constant):
                 continue
             size = constant.flatten()[0].item()
             if size and abs(size * factor - 1) < 1e-9 and size != 1:
-                return {"lost": step.results[0], **squares}
+                return {"lost": step.results[0], **reasons}
             if size != 1 and abs(size - factor) < 1e-9:
                 return {"twice": step.results[0]}
-        return squares
+        size = max(abs(factor), 1 / abs(factor))
+        has_mean = any(step.name == "mean" for step in self.tape.steps)
+        is_size = abs(size - round(size)) < 1e-9 and round(size) in self.sizes and size > 1
+        if is_size and (has_mean or "square" not in reasons):
+            reasons["size"] = self.sizes[round(size)]
+        return reasons
 
     # -- What needs one ----------------------------------------------------------
 
@@ -255,28 +313,32 @@ class _Search:
         """Passes with one change each; then with one more, in the pass that explains most."""
         found: dict[str, tuple[Mistake, ...]] = {}
         right = backward = Backward(tape)
-        made: tuple[Mistake, ...] = ()
-        for _ in range(MAX_MISTAKES):
+        made: list[Made] = []
+        while len(made) < MAX_MISTAKES:
+            for name in [name for name in wrong if name not in found]:
+                of_made = tuple(each.mistake for each in made if name in each.affected)
+                mistakes = self._but_for_a_sum(backward, name, bool(of_made))
+                if mistakes:
+                    found[name] = (*mistakes, *of_made)
+            left = [name for name in wrong if name not in found]
+            if not left:
+                break
             best = None
-            # The same mistake in the next layer first, and then any other.
-            for rules in (*([{m.rule for m in made}] if made else []), None):
-                for each in (right, backward) if made else (right,):
-                    of_made = made if each is backward else ()
-                    left = [name for name in wrong if name not in found]
-                    found |= self._unsummed(each, left, of_made)
-                    left = [name for name in left if name not in found]
-                    best = self._best(each, left, strong, rules) if left else None
-                    if best is not None:
-                        break
-                if best is not None:
-                    break
+            if made:  # the same mistake in the next layer first, and then any other
+                best = self._best(backward, left, strong, {each.mistake.rule for each in made})
+            best = best or self._best(backward, left, strong)
+            if best is None and backward is not right:
+                best = self._best(right, left, strong)  # without what was found elsewhere
+                backward, made = (right, []) if best is not None else (backward, made)
             if best is None:
                 break
-            hypothesis, explained = best
-            for name, mistakes in explained.items():
-                found[name] = (*mistakes[0], *mistakes[1], *of_made)
-            backward = Backward(tape, each.known | hypothesis.change)
-            made = (hypothesis.mistake, *of_made)
+            for name, (before, of_step) in best.explained.items():
+                of_made = tuple(each.mistake for each in made if name in each.affected)
+                found[name] = (*before, *of_step, *of_made)
+            if best.contradicted or best.is_partial:
+                continue  # it was made for some gradients alone
+            made.insert(0, Made(best.hypothesis.mistake, best.affected))
+            backward = Backward(tape, backward.known | best.hypothesis.change)
         left = [name for name in wrong if name not in found]
         if left and not found:
             found |= self._pairs(right, left)
@@ -288,20 +350,19 @@ class _Search:
         left: Sequence[str],
         strong: Mapping[str, tuple[Mistake, ...]],
         rules: set[Rule] | None = None,
-    ) -> tuple[Hypothesis, dict[str, tuple[tuple[Mistake, ...], tuple[Mistake, ...]]]] | None:
+    ) -> Explanation | None:
         """The hypothesis that explains most gradients, and contradicts fewest right ones."""
-        best, best_score = None, (0, 0.0, 0.0)
+        best: Explanation | None = None
         wrong = {name: self.by_hand[name] for name in left}
-        before = backward.work
+        start = backward.work
         last = max(self.layers[name] for name in left)
+        in_last = {name for name in left if self.layers[name] == last}
         for hypothesis in hypotheses(backward, wrong, rules):
-            if self.work + backward.work - before > MAX_WORK:
+            if self.work + backward.work - start > MAX_WORK:
                 break
-            if best is not None and not best_score[1]:
-                in_last = {name for name in left if self.layers[name] == last}
-                explains_last = in_last <= set(best[1])
-                margin = 0 if len(best[1]) >= len(left) else 1
-                if explains_last and hypothesis.cost > best[0].cost + margin:
+            if best is not None and not best.contradicted and in_last <= set(best.explained):
+                margin = 0 if len(best.explained) >= len(left) else 1
+                if hypothesis.cost > best.cost + margin:
                     break
             try:
                 gradients = backward.under(hypothesis.change)
@@ -318,27 +379,34 @@ class _Search:
                 mistakes = self._explained(name, gradients[name], backward, hypothesis)
                 if mistakes is not None and not mistakes[0]:
                     explained[name] = mistakes
-            contradicted = sum(
-                not self.is_close[name](self.by_hand[name], gradients[name])
-                for name in self.by_hand
-                if name not in left and name not in strong
+            explanation = Explanation(
+                hypothesis,
+                explained,
+                sum(not self.is_close[n](self.by_hand[n], gradients[n]) for n in self.unharmed),
+                frozenset(
+                    name
+                    for name, gradient in gradients.items()
+                    if not self.is_close[name](
+                        gradient, backward.gradient(backward.tape.inputs[name])
+                    )
+                ),
             )
-            further = sum(len(before) for before, _ in explained.values())
-            score = (len(explained), -float(contradicted), -hypothesis.cost - further)
-            if best is None or score > best_score:
-                best, best_score = (hypothesis, explained), score
-        self.work += backward.work - before
+            if best is None or explanation.score > best.score:
+                best = explanation
+        self.work += backward.work - start
         return best
 
     def _explained(
         self, name: str, gradient: Tensor, backward: Backward, hypothesis: Hypothesis
-    ) -> tuple[tuple[Mistake, ...], tuple[Mistake, ...]] | None:
+    ) -> Mistakes | None:
         """The mistakes that make a changed gradient the one by hand: before and of the change."""
         by_hand, is_close = self.by_hand[name], self.is_close[name]
         before = backward.gradient(backward.tape.inputs[name])
         if is_close(gradient, before):
             return None  # the change does not concern it
-        found = relation(by_hand, gradient, self.sizes, is_close)
+        found = None
+        if by_hand.numel() != gradient.numel() or is_alike(self.shapes[name], gradient):
+            found = relation(by_hand, gradient, self.sizes, is_close)
         if found is not None:
             if found and gradient.numel() == 1 and found[0].kind == "factor of all":
                 return None  # any number is some multiple of a number
@@ -353,9 +421,7 @@ class _Search:
                 return (), (mistake,)
         return None
 
-    def _is_proven(
-        self, explained: Mapping[str, tuple[tuple[Mistake, ...], tuple[Mistake, ...]]]
-    ) -> bool:
+    def _is_proven(self, explained: Mapping[str, Mistakes]) -> bool:
         """Whether so many digits agree that it can't be by chance: of several elements, or of one
         that is no small integer."""
         return len(explained) > 1 or any(
@@ -365,28 +431,26 @@ class _Search:
             for by_hand in [self.by_hand[name]]
         )
 
-    def _unsummed(
-        self, backward: Backward, left: Sequence[str], made: tuple[Mistake, ...]
-    ) -> dict[str, tuple[Mistake, ...]]:
-        """Gradients that are right in a pass, but for a factor or the axes of a sum."""
-        found: dict[str, tuple[Mistake, ...]] = {}
-        for name in left:
-            by_hand, is_close = self.by_hand[name], self.is_close[name]
-            right = backward.gradient(backward.tape.inputs[name])
-            if made and is_close(right, self.right[name]):
-                continue  # what was found does not concern it
-            if made and right.numel() > 1:
-                same = relation(by_hand, right, self.sizes, is_close)
-                if same is not None:
-                    found[name] = (*same, *made)
-                    continue
-            mistake = of_sums(by_hand, right, list(unsummed(backward, name)), is_close)
-            if mistake is None and made:
-                mistake = of_parameter(by_hand, right, self.tensors[name], is_close)
-                mistake = mistake or of_signs(by_hand, right, is_close)
-            if mistake is not None:
-                found[name] = (mistake, *made)
-        return found
+    def _but_for_a_sum(
+        self, backward: Backward, name: str, is_changed: bool
+    ) -> tuple[Mistake, ...]:
+        """What is wrong with a gradient in a pass in which it is right but for a factor, the axes
+        of a sum or a term; nothing if it is not.
+
+        Args:
+            is_changed: whether the pass has a mistake that concerns this gradient.
+        """
+        by_hand, is_close = self.by_hand[name], self.is_close[name]
+        right = backward.gradient(backward.tape.inputs[name])
+        if is_changed and right.numel() > 1:
+            same = relation(by_hand, right, self.sizes, is_close)
+            if same:
+                return tuple(same)
+        mistake = of_sums(by_hand, right, list(unsummed(backward, name)), is_close)
+        if mistake is None and is_changed:
+            mistake = of_parameter(by_hand, right, self.tensors[name], is_close)
+            mistake = mistake or of_signs(by_hand, right, is_close)
+        return (mistake,) if mistake is not None else ()
 
     def _pairs(self, backward: Backward, left: Sequence[str]) -> dict[str, tuple[Mistake, ...]]:
         """Two changes at once, where no single one explains anything."""
@@ -394,7 +458,7 @@ class _Search:
         tried = [h for h in hypotheses(backward, wrong) if not h.change.forward][:MAX_PAIRED]
         before = backward.work
         for one, other in cheapest_pairs(tried):
-            if backward.work - before > MAX_WORK / 2:
+            if backward.work - before > MAX_WORK / 4:
                 break
             if one.mistake.details.get("edge", 0) == other.mistake.details.get("edge", 1):
                 continue
@@ -402,7 +466,7 @@ class _Search:
                 gradients = backward.under(one.change | other.change)
             except RuntimeError:
                 continue
-            found: dict[str, tuple[tuple[Mistake, ...], tuple[Mistake, ...]]] = {}
+            found: dict[str, Mistakes] = {}
             for name in left:
                 mistakes = self._explained(name, gradients[name], backward, one)
                 if mistakes is not None and not mistakes[0]:

@@ -258,6 +258,7 @@ class Sentences:
         lost: int | None = None,
         twice: int | None = None,
         square: int | None = None,
+        size: str = "",
         shared: bool = False,
         **_: Any,
     ) -> str:
@@ -274,11 +275,14 @@ class Sentences:
                 f"{said}: the derivative of {self.written(twice)} has a factor that is in it twice"
             )
         if square is not None:
-            return f"{said}: the derivative of a square, {self.written(square)}, has a factor 2"
+            said += f": the derivative of a square, {self.written(square)}, has a factor 2"
         if "rows" in why and abs(factor) < 1:
             said += ": look for a division by it that is too much, such as a mean in place of a sum"
         elif "rows" in why:
             said += ": look for a division by it that was lost, such as that of a mean"
+        elif size and not why:
+            which = "too much" if abs(factor) < 1 else "lost"
+            said += f"{', or' if square is not None else ':'} a division is {which} ({size})"
         elif abs(factor + 1) < 1e-6:
             said += ": look for a difference that was taken the other way round"
         if shared:
@@ -313,10 +317,13 @@ class Sentences:
             "sum over the axis along which the input was broadcast, which are the rows"
         )
 
-    def _mean_over(self, axes: tuple[int, ...], shape: Sequence[int], **_: Any) -> str:
+    def _mean_over(
+        self, axes: tuple[int, ...], shape: Sequence[int], factor: float, **_: Any
+    ) -> str:
         return (
-            f"a mean was taken over {axes_in_words(axes)} of the {tuple(shape)} gradient, "
-            "where the rows are to be summed"
+            (f"it is {in_words(factor)} autograd's: " if factor != 1 else "")
+            + f"a mean was taken over {axes_in_words(axes)} of the {tuple(shape)} gradient, where "
+            "the rows are to be summed"
         )
 
     def _sum_over_all(self, is_one: bool, **_: Any) -> str:
