@@ -280,10 +280,9 @@ def _check_derivative(
         problems += modes_of.under_vmap(subject, tensors, checked, is_close)
     second = None
     if "second_derivative" in modes:
-        places = [n for n, name in enumerate(named) if name in checked]
-        derived = modes_of.first_derivative(subject.function, places)
         try:
-            second = compared(f"the gradient of {words}", derived, named, None, eps)
+            derived, all_inputs = modes_of.first_derivative(subject, tensors, checked)
+            second = compared(f"the gradient of {words}", derived, all_inputs, None, eps)
         except RuntimeError as error:
             problems.append(f"the second derivative can't be computed: {first_line(error)}")
     return replace(report, problems=tuple(problems), second=second)

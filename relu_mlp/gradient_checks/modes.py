@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from .differences import Function
-from .operators import Subject, weighted_sum
+from .operators import Subject, arriving, weighted_sum
 from .relations import Closeness, factor_between
 from .wording import in_words
 
@@ -19,25 +19,46 @@ MAX_TANGENTS = 256
 BATCH = 3
 
 
-def first_derivative(function: Function, checked: Sequence[int]) -> Function:
-    """The gradients of a function, each times random numbers, summed: a function to derive."""
+def first_derivative(
+    subject: Subject, tensors: Mapping[str, Tensor], checked: Sequence[str]
+) -> tuple[Function, dict[str, Tensor]]:
+    """The gradients of a function, each times other numbers, summed: a function to be derived, by
+    the inputs and by the gradients that arrive at the outputs. Returns it with its inputs."""
+    with torch.no_grad():
+        weights = arriving(subject.outputs(*(tensor.clone() for tensor in tensors.values())))
+    names = (
+        ["grad_output"]
+        if len(weights) == 1
+        else [f"grad_outputs[{n}]" for n, _ in enumerate(weights)]
+    )
+    inputs = {**tensors, **dict(zip(names, weights, strict=True))}
+    places = [n for n, name in enumerate(tensors) if name in checked]
 
-    def derived(*tensors: Tensor) -> Tensor:
+    def derived(*given: Tensor) -> Tensor:
         with torch.enable_grad():
             leaves = [
-                tensor if tensor.requires_grad else tensor.detach().requires_grad_(n in checked)
-                for n, tensor in enumerate(tensors)
+                each if each.requires_grad else each.detach().requires_grad_(n in places)
+                for n, each in enumerate(given)
             ]
-            of = [leaves[n] for n in checked]
-            loss = function(*leaves)
-            grads = torch.autograd.grad(loss.sum(), of, create_graph=True, allow_unused=True)
+            of = [leaves[n] for n in places]
+            outputs = subject.outputs(*leaves[: len(tensors)])
+            grads = torch.autograd.grad(
+                outputs, of, leaves[len(tensors) :], create_graph=True, allow_unused=True
+            )
+            # A gradient without a graph is constant, or pretends to be: the differences tell.
             found = [
-                torch.zeros_like(leaf) * leaf.sum() if grad is None else grad
+                grad if grad is not None and grad.requires_grad else _constant(grad, leaf)
                 for grad, leaf in zip(grads, of, strict=True)
             ]
             return weighted_sum(found)
 
-    return derived
+    return derived, inputs
+
+
+def _constant(gradient: Tensor | None, leaf: Tensor) -> Tensor:
+    """A gradient that has no graph, with one that says that its derivative is 0."""
+    zero = 0 * leaf.sum()
+    return torch.zeros_like(leaf) + zero if gradient is None else gradient + zero
 
 
 def forward_mode(
