@@ -9,6 +9,7 @@ a kink within the step. It is there because it shares no code with the others.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Real
@@ -271,18 +272,20 @@ def _check_derivative(
     right = {p.name: p.autograd for p in report.parameters}
     is_close = Closeness(sum(p.tolerance for p in report.parameters))
     problems: list[str] = []
-    objection = by_gradcheck(subject, tensors, checked)
-    if objection:
-        problems.append(f"torch.autograd.gradcheck objects: {objection}")
-    if "forward_mode" in modes:
-        problems += modes_of.forward_mode(subject, tensors, right, is_close)
-    if "vmap" in modes:
-        problems += modes_of.under_vmap(subject, tensors, checked, is_close)
     second = None
-    if "second_derivative" in modes:
-        try:
-            derived, all_inputs = modes_of.first_derivative(subject, tensors, checked)
-            second = compared(f"the gradient of {words}", derived, all_inputs, None, eps)
-        except RuntimeError as error:
-            problems.append(f"the second derivative can't be computed: {first_line(error)}")
+    with warnings.catch_warnings():  # of torch.jit, which PyTorch's own forward mode imports
+        warnings.simplefilter("ignore", DeprecationWarning)
+        objection = by_gradcheck(subject, tensors, checked)
+        if objection:
+            problems.append(f"torch.autograd.gradcheck objects: {objection}")
+        if "forward_mode" in modes:
+            problems += modes_of.forward_mode(subject, tensors, right, is_close)
+        if "vmap" in modes:
+            problems += modes_of.under_vmap(subject, tensors, checked, is_close)
+        if "second_derivative" in modes:
+            try:
+                derived, all_inputs = modes_of.first_derivative(subject, tensors, checked)
+                second = compared(f"the gradient of {words}", derived, all_inputs, None, eps)
+            except RuntimeError as error:
+                problems.append(f"the second derivative can't be computed: {first_line(error)}")
     return replace(report, problems=tuple(problems), second=second)

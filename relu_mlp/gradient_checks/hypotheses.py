@@ -280,20 +280,23 @@ def of_paths(backward: Backward, names: Collection[str]) -> Iterator[Hypothesis]
         if len(uses) < 2 or tape.reached[value].isdisjoint(names):
             continue
         last_first = sorted(uses, key=lambda edge: -edge.step)
+        steps = [real_step(tape, edge) for edge in last_first]
+        is_loop = len({step.name for step in steps}) == 1  # the same again and again
         kept = last_first if len(uses) <= 8 else [last_first[0], last_first[-1]]
         for edge in kept:
             place = last_first.index(edge)
             details = {
                 "value": value,
-                "y": tape.steps[edge.step].results[0],
+                "y": steps[place].results[0],
                 "count": len(uses),
                 "place": len(uses) - place,
                 "edge": edge,
             }
             others = [other for other in uses if other != edge]
             yield Hypothesis(4.2, Mistake("path left out", details), cut([edge]))
-            if len(uses) > 2 or value in tape.inputs.values():
-                yield Hypothesis(4.1, Mistake("path alone", details), cut(others))
+            if len(uses) > 2 or is_loop:
+                cost = 4.1 if is_loop else 4.3
+                yield Hypothesis(cost, Mistake("path alone", details), cut(others))
     statistics = [
         step.results[0]
         for n, step in enumerate(tape.steps)
@@ -322,6 +325,16 @@ def of_paths(backward: Backward, names: Collection[str]) -> Iterator[Hypothesis]
         edges = [edge for edge, _ in products if tape.is_active[tape.value_of(edge)]]
         if len(edges) > 1:
             yield Hypothesis(4.4, Mistake("chain cut", {"name": name}), cut(edges))
+
+
+def real_step(tape: Tape, edge: Edge) -> Step:
+    """The step of an edge, or the first one that makes use of what it only views."""
+    step = tape.steps[edge.step]
+    if step.name in VIEWS:
+        for result in step.results:
+            for use in real_uses(tape, result):
+                return tape.steps[use.step]
+    return step
 
 
 def real_uses(tape: Tape, value: int) -> list[Edge]:

@@ -19,7 +19,7 @@ from .._torch_private import TorchDispatchMode, schema_of_overload
 Function = Callable[..., Tensor]
 
 #: More operations are not recorded: a search over them would take long.
-MAX_STEPS = 400
+MAX_STEPS = 1000
 
 
 class Slot(NamedTuple):

@@ -667,3 +667,129 @@ def test_a_right_derivation_is_not_accused(name):
         torch.manual_seed(seed)
         report = check_gradients(*RIGHT[name]())
         assert report.ok and not said_of(report), str(report)
+
+
+# -- Mistakes in several layers, and where they are ------------------------------
+
+SIZES = (6, 6, 6, 6, 6)
+
+
+class Deep:
+    """Four layers of equal width, in loops, as they are written for any number of layers."""
+
+    def __init__(self, step=None, layer_input=None):
+        self.x, self.t = draw(10, 6), draw(10, 6)
+        self.step = step or (lambda delta, w, z, a, n: (delta @ w) * (z[n - 1] > 0))
+        self.layer_input = layer_input or (lambda z, a, n: a[n])
+        self.inputs = {}
+        for n in range(4):
+            self.inputs |= {f"w{n}": 0.5 * draw(6, 6), f"b{n}": draw(6)}
+
+    def forward(self, **p):
+        z, a = [], [self.x]
+        for n in range(4):
+            z.append(a[n] @ p[f"w{n}"].T + p[f"b{n}"])
+            a.append(torch.relu(z[n]) if n < 3 else z[n])
+        return z, a
+
+    def loss(self, **p):
+        return ((self.forward(**p)[1][-1] - self.t) ** 2).mean()
+
+    def backward(self, **p):
+        z, a = self.forward(**p)
+        delta, grads = 2 * (a[-1] - self.t) / 60, {}
+        for n in reversed(range(4)):
+            grads[f"w{n}"] = delta.T @ self.layer_input(z, a, n)
+            grads[f"b{n}"] = delta.sum(0)
+            if n:
+                delta = self.step(delta, p[f"w{n}"], z, a, n)
+        return grads
+
+    def said(self):
+        return said_of(check_gradients(self.loss, self.inputs, self.backward))
+
+
+IN_EVERY_LAYER = {
+    "no mask": (lambda d, w, z, a, n: d @ w, "the derivative of relu"),
+    "mask of the layer above": (lambda d, w, z, a, n: (d @ w) * (z[n] > 0), "the mask of relu"),
+    "times a": (lambda d, w, z, a, n: (d @ w) * a[n], "multiplied by y"),
+    "w transposed": (lambda d, w, z, a, n: (d @ w.T) * (z[n - 1] > 0), "is transposed"),
+}
+
+
+@pytest.mark.parametrize(("step", "words"), IN_EVERY_LAYER.values(), ids=list(IN_EVERY_LAYER))
+def test_a_mistake_in_every_layer(step, words):
+    """It is named in each, and everything above the first of them is said to be right."""
+    torch.manual_seed(0)
+    said = Deep(step=step).said()
+    assert list(said) == ["w0", "b0", "w1", "b1", "w2", "b2"]
+    for name, sentence in said.items():
+        assert words in sentence
+        assert "Everything above layer 3 is right (w3 and b3)" in sentence
+        assert ("the same mistake is made above it" in sentence) == ("2" not in name)
+
+
+def test_a_mistake_in_one_layer():
+    torch.manual_seed(0)
+    net = Deep(step=lambda d, w, z, a, n: (d @ w) * (z[n - 1] > 0) if n != 2 else d @ w)
+    said = net.said()
+    assert list(said) == ["w0", "b0", "w1", "b1"]
+    for sentence in said.values():
+        assert "the derivative of relu" in sentence and "left out" in sentence
+        assert "Everything above layer 2 is right (w2, b2, w3 and b3)" in sentence
+
+
+def test_pre_activations_in_every_layer():
+    torch.manual_seed(0)
+    said = Deep(layer_input=lambda z, a, n: a[n] if n == 0 else z[n - 1]).said()
+    assert list(said) == ["w1", "w2", "w3"]
+    for sentence in said.values():
+        assert "the pre-activation of relu" in sentence and "same mistake" not in sentence
+
+
+# -- What is not known is not named ----------------------------------------------
+
+
+UNKNOWN = {
+    "a random mask": lambda v: v["ga1"] * (draw(ROWS, HIDDEN) > 0),
+    "a threshold": lambda v: v["ga1"] * (v["z1"] > 0.3),
+    "noise": lambda v: v["ga1"] * (v["z1"] > 0) + 0.1 * draw(ROWS, HIDDEN),
+}
+
+
+@pytest.mark.parametrize("mistake", UNKNOWN.values(), ids=list(UNKNOWN))
+def test_a_mistake_that_nobody_knows(mistake):
+    """It is said how much is wrong, and where to look."""
+    torch.manual_seed(0)
+    said = said_of(check_gradients(*Net(d1=mistake).case()))
+    for name, sentence in said.items():
+        assert f"of {15 if name == 'w1' else 5} elements are wrong" in sentence
+        assert "Everything above layer 1 is right (w2 and b2), so look at" in sentence
+
+
+def test_the_last_step_of_one_gradient():
+    torch.manual_seed(0)
+    said = said_of(check_gradients(*Net(gw1=lambda v: v["d1"].T @ v["x"] + draw(5, 3)).case()))
+    assert "b1 beside it is right" in said["w1"] and "look at the last step" in said["w1"]
+
+
+def test_a_single_element_is_told_no_factor():
+    torch.manual_seed(0)
+    said = said_of(
+        check_gradients(*Net(sizes=(IN, HIDDEN, 1), gb2=lambda v: v["d2"].sum(0) * 0.7123).case())
+    )
+    assert "instead of" in said["b2"] and "times" not in said["b2"]
+
+
+def test_a_rounded_gradient_is_not_a_small_term():
+    torch.manual_seed(0)
+    case = linear(lambda e, w, b: e.square().sum(), lambda e: 2 * e, w=lambda g, w: g.float())
+    assert "single precision" in said_of(check_gradients(*case()))["w"]
+    case = linear(lambda e, w, b: e.square().sum() + 1e-6 * (w**3).sum(), lambda e: 2 * e)
+    said = said_of(check_gradients(*case()))
+    assert "single precision" not in said["w"] and "w**3 is left out" in said["w"]
+    noise = 1e-7 * draw(2, 3)
+    case = linear(lambda e, w, b: e.square().sum(), lambda e: 2 * e, w=lambda g, w: g + noise)
+    said = said_of(check_gradients(*case()))
+    assert "right to some digits only (the largest error is" in said["w"]
+    assert "single precision" not in said["w"]
