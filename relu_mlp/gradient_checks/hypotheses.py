@@ -34,6 +34,9 @@ STATISTICS = frozenset(
     ("mean", "var", "std", "sum", "amax", "amin", "logsumexp", "var_mean", "std_mean")
 )
 
+#: Those of them that are as often something else, such as the softmax's denominator.
+SUMS = frozenset(["sum", "logsumexp", "amax", "amin"])
+
 #: At most so many values are tried in the place of another.
 MAX_OTHERS = 12
 #: At most so many rows are told apart.
@@ -187,6 +190,8 @@ def slopes_instead(z: Tensor, y: Tensor, right: Tensor) -> Iterator[tuple[float,
             yield 3.7, f"1 - {name}", 1 - v
             yield 3.7, name, v
             yield 4.5, f"1 + {name}", 1 + v
+            yield 4.5, f"1 + {name}²", 1 + v**2
+            yield 4.5, f"1 where {name} > 0, and 0 elsewhere", (v > 0).to(v.dtype)
             yield 4.5, f"{name}²", v**2
             yield 4.5, f"the sign of {name}", v.sign()
             yield 4.5, f"the absolute value of {name}", v.abs()
@@ -297,24 +302,6 @@ def of_paths(backward: Backward, names: Collection[str]) -> Iterator[Hypothesis]
             if len(uses) > 2 or is_loop:
                 cost = 4.1 if is_loop else 4.3
                 yield Hypothesis(cost, Mistake("path alone", details), cut(others))
-    statistics = [
-        step.results[0]
-        for n, step in enumerate(tape.steps)
-        if step.name in STATISTICS
-        and tape.reached[step.results[0]].intersection(names)
-        and backward.values[step.results[0]].numel() > 1
-    ]
-    zero: Callable[[Tensor], Tensor] = torch.zeros_like
-    for value in statistics:
-        yield Hypothesis(
-            4.1, Mistake("constant", {"values": [value]}), Change(values={value: zero})
-        )
-    if len(statistics) > 1:
-        yield Hypothesis(
-            4,
-            Mistake("constant", {"values": statistics}),
-            Change(values=dict.fromkeys(statistics, zero)),
-        )
     for name in names:  # what the others of its products do, in a chain such as a recurrent net
         products = [
             (Edge(edge.step, place), tape.steps[edge.step])
@@ -325,6 +312,32 @@ def of_paths(backward: Backward, names: Collection[str]) -> Iterator[Hypothesis]
         edges = [edge for edge, _ in products if tape.is_active[tape.value_of(edge)]]
         if len(edges) > 1:
             yield Hypothesis(4.4, Mistake("chain cut", {"name": name}), cut(edges))
+
+
+def of_statistics(backward: Backward, names: Collection[str]) -> Iterator[Hypothesis]:
+    """Statistics of rows or columns that are taken as constants."""
+    tape = backward.tape
+    statistics = [
+        step.results[0]
+        for step in tape.steps
+        if step.name in STATISTICS
+        and tape.reached[step.results[0]].intersection(names)
+        and backward.values[step.results[0]].numel() > 1
+    ]
+    zero: Callable[[Tensor], Tensor] = torch.zeros_like
+    for value in statistics:
+        is_mean = tape.steps[tape.maker[value]].name not in SUMS
+        yield Hypothesis(
+            2.8 if is_mean else 4.1,
+            Mistake("constant", {"values": [value]}),
+            Change(values={value: zero}),
+        )
+    if len(statistics) > 1:
+        yield Hypothesis(
+            2.9,
+            Mistake("constant", {"values": statistics}),
+            Change(values=dict.fromkeys(statistics, zero)),
+        )
 
 
 def real_step(tape: Tape, edge: Edge) -> Step:
@@ -460,8 +473,27 @@ def of_cross_entropies(backward: Backward, names: Collection[str]) -> Iterator[H
                 yield Hypothesis(
                     3.9, Mistake("diagonal of p - t", details), instead(-scale * t * (1 - p))
                 )
-                yield Hypothesis(4, Mistake("softmax left out", details), instead(scale * (v - t)))
                 yield Hypothesis(4, Mistake("only the target", details), instead(-scale * t))
+                yield Hypothesis(
+                    4, Mistake("softmax's derivative", details), instead(-scale * t / p)
+                )
+                for words, other in (
+                    ("the logits themselves", v),
+                    ("their sigmoid", v.sigmoid()),
+                    ("their exponentials, which are not divided by their sum", v.exp()),
+                    ("the softmax along axis 0, over the rows", v.softmax(0)),
+                    ("the logarithm of the softmax", p.log()),
+                ):
+                    mistake = Mistake("p of another", {**details, "words": words})
+                    yield Hypothesis(4.1, mistake, instead(scale * (other - t)))
+                classes = t.round().argmax(1, keepdim=True).to(v.dtype)
+                for words, other in (
+                    ("the number of the class", classes.expand_as(v)),
+                    ("a one-hot target for the next class", t.roll(1, 1)),
+                    ("a one-hot target for the class before", t.roll(-1, 1)),
+                ):
+                    mistake = Mistake("t of another", {**details, "words": words})
+                    yield Hypothesis(4.2, mistake, instead(scale * (p - other)))
                 yield Hypothesis(
                     4.6,
                     Mistake("factor", {**details, "formula": "p (1 - p)", "p": "softmax"}),
@@ -475,6 +507,15 @@ def of_cross_entropies(backward: Backward, names: Collection[str]) -> Iterator[H
             ):
                 yield Hypothesis(3.9, Mistake("no target", details), instead(whole * p))
                 yield Hypothesis(4, Mistake("sigmoid left out", details), instead(whole * (v - t)))
+                yes, no = -t * (1 - p), (1 - t) * p
+                for words, other in (
+                    ("the term of the answer 1 is there alone", yes),
+                    ("the term of the answer 0 is there alone", no),
+                    ("the term of the answer 0 has the wrong sign", yes - no),
+                    ("the term of the answer 1 has the wrong sign", no - yes),
+                ):
+                    mistake = Mistake("one of two terms", {**details, "words": words})
+                    yield Hypothesis(4.1, mistake, instead(whole * other))
 
 
 def is_one_hot(t: Tensor) -> bool:
@@ -612,7 +653,7 @@ ROWS_RULE = Mistake("rows").rule
 
 #: What yields hypotheses, in the order in which it is asked.
 STAGES: tuple[tuple[Callable[[Backward, Mapping[str, Tensor]], Iterator[Hypothesis]], ...], ...] = (
-    (of_slopes, of_operators, of_cross_entropies),
+    (of_statistics, of_slopes, of_operators, of_cross_entropies),
     (of_operands, of_paths, of_rows),
     (of_forward, of_factors, of_early_updates),
 )

@@ -230,7 +230,7 @@ class _Search:
             return (sums,), True
         exchanged = self._exchanged(name)
         if exchanged:
-            return exchanged, True
+            return exchanged, bool(exchanged[0].details["is_mutual"])
         found = relation(by_hand, right, self.sizes, is_close)
         if found is not None:
             return tuple(found), right.numel() > 1
@@ -256,7 +256,9 @@ class _Search:
                 continue
             for shaped, mistakes in reshaped(self.by_hand[name], gradient, is_close):
                 if is_close(shaped, gradient):
-                    return (Mistake("exchanged", {"name": other}), *mistakes)
+                    is_mutual = other not in self.unharmed
+                    exchanged = Mistake("exchanged", {"name": other, "is_mutual": is_mutual})
+                    return (exchanged, *mistakes)
         return ()
 
     def _with_places(
@@ -300,7 +302,7 @@ class _Search:
                 return {"twice": step.results[0]}
         size = max(abs(factor), 1 / abs(factor))
         has_mean = any(step.name == "mean" for step in self.tape.steps)
-        is_size = abs(size - round(size)) < 1e-9 and round(size) in self.sizes and size > 1
+        is_size = abs(size - round(size)) < 1e-6 and round(size) in self.sizes and size > 1
         if is_size and (has_mean or "square" not in reasons):
             reasons["size"] = self.sizes[round(size)]
         return reasons
@@ -514,7 +516,7 @@ def layers_of(tape: Tape) -> dict[str, int]:
     layers = {}
     for name, number in tape.inputs.items():
         uses = real_uses(tape, number)
-        layers[name] = min((depth[tape.steps[edge.step].results[0]] for edge in uses), default=0)
+        layers[name] = max((depth[tape.steps[edge.step].results[0]] for edge in uses), default=0)
     return layers
 
 

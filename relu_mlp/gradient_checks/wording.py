@@ -233,7 +233,8 @@ class Sentences:
         return ""
 
     def clause(self, mistake: Mistake, name: str, right: Tensor) -> str:
-        say = getattr(self, f"_{mistake.kind.replace(' ', '_').replace('-', '_')}")
+        method = mistake.kind.replace(" ", "_").replace("-", "_").replace("'", "")
+        say = getattr(self, f"_{method}")
         details = dict(mistake.details)
         details.pop("edge", None)
         if mistake.kind in ABOUT_IT:
@@ -333,7 +334,12 @@ class Sentences:
             else "every element is the sum over all elements of the gradient"
         ) + ": sum over the rows alone"
 
-    def _exchanged(self, name: str) -> str:
+    def _exchanged(self, name: str, is_mutual: bool) -> str:
+        if not is_mutual:
+            return (
+                f"it is the gradient of {name}, which is right: what this input is multiplied by "
+                "is left out of its derivative, or the same gradient was returned twice"
+            )
         return (
             f"it is the gradient of {name}: look at the order in which they are "
             "returned, and at which factor belongs to which"
@@ -343,7 +349,7 @@ class Sentences:
         return (
             f"it differs from autograd's by exactly {factor:.6g} times {name}: the derivative of a "
             f"regularizer such as weight decay, {abs(factor) / 2:.6g} * sum {name}², is "
-            f"{'missing' if factor < 0 else 'in it, and not in the loss'}"
+            f"{'missing, or a part of it' if factor < 0 else 'in it, and not in the loss'}"
         )
 
     def _sparsity(self, factor: float, name: str, **_: Any) -> str:
@@ -518,12 +524,13 @@ class Sentences:
 
     def _path_left_out(self, value: int, y: int, count: int, place: int) -> str:
         return (
-            f"{self.written(value)} is used in {count} places, and what comes back from "
-            f"{self.written(y)} is left out: the gradients of all paths add up"
+            f"{self.written(value)} is used in {count} places, and what comes back from the "
+            f"{ordinal(place, count)}, {self.written(y)}, is left out: the gradients of all paths "
+            "add up"
         )
 
     def _path_alone(self, value: int, y: int, count: int, place: int) -> str:
-        which = "first" if place == 1 else "last" if place == count else f"{place}th"
+        which = ordinal(place, count)
         return (
             f"{self.written(value)} is used in {count} places, and only what comes back from the "
             f"{which} use, {self.written(y)}, is in it: a loop that assigns (=) where it must "
@@ -531,10 +538,15 @@ class Sentences:
         )
 
     def _constant(self, values: Sequence[int]) -> str:
-        what = listed([self.written.maker(value) for value in values])
+        what = listed([self.written(value) for value in values])
+        if len(values) == 1:
+            return (
+                f"{what} is taken as a constant: it depends on every element that it is made of, "
+                "and what comes back from it is missing"
+            )
         return (
-            f"{what} ({listed([self.written(value) for value in values])}) is taken as a constant: "
-            "it depends on every row, and its gradient is missing"
+            f"{what} are taken as constants: they depend on every element that they are made of, "
+            "and what comes back from them is missing"
         )
 
     def _statistics(self, z: int, y: int) -> str:
@@ -574,10 +586,28 @@ class Sentences:
             "p - t, with p the softmax"
         )
 
-    def _softmax_left_out(self, value: int) -> str:
+    def _p_of_another(self, value: int, words: str) -> str:
         return (
-            f"the softmax is left out at {self.written(value)}: it has the logits minus the "
-            "target, and the gradient is p - t with p the softmax of the logits"
+            f"the softmax is left out at {self.written(value)}: softmax with cross entropy has the "
+            f"gradient p - t with p the softmax of the logits, and p is {words} here"
+        )
+
+    def _t_of_another(self, value: int, words: str) -> str:
+        return (
+            f"the target is wrong at {self.written(value)}: softmax with cross entropy has the "
+            f"gradient p - t with t one-hot, and t is {words} here"
+        )
+
+    def _softmaxs_derivative(self, value: int) -> str:
+        return (
+            f"it is -t / p at {self.written(value)}, the derivative by the probabilities: that of "
+            "the softmax is left out, which makes p - t of it"
+        )
+
+    def _one_of_two_terms(self, value: int, words: str) -> str:
+        return (
+            f"{words} at {self.written(value)}: binary cross entropy is the sum of two terms, "
+            "t log p and (1 - t) log(1 - p), and with the sigmoid its gradient is p - t"
         )
 
     def _no_target(self, value: int) -> str:
@@ -674,6 +704,12 @@ ABOUT_IT = frozenset(
         "clipped",
     )
 )
+
+
+def ordinal(place: int, count: int) -> str:
+    if place in (1, count):
+        return "first" if place == 1 else "last"
+    return {2: "second", 3: "third"}.get(place, f"{place}th")
 
 
 def shortened(names: Sequence[str]) -> list[str]:
