@@ -219,7 +219,10 @@ class _Search:
         precision = in_precision(by_hand, right)
         if precision:
             return (Mistake("precision", {"name": precision}),), True
-        term = of_parameter(by_hand, right, self.tensors[name], is_close)
+        factor = factor_between(by_hand, right, is_close)
+        term = None
+        if factor is None or right.numel() == 1:  # else a gradient that is a multiple of w itself
+            term = of_parameter(by_hand, right, self.tensors[name], is_close)
         if term is not None and self._may_be_a_term(name, term):
             return (term,), True
         for shaped, mistakes in reshaped(by_hand, right, is_close):
@@ -237,7 +240,6 @@ class _Search:
         signs = of_signs(by_hand, right, is_close)
         if signs:
             return (signs,), True
-        factor = factor_between(by_hand, right, is_close)
         if factor is not None and right.numel() > 1:
             return (Mistake("factor of all", {"factor": factor, "why": ""}),), right.numel() > 2
         return ((term,) if term else ()), False

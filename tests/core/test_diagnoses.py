@@ -787,9 +787,75 @@ def test_a_rounded_gradient_is_not_a_small_term():
     assert "single precision" in said_of(check_gradients(*case()))["w"]
     case = linear(lambda e, w, b: e.square().sum() + 1e-6 * (w**3).sum(), lambda e: 2 * e)
     said = said_of(check_gradients(*case()))
-    assert "single precision" not in said["w"] and "w**3 is left out" in said["w"]
+    assert "single precision" not in said["w"] and "w**3, is left out" in said["w"]
     noise = 1e-7 * draw(2, 3)
     case = linear(lambda e, w, b: e.square().sum(), lambda e: 2 * e, w=lambda g, w: g + noise)
     said = said_of(check_gradients(*case()))
     assert "right to some digits only (the largest error is" in said["w"]
     assert "single precision" not in said["w"]
+
+
+# -- Functions of every kind -----------------------------------------------------
+
+
+def in_place(x, w):
+    h = x @ w.T
+    h += 1
+    return torch.tanh(h.mul_(2)).square().sum()
+
+
+def into_views(x, w):
+    h = torch.zeros(ROWS, 5, dtype=torch.float64)
+    for n in range(ROWS):
+        h[n] = x[n] @ w.T
+    return torch.tanh(2 * (h + 1)).square().sum()
+
+
+@pytest.mark.parametrize("function", [in_place, into_views])
+def test_functions_that_write(function):
+    torch.manual_seed(0)
+    x = draw(ROWS, 3)
+
+    def backward(w, right=True):
+        a = torch.tanh(2 * (x @ w.T + 1))
+        d = 2 * a * (1 - a**2) if right else 2 * a
+        return 2 * d.T @ x
+
+    assert check_gradients(lambda w: function(x, w), [draw(5, 3)], backward).ok
+    report = check_gradients(
+        lambda w: function(x, w), [draw(5, 3)], lambda w: backward(w, right=False)
+    )
+    assert "the derivative of tanh is left out" in said_of(report)["w"]
+
+
+def test_constants_of_a_function():
+    """What autograd takes for a constant is one for the search, too."""
+    torch.manual_seed(0)
+    x = draw(ROWS, 3)
+
+    def loss(w):
+        with torch.no_grad():
+            scale = w.norm()
+        return (torch.sigmoid(x @ w.T) * scale + w.detach().sum()).square().sum()
+
+    w = draw(5, 3)
+    leaf = w.clone().requires_grad_()
+    (right,) = torch.autograd.grad(loss(leaf), leaf)
+    report = check_gradients(loss, [w], lambda w: right)
+    # the differences see that the function is not what autograd takes it for
+    assert not report.parameters[0].is_wrong.any() and report.parameters[0].is_disputed.any()
+    said = said_of(check_gradients(loss, [w], lambda w: 3 * right))["w"]
+    assert "wrong by hand: it is 3 times autograd's" in said
+
+
+def test_a_function_that_can_not_be_recorded():
+    """Without a tape, what is seen from the gradients alone is told."""
+    torch.manual_seed(0)
+
+    def loss(w):
+        for _ in range(1100):
+            w = w * 1.0
+        return w.square().sum()
+
+    said = said_of(check_gradients(loss, [draw(2)], lambda w: 3 * w))["w"]
+    assert "3/2" in said or "1.5 times" in said
