@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .tape import Backward, Change, Edge, Slot, Step, Tape
+from .tape import Backward, Change, Edge, OfEdge, OfForward, Slot, Step, Tape
 
 #: Operators that only look at their operand in another way.
 VIEWS = frozenset(
@@ -133,6 +133,20 @@ def differs(left: Tensor, right: Tensor) -> bool:
     return not torch.allclose(left, right, rtol=1e-9, atol=0, equal_nan=True)
 
 
+def times(factor: Tensor) -> Callable[[Tensor], Tensor]:
+    """Multiplies a gradient by a factor in place of the right one."""
+    return lambda gradient: gradient * factor
+
+
+def positive_part_times(factor: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda gradient: gradient.relu() * factor
+
+
+def at_edge(edge: Edge, rule: Callable[[Tensor], Tensor]) -> Change:
+    """Another rule for an operation of one result."""
+    return Change(edges={edge: lambda of_results, _: rule(of_results[0])})
+
+
 def of_slopes(backward: Backward, names: Collection[str]) -> Iterator[Hypothesis]:
     """The derivative of an operation element by element: left out, twice, of something else."""
     tape = backward.tape
@@ -144,38 +158,32 @@ def of_slopes(backward: Backward, names: Collection[str]) -> Iterator[Hypothesis
         z, y = backward.values[z_number], backward.values[y_number]
         details = {"z": z_number, "y": y_number, "edge": edge}
 
-        def changed(rule: Callable[[Tensor], Tensor], edge: Edge = edge) -> Change:
-            return Change(edges={edge: lambda of_results, _: rule(of_results[0])})
-
         is_mask = len(right.unique()) == 2 and y.shape == z.shape
         yield Hypothesis(
             3,
             Mistake("slope left out", details),
-            changed(lambda g, right=right: g * torch.ones_like(right)),  # type: ignore[misc]
+            at_edge(edge, times(torch.ones_like(right))),
             Mistake("leaky", details) if is_mask else None,
         )
         if is_mask:
             low, high = right.min(), right.max()
-            inverted = high + low - right
             yield Hypothesis(
                 3.5,
                 Mistake("mask inverted", details),
-                changed(lambda g, inverted=inverted: g * inverted),  # type: ignore[misc]
+                at_edge(edge, times(high + low - right)),
             )
-            yield Hypothesis(
-                4, Mistake("mask of the gradient", details), changed(lambda g: g * (g > 0))
-            )
+            yield Hypothesis(4, Mistake("mask of the gradient", details), at_edge(edge, torch.relu))
             yield Hypothesis(
                 5,
                 Mistake("mask of the gradient as well", details),
-                changed(lambda g, right=right: g * (g > 0) * right),  # type: ignore[misc]
+                at_edge(edge, positive_part_times(right)),
             )
         for cost, formula, other in slopes_instead(z, y, right):
             if differs(other, right):
                 yield Hypothesis(
                     cost,
                     Mistake("slope", {**details, "formula": formula}),
-                    changed(lambda g, other=other: g * other),  # type: ignore[misc]
+                    at_edge(edge, times(other)),
                 )
 
 
@@ -366,50 +374,55 @@ def real_uses(tape: Tape, value: int) -> list[Edge]:
 def of_operators(backward: Backward, names: Collection[str]) -> Iterator[Hypothesis]:
     """What is known to go wrong with certain operators."""
     for edge, step in edges_to(backward, names):
-        values = backward.values
-        details = {"y": step.results[0], "z": step.operands[edge.operand], "edge": edge}
-        y = values[step.results[0]]
-
-        def rule(
-            kind: str,
-            of: Callable[[Tensor, Tensor], Tensor],
-            edge: Edge = edge,
-            details: Mapping[str, Any] = details,
-        ) -> Hypothesis:
-            change = Change(edges={edge: lambda gs, right: of(gs[0], right)})
-            return Hypothesis(4, Mistake(kind, details), change)
-
+        if edge.operand:
+            continue
+        y = backward.values[step.results[0]]
+        factor, kind = None, "diagonal"
         if step.name == "_softmax":
-            yield rule("diagonal", lambda g, _, y=y: g * y * (1 - y))  # type: ignore[misc]
+            factor = y * (1 - y)
         elif step.name == "_log_softmax":
-            yield rule("diagonal", lambda g, _, y=y: g * (1 - y.exp()))  # type: ignore[misc]
-        elif step.name == "native_layer_norm" and edge.operand == 0:
-            factor = values[step.results[2]]
-            if len(step.operands) > 1:
-                factor = factor * values[step.operands[1]]
-            yield rule("statistics", lambda g, _, f=factor: g * f)  # type: ignore[misc]
-        elif "batch_norm" in step.name and edge.operand == 0 and len(step.results) > 2:
-            factor = values[step.results[2]]
-            if len(step.operands) > 1:
-                factor = factor * values[step.operands[1]]
-            factor = factor.view(-1, *[1] * (y.dim() - 2))
-            yield rule("statistics", lambda g, _, f=factor: g * f)  # type: ignore[misc]
-        elif step.name in ("index", "embedding") and edge.operand == 0:
-            places = [values[a.value] if isinstance(a, Slot) else a for a in indices_of(step)]
-            if all(isinstance(place, Tensor) for place in places):
-                yield rule(
-                    "places overwritten",
-                    lambda g, right, at=tuple(places): torch.zeros_like(right).index_put(at, g),  # type: ignore[misc]
-                )
+            factor = 1 - y.exp()
+        elif "layer_norm" in step.name or ("batch_norm" in step.name and len(step.results) > 2):
+            factor, kind = slope_of_norm(backward, step, y), "statistics"
+        details = {"y": step.results[0], "z": step.operands[0], "edge": edge}
+        if factor is not None:
+            yield Hypothesis(4, Mistake(kind, details), at_edge(edge, times(factor)))
+        if step.name in ("index", "embedding"):
+            indices = step.args[1] if isinstance(step.args[1], list) else [step.args[1]]
+            if all(isinstance(index, Slot) for index in indices):
+                places = tuple(backward.values[index.value] for index in indices)
+                change = Change(edges={edge: overwriting(places)})
+                yield Hypothesis(4, Mistake("places overwritten", details), change)
 
 
-def indices_of(step: Step) -> Sequence[Any]:
-    argument = step.args[1]
-    return (
-        list(argument)
-        if isinstance(argument, (list, tuple)) and not isinstance(argument, Slot)
-        else [argument]
-    )
+def slope_of_norm(backward: Backward, step: Step, y: Tensor) -> Tensor:
+    """What a normalization multiplies by, if mean and variance are constants."""
+    factor = backward.values[step.results[2]]  # 1 / the standard deviation
+    is_of_layer = "layer" in step.name
+    if not is_of_layer:
+        factor = factor.view(-1, *[1] * (y.dim() - 2))
+    weight = step.args[2 if is_of_layer else 1]
+    if isinstance(weight, Slot):
+        scale = backward.values[weight.value]
+        factor = factor * (scale if is_of_layer else scale.view(factor.shape))
+    return factor
+
+
+def overwriting(places: tuple[Tensor, ...]) -> OfEdge:
+    """The gradient of an indexed tensor, if each place gets what comes last."""
+
+    def rule(of_results: Sequence[Tensor], right: Tensor) -> Tensor:
+        return torch.zeros_like(right).index_put(places, of_results[0])
+
+    return rule
+
+
+def operand_alone(place: int, sign: int) -> OfForward:
+    return lambda operands: sign * operands[place]
+
+
+def applied(function: Callable[[Tensor], Tensor]) -> OfForward:
+    return lambda operands: function(operands[0])
 
 
 def of_forward(backward: Backward, names: Collection[str]) -> Iterator[Hypothesis]:
@@ -424,11 +437,10 @@ def of_forward(backward: Backward, names: Collection[str]) -> Iterator[Hypothesi
                 if backward.values[step.operands[kept]].shape != result.shape:
                     continue
                 sign = -1 if step.name == "sub" and kept == 1 else 1
-                rest = lambda o, kept=kept, sign=sign: sign * o[kept]  # noqa: E731
                 yield Hypothesis(
                     4.5,
                     Mistake("term forgotten", {**details, "operand": operand}),
-                    Change(forward={n: rest}),
+                    Change(forward={n: operand_alone(kept, sign)}),
                 )
         elif len(step.operands) == 1 and not is_linear(backward, Edge(n, 0)):
             if backward.values[step.operands[0]].shape != result.shape:
@@ -443,7 +455,7 @@ def of_forward(backward: Backward, names: Collection[str]) -> Iterator[Hypothesi
                     yield Hypothesis(
                         5.5,
                         Mistake("other activation", {**details, "name": name}),
-                        Change(forward={n: lambda o, f=function: f(o[0])}),  # type: ignore[misc]
+                        Change(forward={n: applied(function)}),
                     )
 
 
@@ -565,7 +577,7 @@ def of_factors(backward: Backward, names: Collection[str]) -> Iterator[Hypothesi
                 yield Hypothesis(
                     4.7,
                     Mistake("factor", details),
-                    Change(values={value: lambda g, factor=factor: g * factor}),  # type: ignore[misc]
+                    Change(values={value: times(factor)}),
                 )
 
 

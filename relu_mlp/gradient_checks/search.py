@@ -289,12 +289,13 @@ class _Search:
         backward = Backward(self.tape)
         reasons: dict[str, object] = {}
         for edge, value in self.tape.edges():
-            if self.tape.reached[value] & set(self.by_hand) != set(names):
-                continue
+            reached = self.tape.reached[value] & set(self.by_hand)
             step = self.tape.steps[edge.step]
-            constant = slope(backward, edge)
-            if step.name in SQUARES and abs(factor) == 0.5:
+            if step.name in SQUARES and abs(factor) == 0.5 and set(names) <= reached:
                 reasons["square"] = step.results[0]
+            if reached != set(names):
+                continue
+            constant = slope(backward, edge)
             if constant is None or not constant.numel() or not is_constant(constant):
                 continue
             size = constant.flatten()[0].item()
@@ -303,10 +304,11 @@ class _Search:
             if size != 1 and abs(size - factor) < 1e-9:
                 return {"twice": step.results[0]}
         size = max(abs(factor), 1 / abs(factor))
+        said = self.sizes.get(round(size), "")
+        is_size = abs(size - round(size)) < 1e-6 and "number of" in said
         has_mean = any(step.name == "mean" for step in self.tape.steps)
-        is_size = abs(size - round(size)) < 1e-6 and round(size) in self.sizes and size > 1
-        if is_size and (has_mean or "square" not in reasons):
-            reasons["size"] = self.sizes[round(size)]
+        if is_size and (has_mean or size > 2.5):  # without a mean, 2 is as often something else
+            reasons["size"] = said
         return reasons
 
     # -- What needs one ----------------------------------------------------------

@@ -224,9 +224,10 @@ class Sentences:
     def where(self, name: str, diagnosis: Diagnosis) -> str:
         """Where to look for a mistake that was not found."""
         if diagnosis.beside:
+            verb = "is" if len(diagnosis.beside) == 1 else "are"
             return (
-                f". {listed(diagnosis.beside)} beside it is right, so what arrives at this layer "
-                f"is right: look at the last step, from there to {name}"
+                f". {listed(diagnosis.beside)} beside it {verb} right, so what arrives at this "
+                f"layer is right: look at the last step, from there to {name}"
             )
         if diagnosis.all_above:
             return f", so look at what leads from there to layer {diagnosis.layer}"

@@ -1304,7 +1304,8 @@ def test_the_text_of_a_wrong_derivation():
         "b                                   5                 10                 10   "
         "-5.0e+00  2.8e+15",
         "",
-        "b: wrong by hand: it is 1/2 of autograd's.",
+        "b: wrong by hand: it is 1/2 of autograd's: the derivative of a square, (w @ x + b)**2, "
+        "has a factor 2.",
         "NOT OK. By hand and autograd differ by at most 0.5 "
         "(of autograd's value, where that is above 1).",
     ]
