@@ -552,6 +552,19 @@ else:
     )
 
 
+_HAS_NUMPY = _listed(
+    "torch._numpy",
+    why="`check_gradients` differentiates a function that is written in NumPy",
+    public="none: torch.compile traces NumPy, and takes seconds",
+    without="a function that is written in NumPy can't be checked",
+)
+
+
+def torch_numpy() -> Any:
+    """NumPy on tensors; None if there is none. Imported by those who need it."""
+    return importlib.import_module("torch._numpy") if _HAS_NUMPY else None
+
+
 # -- Modules -------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from .. import backend, check_gradients, loss_and_grads, ops, relu_mlp
 from ..activations import ACTIVATION_NAMES, OutputActivation
 from ..checks import name_of
 from ..functional import native
-from ..gradient_checks.diagnosis import ulp
+from ..gradient_checks.rounding import ulp
 from . import Problem, rounding
 from .arguments import count, seed
 from .rounding import Arithmetic, Bounded

@@ -7,13 +7,24 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import checks
+from .arrays import is_array
 from .differences import Function
 
 Backward = Callable[..., Any]
-Inputs = Mapping[str, Tensor] | Sequence[Tensor]
+Inputs = Mapping[str, Any] | Sequence[Any]  #: of tensors or NumPy arrays
+
+
+def as_tensor(name: str, value: Any) -> Tensor:
+    """An input as a tensor."""
+    if isinstance(value, Tensor):
+        return value
+    if is_array(value):
+        return torch.tensor(value)
+    raise TypeError(f"the input {name} must be a Tensor, got {type(value).__name__}")
 
 
 def named_inputs(function: Function, inputs: Inputs) -> dict[str, Tensor]:
@@ -31,9 +42,7 @@ def named_inputs(function: Function, inputs: Inputs) -> dict[str, Tensor]:
         raise TypeError(
             f"inputs must be a sequence or mapping of Tensors, got {type(inputs).__name__}"
         )
-    for name, tensor in named.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"the input {name} must be a Tensor, got {type(tensor).__name__}")
+    named = {name: as_tensor(name, value) for name, value in named.items()}
     if not any(tensor.is_floating_point() for tensor in named.values()):
         raise ValueError("inputs must have a floating-point tensor, got none")
     return named
@@ -50,7 +59,7 @@ def listed_gradients(grads: Any, inputs: Mapping[str, Tensor]) -> list[Tensor | 
             f"backward must return one gradient for each of {', '.join(names)}; got 1, which is "
             "None. Was its return forgotten?"
         )
-    if isinstance(grads, Tensor):
+    if isinstance(grads, Tensor) or (is_array(grads) and len(names) == 1):
         grads = [grads]
     if isinstance(grads, Mapping):
         unknown = [name for name in grads if name not in names]
@@ -65,6 +74,7 @@ def listed_gradients(grads: Any, inputs: Mapping[str, Tensor]) -> list[Tensor | 
         raise ValueError(
             f"backward must return one gradient for each of {', '.join(names)}; got {len(grads)}"
         )
+    grads = [torch.tensor(grad) if is_array(grad) else grad for grad in grads]
     for name, grad in zip(names, grads, strict=True):
         if not (grad is None or isinstance(grad, Tensor)):
             raise TypeError(
@@ -85,3 +95,20 @@ def listed_gradients(grads: Any, inputs: Mapping[str, Tensor]) -> list[Tensor | 
             f"backward must return a gradient of {' or '.join(checked)} to be checked; got none"
         )
     return list(grads)
+
+
+def pair_of_lists(grads: Any, layers: int) -> tuple[list[Any], list[Any]]:
+    """The gradients of the weights and of the biases of a network, as a derivation returned them;
+    one for each layer."""
+    words = (
+        f"backward must return the {layers} gradients of the weights and those of the biases, as "
+        "two lists"
+    )
+    if grads is None:
+        raise ValueError(f"{words}; got None. Was its return forgotten?")
+    if not (isinstance(grads, Sequence) and len(grads) == 2):
+        raise ValueError(f"{words}; got {type(grads).__name__}")
+    of_weights, of_biases = list(grads[0]), list(grads[1] or ())
+    if len(of_weights) != layers or len(of_biases) not in (0, layers):
+        raise ValueError(f"{words}; got {len(of_weights)} and {len(of_biases)}")
+    return of_weights, of_biases

@@ -9,7 +9,9 @@ a kink within the step. It is there because it shares no code with the others.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from numbers import Real
 from typing import Any, overload
 
@@ -26,10 +28,16 @@ from ..functional import (
     native,
 )
 from ..ops import NO_TENSOR
-from .arguments import Backward, Inputs, listed_gradients, named_inputs
-from .comparison import compared
+from . import modes as modes_of
+from .arguments import Backward, Inputs, listed_gradients, named_inputs, pair_of_lists
+from .arrays import any_array, backward_of_arrays, function_of_arrays
+from .comparison import compared, in_float64
 from .differences import Function
+from .modes import by_gradcheck, first_line
+from .operators import name_of, subject_of
+from .relations import Closeness
 from .report import GradientReport
+from .wording import names_in
 
 
 @overload
@@ -42,31 +50,39 @@ def check_gradients(
     loss: Loss = "sse",
     output_activation: OutputActivation | None = None,
     eps: float | None = None,
+    backward: Backward | None = None,
 ) -> GradientReport: ...
 
 
 @overload
 def check_gradients(
-    function: Function, inputs: Inputs, backward: Backward, /, *, eps: float | None = None
+    function: Any,
+    inputs: Inputs,
+    backward: Backward | None = None,
+    /,
+    *,
+    eps: float | None = None,
+    second_derivative: bool = False,
+    forward_mode: bool = False,
+    vmap: bool = False,
 ) -> GradientReport: ...
 
 
 def check_gradients(
     x: Any,
     target: Any,
-    weights: Any,
+    weights: Any = None,
     biases: Any = None,
     *,
     loss: Loss = "sse",
     output_activation: OutputActivation | None = None,
     eps: float | None = None,
+    backward: Backward | None = None,
+    second_derivative: bool = False,
+    forward_mode: bool = False,
+    vmap: bool = False,
 ) -> GradientReport:
     """Compares a gradient derived by hand with autograd's and with a numerical one.
-
-    For this package's network, it compares `loss_and_grads` with autograd of PyTorch's own
-    layers::
-
-        print(check_gradients(x, target, weights, biases, loss="sse"))
 
     For a derivation of your own, pass a function and its backward pass::
 
@@ -78,6 +94,29 @@ def check_gradients(
             return delta.T @ x, delta.sum(0)
 
         print(check_gradients(loss, [w, b], backward))
+
+    Where the gradient is wrong, the report says what was done wrong, if making that mistake in
+    the right backward pass gives this gradient, to rounding. The functions may be written in
+    NumPy: where the inputs are arrays, they are called with arrays.
+
+    For a function that brings its derivative along (an `autograd.Function`, an operator of
+    `torch.library`, a module), hand it over with its inputs, in a test of one line::
+
+        assert check_gradients(MyFunction, [x, w]).ok
+
+    It may return any number of tensors. Its derivative is compared with that of the operations
+    in its forward pass, if these are PyTorch's, and with the numerical one. What
+    `torch.autograd.gradcheck` objects to is among the findings; beyond it the report says which
+    input is wrong, in which element, and by which factor.
+
+    For this package's network, it compares `loss_and_grads` with autograd of PyTorch's own
+    layers::
+
+        print(check_gradients(x, target, weights, biases, loss="sse"))
+
+    or a derivation of yours of that network, `backward=mine` with
+    ``mine(x, target, weights, biases)`` that returns the gradients of the weights and those of
+    the biases, as two lists.
 
     The check runs in float64, whatever the dtype of the inputs: a difference in float32 has
     two digits. The numerical gradient is the central difference
@@ -95,16 +134,20 @@ def check_gradients(
     Args:
         x, target, weights, biases, loss, output_activation: as in `loss_and_grads`.
         function: takes the inputs and returns a tensor of one element, computed by
-            differentiable operations.
-        inputs: tensors, in the order of the function's arguments or as a mapping by their
-            names. Floating-point inputs are checked; both functions get them in float64.
+            differentiable operations; without a backward pass, tensors of any shape.
+        inputs: tensors or NumPy arrays, in the order of the function's arguments or as a
+            mapping by their names. Floating-point inputs are checked; both functions get them
+            in float64. Of a module, the parameters are checked as well.
         backward: takes the same inputs and returns their gradients in the same order or
             under the same names. None stands for a gradient that was not derived; one must
             be there. With one input, it may return the gradient alone.
         eps: the step; by default the cube root of float64's precision, 6e-6.
+        second_derivative, forward_mode, vmap: without a backward pass, what else is checked:
+            the derivative of the derivative; each derivative by a tangent; outputs and
+            gradients of a batch by `torch.func.vmap`.
 
     Returns:
-        A `GradientReport`: `.ok`, `.max_error`, `.parameters`, `.worst()`, and
+        A `GradientReport`: `.ok`, `.max_error`, `.parameters`, `.findings()`, `.worst()`, and
         `print` for a table with what looks wrong.
 
     Raises:
@@ -115,14 +158,23 @@ def check_gradients(
     """
     if eps is not None and not (isinstance(eps, Real) and 0 < eps < math.inf):
         raise ValueError(f"eps must be a number above 0, got {eps!r}")
+    modes = {"second_derivative": second_derivative, "forward_mode": forward_mode, "vmap": vmap}
+    asked = [name for name, is_asked in modes.items() if is_asked]
     with torch.inference_mode(False):  # inside it, autograd records nothing
         if callable(x):
-            if biases is not None or loss != "sse" or output_activation is not None:
+            of_network = biases is not None or loss != "sse" or output_activation is not None
+            if of_network or backward is not None:
                 raise TypeError(
                     "check_gradients(function, inputs, backward) takes no other argument than eps"
                 )
+            if weights is None:
+                return _check_derivative(x, target, eps, asked)
+            if asked:
+                raise TypeError(f"{asked[0]} is for a function without a backward pass")
             return _check_function(x, target, weights, eps)
-        return _check_network(x, target, weights, biases, loss, output_activation, eps)
+        if asked:
+            raise TypeError(f"{asked[0]} is for a function without a backward pass")
+        return _check_network(x, target, weights, biases, loss, output_activation, eps, backward)
 
 
 def _check_network(
@@ -133,6 +185,7 @@ def _check_network(
     loss: Loss,
     output_activation: OutputActivation | None,
     eps: float | None,
+    by_hand: Backward | None,
 ) -> GradientReport:
     activation = activation_name(output_activation)
     weight_list, bias_list = checked_parameters(x, weights, biases)
@@ -160,16 +213,23 @@ def _check_network(
     def backward(*tensors: Tensor) -> list[Tensor | None]:
         of_weights, of_biases = split(tensors)
         present = [None if bias is NO_TENSOR else bias for bias in of_biases]
-        grads = loss_and_grads(
-            x64, target64, of_weights, present, loss=loss, output_activation=output_activation
-        )
-        of_layer = zip(grads.weights, grads.biases or (), strict=True)
-        return [grad for pair in of_layer for grad in pair if grad is not None]
+        if by_hand is not None:
+            pair = pair_of_lists(by_hand(x64, target64, of_weights, present), len(names))
+        else:
+            grads = loss_and_grads(
+                x64, target64, of_weights, present, loss=loss, output_activation=output_activation
+            )
+            pair = list(grads.weights), list(grads.biases or ())
+        found = dict(zip(names, pair[0], strict=True))
+        found |= {f"biases[{n}]": grad for n, grad in enumerate(pair[1])}
+        return listed_gradients({name: found.get(name) for name in inputs}, inputs)
 
     widths = "-".join(str(n) for n in [x.shape[-1], *(weight.shape[0] for weight in weight_list)])
     rows = math.prod(x.shape[:-1])
     subject = f"the {loss} loss of a {widths} network over {rows} rows"
-    return compared(subject, function, inputs, backward, eps)
+    return compared(
+        subject, function, inputs, backward, eps, {id(x64): "x", id(target64): "target"}
+    )
 
 
 def _check_function(
@@ -179,12 +239,53 @@ def _check_function(
         raise TypeError(f"backward must be callable, got {type(backward).__name__}")
     named = named_inputs(function, inputs)
     by_name = isinstance(inputs, Mapping)
+    called, called_back = function, backward
+    if any_array(inputs):
+        called, called_back = function_of_arrays(function), backward_of_arrays(backward)
 
     def call(callee: Callable[..., Any], tensors: Sequence[Tensor]) -> Any:
         return callee(**dict(zip(named, tensors, strict=True))) if by_name else callee(*tensors)
 
     def listed_backward(*tensors: Tensor) -> list[Tensor | None]:
-        return listed_gradients(call(backward, tensors), named)
+        return listed_gradients(call(called_back, tensors), named)
 
-    subject = f"{getattr(function, '__name__', type(function).__name__)}({', '.join(named)})"
-    return compared(subject, lambda *tensors: call(function, tensors), named, listed_backward, eps)
+    return compared(
+        f"{name_of(function)}({', '.join(named)})",
+        lambda *tensors: call(called, tensors),
+        named,
+        listed_backward,
+        eps,
+        names_in(function),
+    )
+
+
+def _check_derivative(
+    handed_over: Any, inputs: Inputs, eps: float | None, modes: Sequence[str]
+) -> GradientReport:
+    """The check of a function that brings its derivative along."""
+    subject = subject_of(handed_over, inputs)
+    named = named_inputs(subject.function, subject.inputs)
+    words = f"{subject.name}({', '.join(named)})"
+    report = compared(words, subject.function, named, None, eps, names_in(handed_over))
+    tensors = in_float64(named)
+    checked = [parameter.name for parameter in report.parameters]
+    right = {p.name: p.autograd for p in report.parameters}
+    is_close = Closeness(sum(p.tolerance for p in report.parameters))
+    problems: list[str] = []
+    second = None
+    with warnings.catch_warnings():  # of torch.jit, which PyTorch's own forward mode imports
+        warnings.simplefilter("ignore", DeprecationWarning)
+        objection = by_gradcheck(subject, tensors, checked)
+        if objection:
+            problems.append(f"torch.autograd.gradcheck objects: {objection}")
+        if "forward_mode" in modes:
+            problems += modes_of.forward_mode(subject, tensors, right, is_close)
+        if "vmap" in modes:
+            problems += modes_of.under_vmap(subject, tensors, checked, is_close)
+        if "second_derivative" in modes:
+            try:
+                derived, all_inputs = modes_of.first_derivative(subject, tensors, checked)
+                second = compared(f"the gradient of {words}", derived, all_inputs, None, eps)
+            except RuntimeError as error:
+                problems.append(f"the second derivative can't be computed: {first_line(error)}")
+    return replace(report, problems=tuple(problems), second=second)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,34 +19,42 @@ from .differences import (
     value_of,
 )
 from .report import GradientReport, ParameterReport
+from .rounding import allowed
+from .search import diagnose
 from .sensitivity import dense, input_sensitivity, leaves_and_loss, operand_sensitivity
+from .tape import Backward, record
+from .wording import Sentences
 
 
 def compared(
     subject: str,
     function: Function,
     inputs: Mapping[str, Tensor],
-    backward: Callable[..., list[Tensor | None]],
+    backward: Callable[..., list[Tensor | None]] | None,
     eps: float | None,
+    names: Mapping[int, str] | None = None,
 ) -> GradientReport:
     """Computes and compares the gradients of a function.
 
     Args:
         subject: what is checked, for the report.
-        function, backward: take all inputs, in their order.
+        function, backward: take all inputs, in their order. Without a backward pass, the
+            derivative that the function brings along takes its place, and is compared with
+            that of the operations in its forward pass.
         eps: the relative step of the differences; None for the default.
+        names: what the user calls tensors that are no inputs, by their id.
     """
     eps = STEP if eps is None else float(eps)
-    tensors = {
-        name: tensor.detach().double() if tensor.is_floating_point() else tensor.detach()
-        for name, tensor in inputs.items()
-    }
+    tensors = in_float64(inputs)
     checked = [name for name, tensor in inputs.items() if tensor.is_floating_point()]
     try:
         loss, autograd = _by_autograd(function, tensors, checked)
         # Copies, because a function may change its arguments.
-        with torch.no_grad():
-            by_hand = backward(*(tensor.clone() for tensor in tensors.values()))
+        if backward is None:
+            by_hand: Sequence[Tensor | None] = ()
+        else:
+            with torch.no_grad():
+                by_hand = backward(*(tensor.clone() for tensor in tensors.values()))
     except RuntimeError as error:
         if "dtype" not in str(error):
             raise
@@ -53,7 +62,6 @@ def compared(
             "function and backward are called in float64. Pass every tensor that they use as an "
             f"input, or convert the others to float64: {error}"
         ) from error
-    given = dict(zip(tensors, by_hand, strict=True))
     gradients = dict(zip(checked, autograd, strict=True))
     # How far rounding every input moves the loss, in units of the rounding.
     spread = sum(_largest((grad * tensors[name]).abs().sum()) for name, grad in gradients.items())
@@ -61,21 +69,82 @@ def compared(
         name: central_differences(function, tensors, name, loss, spread, eps) for name in checked
     }
     tolerances = _tolerances(function, tensors, gradients, differences)
-    parameters = []
-    for name, grad in gradients.items():
-        hand, found = given[name], differences[name]
-        parameters.append(
-            ParameterReport(
-                name,
-                None if hand is None else dense(hand.detach()).double(),
-                grad,
-                found.numerical,
-                found.uncertainty,
-                found.is_at_kink,
-                tolerances[name],
-            )
+    notes = list(_notes(inputs, eps))
+    if backward is None:
+        hands = dict(gradients)
+        of_forward = _by_operations(function, tensors, gradients, differences, tolerances)
+        notes.append(BY_OPERATIONS if of_forward is not None else BY_ITSELF)
+        gradients = of_forward or gradients
+    else:
+        hands = {
+            name: dense(hand.detach()).double()
+            for name, hand in zip(tensors, by_hand, strict=True)
+            if name in gradients and hand is not None
+        }
+    reports = {
+        name: ParameterReport(
+            name,
+            hands.get(name),
+            grad,
+            differences[name].numerical,
+            differences[name].uncertainty,
+            differences[name].is_at_kink,
+            tolerances[name],
         )
-    return GradientReport(subject, _notes(inputs, eps), loss, eps, tuple(parameters))
+        for name, grad in gradients.items()
+    }
+    wrong = [name for name, report in reports.items() if report.is_wrong_by_hand]
+    if wrong:
+        diagnoses, tape = diagnose(function, tensors, hands, gradients, tolerances, wrong)
+        say = Sentences(tape, names or {}, diagnoses)
+        for name in wrong:
+            said = say(name, hands[name], gradients[name], tolerances[name])
+            reports[name] = replace(reports[name], mistake=said)
+    return GradientReport(subject, tuple(notes), loss, eps, tuple(reports.values()))
+
+
+#: Notes on what was compared where a function brings its derivative along.
+BY_OPERATIONS = (
+    "By hand: the derivative that it brings along. Autograd: that of the operations in its forward "
+    "pass."
+)
+BY_ITSELF = (
+    "By hand and autograd are both the derivative that it brings along, for its forward pass is "
+    "one operation: the numerical gradient decides."
+)
+
+
+def in_float64(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: tensor.detach().double() if tensor.is_floating_point() else tensor.detach()
+        for name, tensor in inputs.items()
+    }
+
+
+def _by_operations(
+    function: Function,
+    tensors: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor],
+    differences: Mapping[str, CentralDifferences],
+    tolerances: Mapping[str, float],
+) -> dict[str, Tensor] | None:
+    """The gradients of the operations in a forward pass, whatever derivative the function brings
+    along; None if it can't be looked into."""
+    tape = record(function, tensors, list(gradients))
+    if tape is None or not all(step.is_of_pytorch for step in tape.steps):
+        return None
+    try:
+        backward = Backward(tape)
+    except RuntimeError:
+        return None
+    found = {name: backward.gradient(value) for name, value in tape.inputs.items()}
+    for name, gradient in found.items():
+        difference = differences[name]
+        gap = (difference.numerical - gradient).abs()
+        bound = difference.uncertainty + allowed(gradient, tolerances[name])
+        if ((gap > bound) & ~difference.is_at_kink).any():
+            return None  # the tape missed something
+    return found
 
 
 def _tolerances(

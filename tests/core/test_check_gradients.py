@@ -15,8 +15,8 @@ import relu_mlp
 import support
 from relu_mlp import GradientReport, check_gradients
 from relu_mlp.gradient_checks import differences
-from relu_mlp.gradient_checks.diagnosis import ulp
 from relu_mlp.gradient_checks.report import HEAD
+from relu_mlp.gradient_checks.rounding import ulp
 from support import make_case_with_target
 from support.bad_arguments import (
     NETWORKS,
@@ -422,9 +422,17 @@ def wrong(report):
     return diagnoses
 
 
+def assert_says(report, expected):
+    """The diagnoses begin with these words; what follows explains them, and where to look."""
+    said = wrong(report)
+    assert list(said) == list(expected), said
+    for name, words in expected.items():
+        assert said[name].startswith(words), said
+
+
 def test_001_bias_gradients_divided_by_the_batch_size():
     report = Perceptron().check(b1=lambda g: g / 64, b2=lambda g: g / 64)
-    assert wrong(report) == dict.fromkeys(["b1", "b2"], "it is 1/64 of autograd's")
+    assert_says(report, dict.fromkeys(["b1", "b2"], "it is 1/64 of autograd's"))
 
 
 def test_001_mask_before_the_bias_is_added():
@@ -435,27 +443,26 @@ def test_001_mask_before_the_bias_is_added():
         return net.backward(**inputs, mask=lambda z, bias: z - bias > 0)
 
     report = check_gradients(net.loss, net.inputs, backward)
-    assert wrong(report) == {
-        "w1": "9 of 12 elements are wrong, all in columns 0, 1, 3",
-        "b1": "3 of 4 elements are wrong, all in indices 0, 1, 3",
-    }
+    said = "the mask of relu at relu(x @ w1 + b1) is taken at x @ w1: b1 is forgotten"
+    assert_says(report, {"w1": said, "b1": said})
+    assert "Everything above layer 1 is right (w2 and b2)" in wrong(report)["w1"]
     assert {element.parameter for element in report.worst(12)} == {"w1", "b1"}
 
 
 def test_000_sum_over_outputs():
     report = Perceptron(outputs=3).check(b2=torch.sum)
     said = "it has shape () instead of (3,); it is the sum over all elements of the gradient"
-    assert wrong(report) == {"b2": said}
+    assert_says(report, {"b2": said})
     report = Perceptron(outputs=3).check(b2=lambda g: g.sum().expand(3))
-    assert wrong(report) == {"b2": "every element is the sum over all elements of the gradient"}
+    assert_says(report, {"b2": "every element is the sum over all elements of the gradient"})
 
 
 def test_000_transposed():
     """grad_w2 = s.T h instead of h.T s, also for square matrices, whose shapes do not differ."""
     report = Perceptron(outputs=3).check(w2=lambda g: g.T)
-    assert wrong(report) == {"w2": "it has shape (3, 2) instead of (2, 3); it is the transpose"}
+    assert_says(report, {"w2": "it has shape (3, 2) instead of (2, 3); it is the transpose"})
     report = Perceptron(inputs=2).check(w1=lambda g: g.T)
-    assert wrong(report) == {"w1": "it is the transpose"}
+    assert_says(report, {"w1": "it is the transpose"})
 
 
 @pytest.mark.parametrize("outputs", [1, 3])
@@ -464,7 +471,7 @@ def test_002_single_precision(outputs):
     names = ["w1", "b1", "w2", "b2"]
     report = Perceptron(outputs=outputs).check(**dict.fromkeys(names, lambda g: g.float()))
     said = "it is right to some digits only, as if computed in single precision"
-    assert wrong(report) == dict.fromkeys(names, said)
+    assert_says(report, dict.fromkeys(names, said))
 
 
 FACTORS = {
@@ -487,7 +494,7 @@ FACTORS = {
 def test_factors(factor, said):
     """A forgotten 2, ½, minus sign or chain rule. w1 is a matrix, b2 has one element."""
     report = Perceptron().check(w1=lambda g: factor * g, b2=lambda g: factor * g)
-    assert wrong(report) == {"w1": said, "b2": said}
+    assert_says(report, {"w1": said, "b2": said})
 
 
 def change(index, by=1.0):
@@ -516,7 +523,7 @@ PLACES = {
 
 @pytest.mark.parametrize(("name", "mistake", "said"), PLACES.values(), ids=list(PLACES))
 def test_where_it_is_wrong(name, mistake, said):
-    assert wrong(Perceptron(hidden=4).check(**{name: mistake})) == {name: said}
+    assert_says(Perceptron(hidden=4).check(**{name: mistake}), {name: said})
 
 
 def test_many_places_are_not_all_listed():
@@ -535,7 +542,7 @@ def test_a_gradient_of_another_shape(shape):
     report = check_gradients(
         lambda p: (p * torch.arange(3)).sum(), [p], lambda p: torch.full(shape, 9.0)
     )
-    assert wrong(report) == {"p": f"it has shape {shape} instead of (3,)"}
+    assert_says(report, {"p": f"it has shape {shape} instead of (3,)"})
     assert report.max_error == math.inf
     assert math.isnan(report.worst()[0].by_hand)
 
@@ -544,7 +551,7 @@ def test_a_gradient_that_would_broadcast_is_wrong():
     """With one output, the sum over everything is the right number in the wrong shape."""
     report = Perceptron().check(b2=torch.sum)
     said = "it has shape () instead of (1,); it is the sum over all elements of the gradient"
-    assert wrong(report) == {"b2": said}
+    assert_says(report, {"b2": said})
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -595,7 +602,7 @@ def test_a_wrong_gradient_beside_any_loss(seed, offset, scale):
     net = LeastSquares(seed, offset, scale)
     assert check_gradients(net.loss, [net.w], net.backward).ok
     report = check_gradients(net.loss, [net.w], lambda w: -net.backward(w))
-    assert wrong(report) == {"w": "it is minus autograd's"}
+    assert_says(report, {"w": "it is minus autograd's"})
     assert report.ok is False
     for factor in (1 + 1e-6, 0, 2):
         factors = torch.tensor([1, factor, 1], dtype=torch.float64)
@@ -667,7 +674,7 @@ def test_a_small_element_beside_a_large_one():
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1, 1e20])
 def test_gradients_of_any_size(scale):
     report = check_gradients(lambda p: scale * p.sum(), [draw(3)], lambda p: -scale * p.sign() ** 2)
-    assert wrong(report) == {"p": "it is minus autograd's"}
+    assert_says(report, {"p": "it is minus autograd's"})
     right = check_gradients(lambda p: scale * p.sum(), [draw(3)], lambda p: scale * p.sign() ** 2)
     assert right.ok
 
@@ -1047,7 +1054,7 @@ def test_a_backward_in_another_dtype():
 RESULTS = {
     "a number": (lambda a, b: 3.0, TypeError, ["backward", "sequence", "mapping", "float"]),
     "a number among them": (lambda a, b: (a, 3.0), TypeError, ["backward", "b", "Tensor", "float"]),
-    "an array": (lambda a, b: (a, b.numpy()), TypeError, ["backward", "b", "Tensor", "ndarray"]),
+    "a list": (lambda a, b: (a, b.tolist()), TypeError, ["backward", "b", "Tensor", "list"]),
     "few": (lambda a, b: (a,), ValueError, ["backward", "a, b", "got 1"]),
     "one tensor": (lambda a, b: a, ValueError, ["backward", "a, b", "got 1"]),
     "nothing": (lambda a, b: None, ValueError, ["backward", "a, b", "got 1"]),
@@ -1106,7 +1113,7 @@ INPUTS = {
     "a number": (3, TypeError, ["inputs", "sequence", "int"]),
     "None": (None, TypeError, ["inputs", "sequence", "NoneType"]),
     "a number among them": ([3.0], TypeError, ["p", "Tensor", "float"]),
-    "an array by name": ({"p": np.ones(3)}, TypeError, ["p", "Tensor", "ndarray"]),
+    "a list by name": ({"p": [1.0]}, TypeError, ["p", "Tensor", "list"]),
     "none": ([], ValueError, ["inputs", "floating-point", "none"]),
     "integers": ([torch.arange(3)], ValueError, ["inputs", "floating-point", "none"]),
 }
@@ -1155,17 +1162,16 @@ def test_bad_options(option):
 def test_what_was_not_derived():
     net = Perceptron()
     report = net.check(b1=lambda g: None, w2=lambda g: 2 * g)
-    assert findings(report) == {
-        "b1": ["no gradient by hand was given"],
-        "w2": ["wrong by hand: it is 2 times autograd's"],
-    }
+    said = findings(report)
+    assert list(said) == ["b1", "w2"] and said["b1"] == ["no gradient by hand was given"]
+    assert said["w2"][0].startswith("wrong by hand: it is 2 times autograd's")
     without = check_gradients(
         net.loss, net.inputs, lambda **inputs: {"w1": net.backward(**inputs)["w1"]}
     )
     assert without.ok and list(findings(without)) == ["b1", "w2", "b2"]
     assert of(without)["b1"].by_hand is None and of(without)["b1"].max_error == 0
     line = next(line for line in str(without).splitlines() if line.startswith("b1[0]"))
-    assert line.split()[1] == "nan"
+    assert line.split()[1:3] == ["not", "given"] and "nan" not in line
 
 
 @pytest.mark.parametrize("where", ["x", "target", "weights[0]", "biases[0]"])
@@ -1215,7 +1221,7 @@ def test_parameters_without_elements():
         lambda a, b: (torch.ones(3, 0), torch.ones(2)),
     )
     said = "it has shape (3, 0) instead of (0, 3); it is the transpose"
-    assert wrong(report) == {"a": said}
+    assert_says(report, {"a": said})
 
 
 @pytest.mark.parametrize(("sizes", "rows"), [([3, 4, 2], 0), ([0, 4, 2], 3), ([3, 4, 0], 3)])
@@ -1305,7 +1311,8 @@ def test_the_text_of_a_wrong_derivation():
         "b                                   5                 10                 10   "
         "-5.0e+00  2.8e+15",
         "",
-        "b: wrong by hand: it is 1/2 of autograd's.",
+        "b: wrong by hand: it is 1/2 of autograd's: the derivative of a square, (w @ x + b)**2, "
+        "has a factor 2.",
         "NOT OK. By hand and autograd differ by at most 0.5 "
         "(of autograd's value, where that is above 1).",
     ]
