@@ -607,6 +607,18 @@ def test_every_number_of_16_bits_between_the_library_s_products(instruction_set,
 
 
 @every_16bit_dtype
+@pytest.mark.parametrize("rows", [1, 40])
+def test_the_next_layer_gets_what_is_rounded(instruction_set, dtype, rows):
+    """The hidden activation 2**k + 1 rounds to 2**k. Three of them make the sum another number."""
+    power = 256.0 if dtype == torch.bfloat16 else 2048.0
+    x = torch.tensor([[power, 1.0]], dtype=dtype).repeat(rows, 1)
+    weights = [torch.ones(3, 2, dtype=dtype), torch.ones(1, 3, dtype=dtype)]
+    for saves_hidden in (False, True):
+        y, _ = R.forward(x, weights, [], "none", saves_hidden)
+        support.assert_same(y, torch.full((rows, 1), 3 * power, dtype=dtype))
+
+
+@every_16bit_dtype
 def test_rounds_to_the_nearest_number_of_16_bits(instruction_set, dtype):
     """Ties go to even: every number plus a part of its distance to the next."""
     numbers = all_numbers(dtype)
