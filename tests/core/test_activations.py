@@ -13,6 +13,9 @@ import pytest
 import relu_mlp
 from relu_mlp.activations import OutputActivation
 
+# Every test starts a process that imports PyTorch.
+pytestmark = pytest.mark.slow
+
 PACKAGE = Path(relu_mlp.__file__).parent
 
 ROW = """

@@ -554,6 +554,7 @@ def test_a_gradient_that_would_broadcast_is_wrong():
     assert_says(report, {"b2": said})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(40))
 def test_no_mistake_is_missed(seed):
     """One element is wrong by a millionth of the largest. The report finds and names it."""

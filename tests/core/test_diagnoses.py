@@ -650,6 +650,7 @@ def misses(said, words):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRONG)
 def test_a_mistake_is_named(name):
     case, words = WRONG[name]

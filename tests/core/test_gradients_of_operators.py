@@ -286,6 +286,7 @@ def test_an_index_and_a_sum_by_numpy():
 # -- In a test of one line -------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_failure_in_pytest_prints_the_finding(tmp_path):
     (tmp_path / "test_mine.py").write_text(
         textwrap.dedent("""

@@ -1,6 +1,7 @@
 """The package works in a PyTorch that lacks one of the private names it uses."""
 
 import ast
+import functools
 import os
 import subprocess
 import sys
@@ -32,6 +33,7 @@ def is_private(name):
     return name.startswith("_") and not name.startswith("__")
 
 
+@functools.cache
 def own_names():
     """Private names that the package defines itself."""
     names = set()
@@ -247,6 +249,7 @@ PROGRAM = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_the_package_works_without_any_one_of_them_and_without_all():
     code = (

@@ -325,6 +325,7 @@ def test_a_training_run(backend, name, dtype):
     assert calls["forward"] == STEPS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("name", ["sgd-sse", "adam-sse", "clipped", "scheduled", "frozen"])
 def test_a_training_loop_by_hand(backend, name, dtype):
@@ -335,6 +336,7 @@ def test_a_training_loop_by_hand(backend, name, dtype):
     assert calls["backward"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETUPS)
 def test_the_bounds_hold_for_the_native_run(name):
     follows(train("native", SETUPS[name], torch.float32), SETUPS[name], torch.float32)

@@ -20,7 +20,10 @@ import relu_mlp
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "extension"
 
-pytestmark = pytest.mark.skipif(not EXAMPLE.exists(), reason="needs the sources")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not EXAMPLE.exists(), reason="needs the sources"),
+]
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 
 
