@@ -76,6 +76,7 @@ WRITTEN = {"levenberg_marquardt": ["demo/levenberg_marquardt.png"]}
 
 
 @pytest.mark.slow
+@pytest.mark.covering(strength=1)  # every program once, by turns on each backend
 @pytest.mark.parametrize("name", PROGRAMS)
 @pytest.mark.parametrize("backend", support.BACKENDS)
 def test_runs_and_prints_its_figures(name, backend, tmp_path):
