@@ -101,6 +101,10 @@ below_autograd: Any = _find(
     without="the library can't be called: the reference serves every call, in Python",
 )
 HAS_BELOW_AUTOGRAD = below_autograd is not None
+#: Why the library can't be called, or None.
+LIBRARY_OBSTACLE = (
+    None if HAS_BELOW_AUTOGRAD else f"PyTorch has no {NAMES[-1].path}, which its calls need"
+)
 if not HAS_BELOW_AUTOGRAD:
     below_autograd = nullcontext
 

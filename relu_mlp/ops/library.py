@@ -12,7 +12,7 @@ import torch
 
 from .._torch_private import (
     CAN_COMPARE_SCHEMAS,
-    HAS_BELOW_AUTOGRAD,
+    LIBRARY_OBSTACLE,
     destroy,
     has_kernel,
     normal_schema,
@@ -68,8 +68,8 @@ def _load_library() -> tuple[Path | None, str | None]:
     If the process already has the operators, this copy of the library registers nothing
     (csrc/registration.h). The package then uses the existing operators, if their schemas are equal.
     """
-    if not HAS_BELOW_AUTOGRAD:
-        return None, "PyTorch has no torch._C._AutoDispatchBelowAutograd, which its calls need"
+    if LIBRARY_OBSTACLE is not None:
+        return None, LIBRARY_OBSTACLE
     folder = Path(__file__).parent.parent
     found = sorted(folder.glob("_C*.so")) + sorted(folder.glob("_C*.pyd"))
     problem = f"it was not built: there is no _C.abi3.so in {folder}"
