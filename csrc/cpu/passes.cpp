@@ -3,6 +3,7 @@
 #include "passes.h"
 
 #include "../device_passes.h"
+#include "../direct.h"
 #include "bf16_layers.h"
 #include "call.h"
 #include "huge_pages.h"
@@ -115,4 +116,20 @@ class CpuDevice {
 
 constinit const Passes passes = passes_of<CpuDevice>(/*checks_devices=*/false);
 
+namespace {
+
+template <typename T>
+constexpr DirectPasses<T> direct_passes{
+    activate<T>, run_forward<T>, run_backward<T>};
+
+constexpr Direct direct{direct_layout,           prefer_huge_pages,
+                        direct_passes<float>,    direct_passes<double>,
+                        direct_passes<BFloat16>, direct_passes<Half>};
+
+} // namespace
 } // namespace relu_mlp::cpu
+
+extern "C" __attribute__((visibility("default"))) const relu_mlp::Direct*
+relu_mlp_direct() {
+  return &relu_mlp::cpu::direct;
+}
