@@ -45,7 +45,11 @@ def load_node() -> tuple[ModuleType | None, str | None]:
             problem = f"{path} is damaged or can't be read"
             continue
         try:
-            process.node = _import(path)
+            module = _import(path)
+            if (misfit := module.connect(str(LIBRARY_PATH))) is not None:
+                problem = str(misfit)
+                continue
+            process.node = module
         except Exception as error:  # whatever it is, the package works without the node
             problem = f"{path} could not be loaded: {str(error).strip().partition(chr(10))[0]}"
         else:
