@@ -152,7 +152,7 @@ class ReluMLP(Scriptable):
                 result = self._traced_forward(input)
                 if result is not None:
                     return result
-            if node is not None:
+            elif node is not None:
                 output = node.call_module(self, input)
                 if output is not NotImplemented:
                     return output

@@ -47,6 +47,11 @@ inline bool carries_tangent(const at::Tensor& tensor) {
   return tensor.defined() && tensor._fw_grad(/*level=*/0).defined();
 }
 
+inline bool is_dtype_served(at::ScalarType dtype) {
+  return dtype == at::kFloat || dtype == at::kDouble ||
+      dtype == at::kBFloat16 || dtype == at::kHalf;
+}
+
 // Whether this is an ordinary dense tensor of the CPU or of CUDA: no subclass,
 // no transform's wrapper, no other layout, no lazy conjugate or negative.
 inline bool is_plain(const at::Tensor& tensor) {
@@ -82,6 +87,12 @@ inline bool is_thread_plain() {
   }
   return state.included_ == in_inference_mode.included_ &&
       state.excluded_ == in_inference_mode.excluded_;
+}
+
+// Whether a functorch transform is active in this thread.
+inline bool is_under_a_transform() {
+  return c10::impl::tls_is_dispatch_key_included(
+      c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
 }
 
 // Whether the profiler, or another observer, wants to see each operator.

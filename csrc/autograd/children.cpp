@@ -56,7 +56,7 @@ PyObject* dict_of(PyObject* owner) { // borrowed
 
 bool Originals::are_in_place() const {
   for (const Attribute& attribute : attributes) {
-    if (PyDict_GetItem(dict_of(attribute.owner), attribute.name) !=
+    if (PyDict_GetItemWithError(dict_of(attribute.owner), attribute.name) !=
         attribute.value) {
       return false;
     }
@@ -90,13 +90,13 @@ bool are_layers_original() {
 // Whether a module has no hooks and no attribute that changes a call.
 bool is_unchanged(PyObject* dict) {
   for (PyObject* key : known->hooks) {
-    PyObject* hooks = PyDict_GetItem(dict, key);
+    PyObject* hooks = PyDict_GetItemWithError(dict, key);
     if (!hooks || !PyDict_Check(hooks) || PyDict_GET_SIZE(hooks) != 0) {
       return false;
     }
   }
   for (PyObject* key : known->overrides) {
-    if (PyDict_GetItem(dict, key)) {
+    if (PyDict_GetItemWithError(dict, key)) {
       return false;
     }
   }
@@ -105,7 +105,7 @@ bool is_unchanged(PyObject* dict) {
 
 // A parameter of a plain type and layout.
 const at::Tensor* parameter(PyObject* parameters, PyObject* name) {
-  PyObject* object = PyDict_GetItem(parameters, name);
+  PyObject* object = PyDict_GetItemWithError(parameters, name);
   if (!object || !THPVariable_CheckExact(object)) {
     return nullptr;
   }
@@ -234,7 +234,7 @@ std::optional<Call> network_of_children(PyObject* module) {
     PyErr_Clear();
     return std::nullopt;
   }
-  PyObject* children = PyDict_GetItem(state.dict, known->modules);
+  PyObject* children = PyDict_GetItemWithError(state.dict, known->modules);
   if (!children || !PyDict_CheckExact(children) || !are_layers_original()) {
     return std::nullopt;
   }
@@ -253,7 +253,8 @@ std::optional<Call> network_of_children(PyObject* module) {
     }
     PyTypeObject* type = Py_TYPE(child);
     if (n++ % 2 == 0) {
-      PyObject* parameters = PyDict_GetItem(own.dict, known->parameters);
+      PyObject* parameters =
+          PyDict_GetItemWithError(own.dict, known->parameters);
       if (type != known->linear || !parameters ||
           !PyDict_CheckExact(parameters)) {
         return std::nullopt;
@@ -263,7 +264,7 @@ std::optional<Call> network_of_children(PyObject* module) {
         return std::nullopt;
       }
       call.weights.push_back(*weight);
-      if (PyDict_GetItem(parameters, known->bias) == Py_None) {
+      if (PyDict_GetItemWithError(parameters, known->bias) == Py_None) {
         static const at::Tensor missing(at::detail::empty_cpu({0}, at::kFloat));
         call.biases.push_back(missing);
       } else if (const at::Tensor* bias = parameter(parameters, known->bias);

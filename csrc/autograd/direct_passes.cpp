@@ -223,6 +223,11 @@ std::optional<ForwardResult> direct_forward(
       });
 }
 
+bool is_needs(const std::string& needs) {
+  return needs.size() >= 3 && needs.size() % 2 == 1 &&
+      needs.find_first_not_of("01") == std::string::npos;
+}
+
 std::optional<Gradients> direct_backward(
     const at::Tensor& grad_output,
     const std::vector<at::Tensor>& saved,

@@ -26,12 +26,16 @@ std::optional<ForwardResult> direct_forward(const Call& call, bool save_hidden);
 // empty, or has a gradient for each of a_1 ... a_{L-1}, which may be undefined.
 using Gradients = std::vector<at::Tensor>;
 
+// `needs` has to be well-formed (is_needs).
 std::optional<Gradients> direct_backward(
     const at::Tensor& grad_output,
     const std::vector<at::Tensor>& saved,
     const std::string& activation,
     const std::string& needs,
     const std::vector<at::Tensor>& grad_hidden);
+
+// Whether this is one character '0' or '1' for x, every weight and every bias.
+bool is_needs(const std::string& needs);
 
 // The same from x and the parameters.
 std::optional<Gradients> direct_recompute_backward(

@@ -93,12 +93,16 @@ std::vector<at::Tensor> backward(
 } // namespace
 
 void register_kernels() {
-  static torch::Library library(
-      torch::Library::IMPL, "relu_mlp", c10::DispatchKey::Autograd, __FILE__,
-      __LINE__);
-  library.impl("relu_mlp", relu_mlp);
-  library.impl("forward", forward);
-  library.impl("backward", backward);
+  static const torch::Library* const library = [] {
+    auto* made = new torch::Library(
+        torch::Library::IMPL, "relu_mlp", c10::DispatchKey::Autograd, __FILE__,
+        __LINE__);
+    made->impl("relu_mlp", relu_mlp);
+    made->impl("forward", forward);
+    made->impl("backward", backward);
+    return made;
+  }();
+  static_cast<void>(library);
 }
 
 } // namespace relu_mlp::node

@@ -84,7 +84,7 @@ PyObject* call_module(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     return not_implemented();
   }
   const at::Tensor* x = plain_tensor(arguments[1]);
-  if (!x || !serves_device(*x)) {
+  if (!x || !serves_device(*x) || !is_dtype_served(x->scalar_type())) {
     return not_implemented();
   }
   std::optional<Call> call = network_of_children(arguments[0]);
@@ -120,6 +120,136 @@ PyObject* call_function(
   call.recompute = PyObject_IsTrue(arguments[4]) == 1;
   return run_without_gil(call);
   END_HANDLE_TH_ERRORS
+}
+
+// -- The operators, called from Python without a graph -------------------------
+//
+// A compiled graph calls its operators like this. Each function's `self` is the
+// Python function that serves all other calls.
+
+bool is_idle() {
+  return is_enabled && !at::GradMode::is_enabled() && is_thread_plain() &&
+      !at::impl::torch_function_mode_enabled() && !is_observed();
+}
+
+// Fills `call` from (x, weights, biases, activation); false if Python has to.
+bool read_call(PyObject* const* arguments, Py_ssize_t count, Call& call) {
+  const at::Tensor* x = plain_tensor(arguments[0]);
+  if (!x || !plain_tensors(arguments[1], call.weights) ||
+      !plain_tensors(arguments[2], call.biases)) {
+    return false;
+  }
+  call.x = *x;
+  call.activation = "none";
+  if (count > 3) {
+    if (!PyUnicode_CheckExact(arguments[3])) {
+      return false;
+    }
+    call.activation = PyUnicode_AsUTF8(arguments[3]);
+  }
+  return true;
+}
+
+PyObject* relu_mlp_operator(
+    PyObject* self,
+    PyObject* const* arguments,
+    Py_ssize_t count,
+    PyObject* names) {
+  HANDLE_TH_ERRORS
+  Call call;
+  if (!names && (count == 3 || count == 4) && is_idle() &&
+      read_call(arguments, count, call)) {
+    std::optional<ForwardResult> result;
+    {
+      const pybind11::gil_scoped_release no_gil;
+      result = direct_forward(call, false);
+    }
+    if (result) {
+      return THPVariable_Wrap(std::move(result->y));
+    }
+  }
+  return PyObject_Vectorcall(self, arguments, count, names);
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* forward_operator(
+    PyObject* self,
+    PyObject* const* arguments,
+    Py_ssize_t count,
+    PyObject* names) {
+  HANDLE_TH_ERRORS
+  Call call;
+  if (!names && count == 5 && is_idle() && read_call(arguments, count, call)) {
+    const bool save_hidden = PyObject_IsTrue(arguments[4]) == 1;
+    std::optional<ForwardResult> result;
+    {
+      const pybind11::gil_scoped_release no_gil;
+      result = direct_forward(call, save_hidden);
+    }
+    if (result) {
+      return Py_BuildValue(
+          "(NN)", THPVariable_Wrap(std::move(result->y)),
+          THPVariable_WrapList(result->hidden));
+    }
+  }
+  return PyObject_Vectorcall(self, arguments, count, names);
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* backward_operator(
+    PyObject* self,
+    PyObject* const* arguments,
+    Py_ssize_t count,
+    PyObject* names) {
+  HANDLE_TH_ERRORS
+  std::vector<at::Tensor> saved;
+  if (!names && count == 4 && is_idle() && plain_tensors(arguments[1], saved) &&
+      PyUnicode_CheckExact(arguments[2]) &&
+      PyUnicode_CheckExact(arguments[3])) {
+    const at::Tensor* grad_output = plain_tensor(arguments[0]);
+    const std::string activation = PyUnicode_AsUTF8(arguments[2]);
+    const std::string needs = PyUnicode_AsUTF8(arguments[3]);
+    std::optional<Gradients> gradients;
+    if (grad_output && is_needs(needs)) {
+      const pybind11::gil_scoped_release no_gil;
+      gradients = direct_backward(*grad_output, saved, activation, needs, {});
+    }
+    if (gradients) {
+      std::erase_if(
+          *gradients, [](const at::Tensor& grad) { return !grad.defined(); });
+      return THPVariable_WrapList(*gradients);
+    }
+  }
+  return PyObject_Vectorcall(self, arguments, count, names);
+  END_HANDLE_TH_ERRORS
+}
+
+template <auto function>
+PyMethodDef method_of(const char* name) {
+  return {
+      name,
+      reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)),
+      METH_FASTCALL | METH_KEYWORDS, nullptr};
+}
+
+// operator(name, other): what calls the operator of this name, or `other`.
+PyObject* operator_of(PyObject*, PyObject* arguments) {
+  static PyMethodDef operators[] = {
+      method_of<relu_mlp_operator>("relu_mlp"),
+      method_of<forward_operator>("forward"),
+      method_of<backward_operator>("backward")};
+  const char* name = nullptr;
+  PyObject* other = nullptr;
+  if (!PyArg_ParseTuple(arguments, "sO", &name, &other)) {
+    return nullptr;
+  }
+  for (PyMethodDef& definition : operators) {
+    if (std::string_view(name) == definition.ml_name) {
+      return PyCFunction_New(&definition, other);
+    }
+  }
+  PyErr_Format(PyExc_ValueError, "there is no operator %s", name);
+  return nullptr;
 }
 
 // connect(path): connects this library with the extension at `path`. Returns
@@ -169,6 +299,7 @@ PyObject* enable(PyObject*, PyObject* flag) {
 
 PyMethodDef methods[] = {
     {"connect", connect, METH_O, nullptr},
+    {"operator", operator_of, METH_VARARGS, nullptr},
     {"serve",
      reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(serve)),
      METH_FASTCALL, nullptr},

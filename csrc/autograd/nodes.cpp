@@ -6,10 +6,10 @@
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/variable.h>
-#include <torch/csrc/dynamo/compiled_autograd.h>
 
 #include <mutex>
 
+#include "compiled_autograd.h"
 #include "operators.h"
 #include "python.h"
 
@@ -18,6 +18,8 @@ namespace {
 
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
+using torch::dynamo::autograd::CompiledNodeArgs;
+using torch::dynamo::autograd::SwapSavedVariables;
 
 bool is_recording() {
   return at::GradMode::is_enabled();
@@ -79,8 +81,8 @@ std::string needs_of(const Call& call) {
   for (std::size_t l = 0; l < call.biases.size(); ++l) {
     // The stand-in for a missing bias has no gradient.
     const at::Tensor& bias = call.biases[l];
-    if (bias.numel() > 0 ||
-        bias.sizes() == call.weights[l].sizes().slice(0, 1)) {
+    if (bias.sym_numel() != 0 ||
+        bias.sym_sizes() == call.weights[l].sym_sizes().slice(0, 1)) {
       set(1 + layers + l, bias);
     }
   }
@@ -132,6 +134,17 @@ std::vector<at::Tensor> run_backward(
       needs, outputs);
 }
 
+std::vector<at::Tensor> unpack_all(
+    const std::vector<SavedVariable>& saved,
+    const NodePointer& node) {
+  std::vector<at::Tensor> tensors;
+  tensors.reserve(saved.size());
+  for (const SavedVariable& variable : saved) {
+    tensors.push_back(variable.unpack(node));
+  }
+  return tensors;
+}
+
 class GradientBackward : public torch::autograd::Node {
  public:
   std::string name() const override {
@@ -148,28 +161,86 @@ class GradientBackward : public torch::autograd::Node {
     if (!any) {
       return variable_list(num_outputs());
     }
-    const at::Tensor grad_output = grad_output_.unpack();
-    std::vector<at::Tensor> saved;
-    saved.reserve(saved_.size());
-    for (const SavedVariable& variable : saved_) {
-      saved.push_back(variable.unpack());
-    }
-    return python::backward_vjp(
-        grad_output, saved, activation_, needs_, cotangents);
+    return run(cotangents, unpack_all(saved_, nullptr), activation_, needs_);
   }
 
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    grad_output_.reset_data();
     for (SavedVariable& variable : saved_) {
       variable.reset_data();
     }
   }
 
-  SavedVariable grad_output_;
-  std::vector<SavedVariable> saved_;
+  void compiled_args(CompiledNodeArgs& arguments) const override {
+    arguments.collect(saved_, false);
+    arguments.collect(activation_);
+    arguments.collect(needs_);
+  }
+
+  variable_list apply_with_saved(
+      const variable_list& inputs,
+      SwapSavedVariables& swapped) override {
+    swapped.before(saved_);
+    PackedArgs arguments;
+    arguments.pack(unpack_all(saved_, nullptr));
+    arguments.pack(activation_);
+    arguments.pack(needs_);
+    const auto function = [](const variable_list& cotangents,
+                             const std::vector<at::IValue>& packed) {
+      PackedArgs all(packed);
+      const auto saved = all.unpack<variable_list>();
+      const auto activation = all.unpack<std::string>();
+      const auto needs = all.unpack<std::string>();
+      return run(cotangents, saved, activation, needs);
+    };
+    variable_list result =
+        record_function(*this, function, inputs, arguments, swapped);
+    swapped.after(saved_);
+    return result;
+  }
+
+  std::vector<SavedVariable> saved_; // the gradient of y, then what it needed
   std::string activation_, needs_;
+
+ private:
+  static variable_list run(
+      const variable_list& cotangents,
+      const std::vector<at::Tensor>& all,
+      const std::string& activation,
+      const std::string& needs) {
+    return python::backward_vjp(
+        all[0], {all.begin() + 1, all.end()}, activation, needs, cotangents);
+  }
 };
+
+// The gradients that reach the outputs of a network. `grad_hidden` is empty if
+// nothing but masks' zeros reaches the hidden activations.
+struct Reached {
+  at::Tensor grad_output;
+  std::vector<at::Tensor> grad_hidden;
+};
+
+// std::nullopt if no gradient reaches any output.
+std::optional<Reached> reached_of(
+    const variable_list& grads,
+    c10::SymIntArrayRef y_sizes) {
+  const auto first = std::find_if(
+      grads.begin(), grads.end(),
+      [](const at::Tensor& grad) { return grad.defined(); });
+  if (first == grads.end()) {
+    return std::nullopt;
+  }
+  Reached reached{grads[0], {}};
+  if (!reached.grad_output.defined()) {
+    reached.grad_output = at::zeros_symint(y_sizes, first->options());
+  }
+  if (std::any_of(grads.begin() + 1, grads.end(), [](const at::Tensor& grad) {
+        return grad.defined() && !is_symbolic_zero(grad);
+      })) {
+    reached.grad_hidden.assign(grads.begin() + 1, grads.end());
+  }
+  return reached;
+}
 
 class MLPBackward : public torch::autograd::Node {
  public:
@@ -180,51 +251,26 @@ class MLPBackward : public torch::autograd::Node {
   variable_list apply(variable_list&& grads) override {
     const std::lock_guard<std::mutex> lock(mutex_);
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(autocast_keys());
-
-    at::Tensor grad_output = grads[0];
-    std::vector<at::Tensor> grad_hidden;
-    bool is_reached = grad_output.defined(), is_hidden_reached = false;
-    for (std::size_t l = 1; l < grads.size(); ++l) {
-      is_reached = is_reached || grads[l].defined();
-      is_hidden_reached = is_hidden_reached ||
-          (grads[l].defined() && !is_symbolic_zero(grads[l]));
-    }
     const std::string needs = requested_needs();
-    if (!is_reached || needs.find('1') == std::string::npos) {
+    const std::optional<Reached> reached = reached_of(grads, y_sizes_);
+    if (!reached || needs.find('1') == std::string::npos) {
       return variable_list(num_outputs());
     }
-    if (!grad_output.defined()) {
-      const at::Tensor& reached = *std::find_if(
-          grads.begin(), grads.end(),
-          [](const at::Tensor& grad) { return grad.defined(); });
-      grad_output = at::zeros_symint(y_sizes_, reached.options());
-    }
-    if (is_hidden_reached) {
-      grad_hidden.assign(grads.begin() + 1, grads.end());
-      grad_hidden.resize(layers_ - 1);
-    }
-
+    const auto& [grad_output, grad_hidden] = *reached;
     const bool is_differentiable =
         is_recording() || carries_tangent(grad_output) || !is_thread_plain();
-    if (recompute_) {
-      Call call{saved_[0].unpack(), {}, {}, activation_, true};
-      for (std::size_t n = 1; n < saved_.size(); ++n) {
-        (n <= layers_ ? call.weights : call.biases)
-            .push_back(saved_[n].unpack());
-      }
-      if (!is_differentiable && grad_hidden.empty()) {
-        return run_recompute_backward(grad_output, call, needs);
-      }
-      ForwardResult again = forward_again(call);
-      std::vector<at::Tensor> all{call.x, std::move(again.y)};
-      all.insert(all.end(), call.weights.begin(), call.weights.end());
-      all.insert(all.end(), again.hidden.begin(), again.hidden.end());
+    if (!recompute_) {
       return backward(
-          grad_output, kept_of(all, needs), needs, grad_hidden,
+          grad_output, unpacked(needs, is_differentiable), needs, grad_hidden,
           is_differentiable);
     }
+    const Call call =
+        call_of(unpack_all(saved_, nullptr), layers_, activation_);
+    if (!is_differentiable && grad_hidden.empty()) {
+      return run_recompute_backward(grad_output, call, needs);
+    }
     return backward(
-        grad_output, unpacked(needs, is_differentiable), needs, grad_hidden,
+        grad_output, computed_again(call, needs), needs, grad_hidden,
         is_differentiable);
   }
 
@@ -233,6 +279,34 @@ class MLPBackward : public torch::autograd::Node {
     for (SavedVariable& variable : saved_) {
       variable.reset_data();
     }
+  }
+
+  void compiled_args(CompiledNodeArgs& arguments) const override {
+    arguments.collect(saved_, true);
+    arguments.collect(activation_);
+    arguments.collect(requested_needs());
+    arguments.collect(recompute_);
+  }
+
+  variable_list apply_with_saved(
+      const variable_list& inputs,
+      SwapSavedVariables& swapped) override {
+    const std::string needs = requested_needs();
+    swapped.before(saved_);
+    std::vector<at::Tensor> saved = unpack_all(saved_, getptr());
+    swapped.after(saved_);
+    if (!recompute_) {
+      saved = wanted_of(std::move(saved), needs);
+    }
+    PackedArgs arguments;
+    arguments.pack(saved);
+    arguments.pack(activation_);
+    arguments.pack(needs);
+    arguments.pack(recompute_);
+    arguments.pack(static_cast<int64_t>(num_outputs()));
+    arguments.pack(std::vector<c10::SymInt>(y_sizes_.begin(), y_sizes_.end()));
+    return record_function(
+        *this, backward_in_a_graph, inputs, arguments, swapped);
   }
 
   // Saves what the needed gradients depend on. The outputs have their places in
@@ -291,48 +365,41 @@ class MLPBackward : public torch::autograd::Node {
     return needs;
   }
 
-  // Those of `all` (x, y, *weights, *hidden) that these needs depend on.
-  std::vector<at::Tensor> kept_of(
-      std::vector<at::Tensor>& all,
+  // Those of `saved` that these needs depend on.
+  std::vector<at::Tensor> wanted_of(
+      std::vector<at::Tensor> saved,
       const std::string& needs) const {
-    const std::vector<bool> kept = is_kept({needs}, activation_ != "none");
+    const std::vector<bool> kept = is_kept({needs_}, activation_ != "none");
+    const std::vector<bool> wanted = is_kept({needs}, activation_ != "none");
     std::vector<at::Tensor> result;
-    result.reserve(kept.size());
+    result.reserve(saved.size());
+    std::size_t next = 0;
     for (std::size_t n = 0; n < kept.size(); ++n) {
-      if (kept[n]) {
-        result.push_back(std::move(all[n]));
+      if (kept[n] && wanted[n]) {
+        result.push_back(std::move(saved[next]));
       }
+      next += kept[n];
     }
     return result;
   }
 
-  // The saved tensors that these needs depend on. With a graph, hidden
+  // The saved tensors that these needs depend on. With a graph, the hidden
   // activations are outputs of this node.
   std::vector<at::Tensor> unpacked(
       const std::string& needs,
       bool is_differentiable) {
-    const std::vector<bool> kept = is_kept({needs_}, activation_ != "none");
-    const std::vector<bool> wanted = is_kept({needs}, activation_ != "none");
-    std::vector<at::Tensor> result;
-    result.reserve(saved_.size());
-    std::size_t next = 0;
-    for (std::size_t n = 0; n < kept.size(); ++n) {
-      if (!kept[n]) {
-        continue;
+    std::vector<at::Tensor> all = unpack_all(saved_, getptr());
+    if (is_differentiable && !has_hidden_outputs_ && is_recording()) {
+      const std::vector<bool> kept = is_kept({needs_}, activation_ != "none");
+      std::size_t next = all.size();
+      for (std::size_t l = layers_; l-- > 1;) {
+        if (kept[1 + layers_ + l]) {
+          --next;
+          all[next] = as_output(all[next], l);
+        }
       }
-      const SavedVariable& variable = saved_[next++];
-      if (!wanted[n]) {
-        continue;
-      }
-      at::Tensor tensor = variable.unpack(getptr());
-      const bool is_hidden = n >= 2 + layers_;
-      if (is_hidden && is_differentiable && !has_hidden_outputs_ &&
-          is_recording()) {
-        tensor = as_output(tensor, n - 1 - layers_);
-      }
-      result.push_back(std::move(tensor));
     }
-    return result;
+    return wanted_of(std::move(all), needs);
   }
 
   // A hidden activation a_l with its place in the graph.
@@ -363,7 +430,7 @@ class MLPBackward : public torch::autograd::Node {
       const at::Tensor& grad_output,
       const Call& call,
       const std::string& needs) const {
-    if (!is_observed()) {
+    if (is_thread_plain() && !is_observed()) {
       if (auto gradients =
               direct_recompute_backward(grad_output, call, needs)) {
         gradients->resize(num_outputs());
@@ -376,9 +443,68 @@ class MLPBackward : public torch::autograd::Node {
         num_outputs());
   }
 
-  static ForwardResult forward_again(const Call& call) {
+  // What a forward pass would have saved for these needs.
+  static std::vector<at::Tensor> computed_again(
+      const Call& call,
+      const std::string& needs) {
     auto [y, hidden] = operators::forward(call, true);
-    return {std::move(y), std::move(hidden)};
+    std::vector<at::Tensor> all{call.x, y};
+    all.insert(all.end(), call.weights.begin(), call.weights.end());
+    all.insert(all.end(), hidden.begin(), hidden.end());
+    const std::vector<bool> kept = is_kept({needs}, call.activation != "none");
+    std::vector<at::Tensor> saved;
+    for (std::size_t n = 0; n < all.size(); ++n) {
+      if (kept[n]) {
+        saved.push_back(std::move(all[n]));
+      }
+    }
+    return saved;
+  }
+
+  // The call that `saved` (x, *weights, *biases) is of.
+  static Call call_of(
+      const std::vector<at::Tensor>& saved,
+      std::size_t layers,
+      const std::string& activation) {
+    const auto first_bias = saved.begin() + 1 + layers;
+    return {
+        saved[0],
+        {saved.begin() + 1, first_bias},
+        {first_bias, saved.end()},
+        activation,
+        true};
+  }
+
+  // The backward pass as a function of what `apply_with_saved` packs.
+  static variable_list backward_in_a_graph(
+      const variable_list& grads,
+      const std::vector<at::IValue>& packed) {
+    PackedArgs arguments(packed);
+    const auto saved = arguments.unpack<variable_list>();
+    const auto activation = arguments.unpack<std::string>();
+    const auto needs = arguments.unpack<std::string>();
+    const auto recompute = arguments.unpack<bool>();
+    const auto outputs = arguments.unpack<int64_t>();
+    const auto y_sizes = arguments.unpack<std::vector<c10::SymInt>>();
+    const auto reached = reached_of(grads, y_sizes);
+    if (!reached || needs.find('1') == std::string::npos) {
+      return variable_list(outputs);
+    }
+    const auto& [grad_output, grad_hidden] = *reached;
+    std::vector<at::Tensor> gradients;
+    if (recompute && grad_hidden.empty()) {
+      gradients = operators::recompute_backward(
+          grad_output, call_of(saved, needs.size() / 2, activation), needs);
+    } else {
+      const std::vector<at::Tensor> operands = recompute
+          ? computed_again(call_of(saved, needs.size() / 2, activation), needs)
+          : saved;
+      gradients = grad_hidden.empty()
+          ? operators::backward(grad_output, operands, activation, needs)
+          : python::reference_backward(
+                grad_output, operands, activation, needs, grad_hidden);
+    }
+    return at_their_places(std::move(gradients), needs, outputs);
   }
 };
 
@@ -468,8 +594,8 @@ std::vector<at::Tensor> recorded_backward(
   node->set_next_edges(torch::autograd::collect_next_edges(grad_output, saved));
   node->activation_ = activation;
   node->needs_ = needs;
-  node->grad_output_ = SavedVariable(grad_output, false);
-  node->saved_.reserve(saved.size());
+  node->saved_.reserve(1 + saved.size());
+  node->saved_.emplace_back(grad_output, false);
   for (const at::Tensor& tensor : saved) {
     node->saved_.emplace_back(tensor, false);
   }
