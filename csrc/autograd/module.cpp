@@ -4,12 +4,17 @@
 
 namespace {
 
-PyObject* answer(PyObject*, PyObject*) { return PyLong_FromLong(42); }
+PyObject* answer(PyObject*, PyObject*) {
+  return PyLong_FromLong(42);
+}
 
 PyMethodDef functions[] = {{"answer", answer, METH_NOARGS, nullptr}, {}};
 
-PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_node", nullptr, -1, functions};
+PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "_node", nullptr, -1, functions};
 
-}  // namespace
+} // namespace
 
-PyMODINIT_FUNC PyInit__node() { return PyModule_Create(&definition); }
+PyMODINIT_FUNC PyInit__node() {
+  return PyModule_Create(&definition);
+}
