@@ -259,7 +259,7 @@ def node_build() -> dict:
     return runpy.run_path("relu_mlp/ops/node_build.py")
 
 
-def build_node(folder: Path, workspace: Path) -> None:
+def build_node(folder: Path) -> None:
     """Builds the native autograd node unless it is there already."""
     wanted, functions = os.environ.get("RELU_MLP_NODE", "auto"), node_build()
     name = str(functions["file_name"]())
@@ -269,7 +269,7 @@ def build_node(folder: Path, workspace: Path) -> None:
     for old in folder.glob(re.sub(r"-\w{16}\.", "-*.", name)):
         old.unlink()
     try:
-        functions["build"](folder, workspace, show=wanted == "1")
+        functions["build"](folder, show=wanted == "1")
     except (functions["NotBuilt"], OSError) as error:
         if wanted == "1":
             sys.exit(f"relu_mlp: RELU_MLP_NODE=1, but {error}")
@@ -282,8 +282,7 @@ def with_node(build_ext: type) -> type:
     class BuildWithNode(build_ext):
         def run(self):
             super().run()
-            folder = Path("relu_mlp" if self.inplace else f"{self.build_lib}/relu_mlp")
-            build_node(folder.absolute(), Path(self.build_temp, "node").absolute())
+            build_node(Path("relu_mlp" if self.inplace else f"{self.build_lib}/relu_mlp"))
 
     return BuildWithNode
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-import secrets
 import shutil
 import subprocess
 import sys
+import tempfile
 from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.util import find_spec
 from pathlib import Path
@@ -83,12 +83,11 @@ def copy_sources(folder: Path) -> None:
         shutil.copyfile(path, target)
 
 
-def build(folder: Path, workspace: Path, show: bool = False) -> Path:
+def build(folder: Path, show: bool = False) -> Path:
     """Compiles the node for the running PyTorch and Python, and returns the path of the library.
 
     Args:
         folder: where the library is put. It appears there when it is complete.
-        workspace: where it is compiled. This folder is emptied first.
         show: whether the output of the compiler is shown.
 
     Raises:
@@ -104,22 +103,21 @@ def build(folder: Path, workspace: Path, show: bool = False) -> Path:
             "pip install setuptools ninja"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{name}.{secrets.token_hex(8)}"
-    try:
-        partial.touch()  # a folder that can't be written to is an error before the compilation
-        shutil.copyfile(_compile(workspace, show), partial)
+    with (
+        # Made first: a folder that can't be written to is an error before the compilation.
+        tempfile.TemporaryDirectory(dir=folder, prefix=".") as beside,
+        tempfile.TemporaryDirectory(prefix="relu_mlp-") as workspace,
+    ):
+        partial = Path(beside, name)
+        shutil.copyfile(_compile(Path(workspace), show), partial)
         with partial.open("ab") as file:
             file.write(END)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, folder / name)
-    finally:
-        partial.unlink(missing_ok=True)
-    return folder / name
+        return partial.replace(folder / name)
 
 
 def _compile(workspace: Path, show: bool) -> Path:
-    shutil.rmtree(workspace, ignore_errors=True)
     copy_sources(workspace / "source")
     command = [sys.executable, "setup.py", "--quiet", "build_ext"]
     command += ["--build-lib", str(workspace / "lib"), "--build-temp", str(workspace / "objects")]

@@ -131,7 +131,7 @@ def no_luck(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_failure_costs_only_the_node(script, no_luck, tmp_path, capsys):
-    script["build_node"](tmp_path / "package", tmp_path / "workspace")
+    script["build_node"](tmp_path / "package")
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
         "relu_mlp: the native autograd node can't be built: fatal error: no luck; "
@@ -145,7 +145,7 @@ def test_a_failure_stops_the_build_if_the_node_is_required(
 ):
     monkeypatch.setenv("RELU_MLP_NODE", "1")
     with pytest.raises(SystemExit, match=r"RELU_MLP_NODE=1, but .* the output above says why"):
-        script["build_node"](tmp_path / "package", tmp_path / "workspace")
+        script["build_node"](tmp_path / "package")
     assert "fatal error: no luck" in "".join(capfd.readouterr())
 
 
@@ -157,7 +157,7 @@ def test_stops_without_a_compiler_if_the_node_is_required(script, commands, monk
 
 def test_the_node_is_left_out_by_request(script, tmp_path, monkeypatch):
     monkeypatch.setenv("RELU_MLP_NODE", "0")
-    script["build_node"](tmp_path / "package", tmp_path / "workspace")
+    script["build_node"](tmp_path / "package")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -172,8 +172,8 @@ def test_a_node_that_is_there_is_kept(script, tmp_path, monkeypatch):
     functions = script["node_build"]()
     path = tmp_path / functions["file_name"]()
     path.write_bytes(functions["END"])
-    script["build_node"](tmp_path, tmp_path / "workspace")
-    assert list(tmp_path.iterdir()) == [path]
+    script["build_node"](tmp_path)
+    assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == functions["END"]
 
 
 @pytest.mark.slow
@@ -184,7 +184,7 @@ def test_nodes_of_other_sources_are_removed(script, tmp_path, monkeypatch):
     (tmp_path / re.sub(r"-\w{16}\.", "-0123456789abcdef.", name)).touch()
     other = tmp_path / name.replace(torch.__version__, "2.99.0")
     other.touch()
-    script["build_node"](tmp_path, tmp_path / "workspace")
+    script["build_node"](tmp_path)
     assert list(tmp_path.glob("_node*")) == [other]
 
 
