@@ -102,9 +102,11 @@ def test_the_name_changes_with_all_that_matters(source, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(thing, attribute, value)
             names.append(node_build.file_name())
-    for path in ("setup.py", "csrc/mlp.h", "csrc/autograd/module.cpp", "csrc/autograd/new.h"):
-        with (source / path).open("a") as file:
-            file.write("\n")
+    (source / "csrc/autograd/new.h").touch()
+    names.append(node_build.file_name())
+    for path in ("setup.py", "csrc/mlp.h", "csrc/autograd/module.cpp"):
+        text = (source / path).read_bytes()
+        (source / path).write_bytes(text[:-1] + b" ")  # of the same length
         names.append(node_build.file_name())
     (source / "csrc/mlp.h").rename(source / "csrc/renamed.h")
     names.append(node_build.file_name())
