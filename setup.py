@@ -260,14 +260,14 @@ def node_build() -> dict:
 
 
 def build_node(folder: Path) -> None:
-    """Builds the native autograd node unless it is there already."""
+    """Builds the native autograd node unless it is there, and removes all others."""
     wanted, functions = os.environ.get("RELU_MLP_NODE", "auto"), node_build()
     name = str(functions["file_name"]())
+    for old in folder.glob("_node-*"):
+        if wanted == "0" or old.name != name:
+            old.unlink()
     if wanted == "0" or functions["is_complete"](folder / name):
         return
-    # Those of other sources.
-    for old in folder.glob(re.sub(r"-\w{16}\.", "-*.", name)):
-        old.unlink()
     try:
         functions["build"](folder, show=wanted == "1")
     except (functions["NotBuilt"], OSError) as error:

@@ -162,13 +162,6 @@ def test_stops_without_a_compiler_if_the_node_is_required(script, commands, monk
         script["extension_arguments"]()
 
 
-@needs_package
-def test_the_node_is_left_out_by_request(script, tmp_path, monkeypatch):
-    monkeypatch.setenv("RELU_MLP_NODE", "0")
-    script["build_node"](tmp_path / "package")
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_wrong_value_stops_the_build(script, monkeypatch):
     monkeypatch.setenv("RELU_MLP_NODE", "yes")
     with pytest.raises(SystemExit, match="RELU_MLP_NODE must be 0 or 1, got 'yes'"):
@@ -176,26 +169,24 @@ def test_a_wrong_value_stops_the_build(script, monkeypatch):
 
 
 @needs_package
-def test_a_node_that_is_there_is_kept(script, tmp_path, monkeypatch):
+def test_a_node_that_is_there_is_kept_and_others_are_removed(script, tmp_path, monkeypatch):
     monkeypatch.setenv("RELU_MLP_NODE", "1")
     functions = script["node_build"]()
     path = tmp_path / functions["file_name"]()
     path.write_bytes(functions["END"])
+    (tmp_path / path.name.replace(torch.__version__, "2.99.0")).touch()
     script["build_node"](tmp_path)
     assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == functions["END"]
 
 
 @needs_package
-@pytest.mark.slow
-def test_nodes_of_other_sources_are_removed(script, tmp_path, monkeypatch):
-    """Those of another PyTorch stay."""
-    monkeypatch.setenv("CXX", "nonsense")
-    name = script["node_build"]()["file_name"]()
-    (tmp_path / re.sub(r"-\w{16}\.", "-0123456789abcdef.", name)).touch()
-    other = tmp_path / name.replace(torch.__version__, "2.99.0")
-    other.touch()
+def test_the_node_is_left_out_by_request(script, tmp_path, monkeypatch):
+    """Also if it was built before."""
+    monkeypatch.setenv("RELU_MLP_NODE", "0")
+    functions = script["node_build"]()
+    (tmp_path / functions["file_name"]()).write_bytes(functions["END"])
     script["build_node"](tmp_path)
-    assert list(tmp_path.glob("_node*")) == [other]
+    assert list(tmp_path.iterdir()) == []
 
 
 # -- A person's flags ------------------------------------------------------------
