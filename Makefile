@@ -113,7 +113,7 @@ gpu-wheel:  ## a wheel with kernels for GPU_ARCH, built against GPU_TORCH, in bu
 	$(PYTHON3) -m venv build/gpu/venv
 	build/gpu/venv/bin/pip install -q $(GPU_TORCH) 'setuptools>=77' ninja
 	rm -f build/gpu/*.whl
-	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=$(GPU_ARCH) build/gpu/venv/bin/pip wheel -q --no-deps --no-build-isolation -w build/gpu .
+	RELU_MLP_NODE=0 FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=$(GPU_ARCH) build/gpu/venv/bin/pip wheel -q --no-deps --no-build-isolation -w build/gpu .
 
 build: $(call needs,torch)  ## build the extension in place, even if it seems up to date
 	$(PYTHON) setup.py --quiet build_ext --inplace
@@ -121,10 +121,10 @@ build: $(call needs,torch)  ## build the extension in place, even if it seems up
 
 dist: $(call needs,dev)  ## an sdist, and from it a wheel, in dist/
 	rm -rf dist
-	$(PYTHON) -m build --no-isolation
+	RELU_MLP_NODE=0 $(PYTHON) -m build --no-isolation
 
 clean:  ## remove all that was made, except .venv
-	rm -rf build demo dist *.egg-info relu_mlp/_C*.so
+	rm -rf build demo dist *.egg-info relu_mlp/_C*.so relu_mlp/_node*.so
 	rm -rf .mypy_cache .pytest_cache .ruff_cache
 	find . -name .venv -prune -o -name __pycache__ -exec rm -rf {} +
 

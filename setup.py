@@ -6,8 +6,8 @@ pure Python, and says so at its first use. A compiler that fails stops the build
 variable is 0.
 
 With the extension comes the native autograd node (csrc/autograd), for the PyTorch and the Python
-of the build alone. RELU_MLP_NODE=1 requires it, and 0 leaves it out. If the variable is not set, a
-compiler that fails costs only the node. `relu-mlp build` runs a copy of this file with
+of the build alone. If it does not compile, the build says so and goes on, unless RELU_MLP_NODE is
+1. If the variable is 0, the node is left out. `relu-mlp build` runs a copy of this file with
 RELU_MLP_NODE=only.
 
 The extension includes CUDA kernels if PyTorch has CUDA and an nvcc of the same major version is
@@ -187,6 +187,12 @@ def find_compiler() -> str | None:
     return command
 
 
+def no_compiler() -> str:
+    """Says that `find_compiler` has found none."""
+    named = os.environ.get("CXX", "").strip()
+    return f"no C++ compiler found{f': CXX is {named!r}' if named else ''}"
+
+
 def is_launcher(command: list[str]) -> bool:
     """Whether the first word runs the compiler that the second one names."""
     return len(command) > 1 and Path(command[0]).name in ("ccache", "sccache", "distcc", "icecc")
@@ -236,7 +242,7 @@ def prepare_environment() -> None:
 def node_arguments() -> dict:
     """The arguments of setup() that build the native autograd node and nothing else."""
     if find_compiler() is None:
-        sys.exit("relu_mlp: no C++ compiler found. Install g++ or clang++.")
+        sys.exit(f"{no_compiler()}. Install g++ or clang++.")
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     prepare_environment()
@@ -253,21 +259,21 @@ def node_build() -> dict:
     return runpy.run_path("relu_mlp/ops/node_build.py")
 
 
-def build_node(folder: Path, workspace: Path) -> None:
-    """Builds the native autograd node unless it is there already."""
+def build_node(folder: Path) -> None:
+    """Builds the native autograd node unless it is there, and removes all others."""
     wanted, functions = os.environ.get("RELU_MLP_NODE", "auto"), node_build()
     name = str(functions["file_name"]())
+    for old in folder.glob("_node-*"):
+        if wanted == "0" or old.name != name:
+            old.unlink()
     if wanted == "0" or functions["is_complete"](folder / name):
         return
-    # Those of other sources.
-    for old in folder.glob(re.sub(r"-\w{16}\.", "-*.", name)):
-        old.unlink()
     try:
-        functions["build"](folder, workspace, show=wanted == "1")
+        functions["build"](folder, show=wanted == "1")
     except (functions["NotBuilt"], OSError) as error:
         if wanted == "1":
             sys.exit(f"relu_mlp: RELU_MLP_NODE=1, but {error}")
-        say(f"without the native autograd node: {error}")
+        say(f"{error}; the package works without it")
 
 
 def with_node(build_ext: type) -> type:
@@ -276,8 +282,7 @@ def with_node(build_ext: type) -> type:
     class BuildWithNode(build_ext):
         def run(self):
             super().run()
-            folder = Path("relu_mlp" if self.inplace else f"{self.build_lib}/relu_mlp")
-            build_node(folder.absolute(), Path(self.build_temp, "node").absolute())
+            build_node(Path("relu_mlp" if self.inplace else f"{self.build_lib}/relu_mlp"))
 
     return BuildWithNode
 
@@ -303,16 +308,11 @@ def extension_arguments() -> dict:
         sys.exit(f"relu_mlp: RELU_MLP_NODE must be 0 or 1, got {node!r}")
     # Only commands that compile need PyTorch. An sdist can be made without it.
     builds = {"build_ext", "build", "bdist_wheel", "editable_wheel", "install", "develop"}
-    if not builds.intersection(sys.argv):
-        return {}
-    if wanted == "0" and node == "1":
-        sys.exit("relu_mlp: RELU_MLP_NODE=1, but RELU_MLP_EXTENSION=0, and the node calls it")
-    if wanted == "0":
+    if wanted == "0" or not builds.intersection(sys.argv):
         return {}
     compiler = find_compiler()
     if compiler is None:
-        named = os.environ.get("CXX", "").strip()
-        reason = f"no C++ compiler found{f': CXX is {named!r}' if named else ''}"
+        reason = no_compiler()
         for name, value in (("RELU_MLP_EXTENSION", wanted), ("RELU_MLP_NODE", node)):
             if value == "1":
                 sys.exit(f"relu_mlp: {name}=1, but {reason}. Install g++ or clang++.")

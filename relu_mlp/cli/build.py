@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import tempfile
 import time
-from pathlib import Path
 
 import torch
 
@@ -42,13 +40,10 @@ def run(options: argparse.Namespace) -> int:
         print(f"already built: {ops.node.__file__} (--force builds it again)")
         return 0
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="relu_mlp-") as workspace:
-        try:
-            path = node_build.build(
-                node_build.cache_folder(), Path(workspace, "build"), show=options.verbose
-            )
-        except node_build.NotBuilt as error:
-            raise Problem(str(error)) from None
+    try:
+        path = node_build.build(node_build.cache_folder(), show=options.verbose)
+    except node_build.NotBuilt as error:
+        raise Problem(str(error)) from None
     _, problem = native_node.load_node()
     if problem is not None:
         raise Problem(f"the node was built, but {problem}")

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-import secrets
 import shutil
 import subprocess
 import sys
+import tempfile
 from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,18 +36,18 @@ class NotBuilt(Exception):
     """The reason why the node was not built, in one line."""
 
 
-def sources(root: Path = SOURCE) -> list[Path]:
+def sources() -> list[Path]:
     """What the node is compiled from; empty if there are no sources."""
-    found = sorted(path for pattern in PATTERNS for path in root.glob(pattern))
+    found = sorted(path for pattern in PATTERNS for path in SOURCE.glob(pattern))
     return found if any(path.suffix == ".cpp" for path in found) else []
 
 
-def file_name(root: Path = SOURCE) -> str | None:
+def file_name() -> str | None:
     """The name of the library for this PyTorch, this Python and these sources, if there are any."""
     import torch  # here, for a wheel with the sources can be made without PyTorch
 
     digest = hashlib.sha256(str(torch.version.git_version).encode())
-    found = sources(root)
+    found = sources()
     for path in found:
         data = path.read_bytes()
         digest.update(f"\0{path.name} {len(data)}\0".encode())
@@ -83,12 +83,11 @@ def copy_sources(folder: Path) -> None:
         shutil.copyfile(path, target)
 
 
-def build(folder: Path, workspace: Path, show: bool = False) -> Path:
+def build(folder: Path, show: bool = False) -> Path:
     """Compiles the node for the running PyTorch and Python, and returns the path of the library.
 
     Args:
         folder: where the library is put. It appears there when it is complete.
-        workspace: where it is compiled. This folder is emptied first.
         show: whether the output of the compiler is shown.
 
     Raises:
@@ -97,28 +96,28 @@ def build(folder: Path, workspace: Path, show: bool = False) -> Path:
     """
     name = file_name()
     if name is None:
-        raise NotBuilt(f"there are no sources of the node in {SOURCE}")
+        raise NotBuilt(f"the sources of the native autograd node are not in {SOURCE}")
     if find_spec("setuptools") is None:
         raise NotBuilt(
-            "only the build needs setuptools, and it is not installed: pip install setuptools ninja"
+            "the native autograd node can't be built without setuptools: "
+            "pip install setuptools ninja"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{name}.{secrets.token_hex(8)}"
-    try:
-        partial.touch()  # a folder that can't be written to is an error before the compilation
-        shutil.copyfile(_compile(workspace, show), partial)
+    with (
+        # Made first: a folder that can't be written to is an error before the compilation.
+        tempfile.TemporaryDirectory(dir=folder, prefix=".") as beside,
+        tempfile.TemporaryDirectory(prefix="relu_mlp-") as workspace,
+    ):
+        partial = Path(beside, name)
+        shutil.copyfile(_compile(Path(workspace), show), partial)
         with partial.open("ab") as file:
             file.write(END)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, folder / name)
-    finally:
-        partial.unlink(missing_ok=True)
-    return folder / name
+        return partial.replace(folder / name)
 
 
 def _compile(workspace: Path, show: bool) -> Path:
-    shutil.rmtree(workspace, ignore_errors=True)
     copy_sources(workspace / "source")
     command = [sys.executable, "setup.py", "--quiet", "build_ext"]
     command += ["--build-lib", str(workspace / "lib"), "--build-temp", str(workspace / "objects")]
@@ -132,8 +131,8 @@ def _compile(workspace: Path, show: bool) -> Path:
         errors="replace",
     )
     if done.returncode:
-        lines = (done.stdout or "its output is above").split("\n")
-        lines = [line.strip() for line in lines if line.strip()]
+        output = (done.stdout or "the output above says why").replace(f"{workspace}/source/", "")
+        lines = [line.strip() for line in output.splitlines() if line.strip()]
         reason = next((line for line in lines if "error:" in line.lower()), lines[-1])
-        raise NotBuilt(f"the native autograd node does not compile: {reason}")
+        raise NotBuilt(f"the native autograd node can't be built: {reason}")
     return next((workspace / "lib").rglob("_node*"))
