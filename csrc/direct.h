@@ -26,6 +26,7 @@ struct DirectPasses {
       const std::vector<T*>& hidden, // a_1 ... a_{L-1}, or empty
       T* y);
   void (*backward)(const Network<T>& network, const BackwardPass<T>& pass);
+  void (*vjp)(const Network<T>& network, const VjpPass<T>& pass);
 };
 
 struct Direct {
@@ -63,7 +64,8 @@ inline std::string direct_layout() {
 #endif
   for (const std::size_t size :
        {sizeof(Direct), sizeof(Network<float>), sizeof(Layer<float>),
-        sizeof(BackwardPass<float>), sizeof(std::string)}) {
+        sizeof(BackwardPass<float>), sizeof(VjpPass<float>),
+        sizeof(std::string)}) {
     layout += ' ' + std::to_string(size);
   }
   return layout;

@@ -330,7 +330,7 @@ class Gradient(SingleLevelFunction):
         ctx: Any, call: GradientCall, grad_output: Tensor, *saved: Tensor
     ) -> tuple[Tensor, ...]:
         implementation, output_activation, needs = call
-        ctx.remembered = output_activation, needs
+        ctx.remembered = implementation.implementation, output_activation, needs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(grad_output, *saved)
         ctx.save_for_forward(grad_output, *saved)
@@ -339,15 +339,16 @@ class Gradient(SingleLevelFunction):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        output_activation, needs = ctx.remembered
+        implementation, output_activation, needs = ctx.remembered
         grad_output, *saved = ctx.saved_tensors
-        return None, *second_order.backward_vjp(
-            grad_output, saved, output_activation, needs, cotangents
-        )
+        call = grad_output, saved, output_activation, needs, cotangents
+        if implementation is ops.extension and not _is_recorded(grad_output, *saved, *cotangents):
+            return None, *_vjp_of_operator(implementation, ctx.needs_input_grad[1:], *call)
+        return None, *second_order.backward_vjp(*call)
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
-        output_activation, needs = ctx.remembered
+        _, output_activation, needs = ctx.remembered
         with set_fwd_grad_enabled(True):
             grad_output, *saved = _primals(ctx.saved_tensors)
             return tuple(
@@ -355,6 +356,52 @@ class Gradient(SingleLevelFunction):
                     grad_output, saved, output_activation, needs, tangents[0], tangents[1:]
                 )
             )
+
+
+def _is_recorded(*tensors: Tensor | None) -> bool:
+    """Whether a derivative or a graph of this computation may be taken."""
+    return (
+        _is_grad_enabled()
+        or FORWARD_AD[LEVEL] >= 0
+        or _is_compiling()
+        or peek_interpreter_stack() is not None
+        or not all(tensor is None or type(tensor) in ops.PLAIN for tensor in tensors)
+    )
+
+
+def _vjp_of_operator(
+    implementation: Implementation,
+    needs_gradient: Sequence[bool],
+    grad_output: Tensor,
+    saved: Sequence[Tensor],
+    output_activation: str,
+    needs: str,
+    cotangents: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """`second_order.backward_vjp` by the operator, where a gradient is needed."""
+    present = [cotangent for cotangent in cotangents if cotangent is not None]
+    given = "".join("01"[cotangent is not None] for cotangent in cotangents)
+    reached = [
+        reach if is_needed else second_order.Reach.NOTHING
+        for reach, is_needed in zip(
+            second_order.reach_of(output_activation, needs, given), needs_gradient, strict=True
+        )
+    ]
+    wanted = "".join("01"[reach is second_order.Reach.NUMBERS] for reach in reached)
+    with below_autograd():
+        grads = iter(
+            implementation.backward_vjp(
+                grad_output, saved, output_activation, needs, present, given, wanted
+            )
+        )
+    return [
+        next(grads)
+        if reach is second_order.Reach.NUMBERS
+        else second_order.symbolic_zeros_like(tensor)
+        if reach is second_order.Reach.ZEROS
+        else None
+        for reach, tensor in zip(reached, [grad_output, *saved], strict=True)
+    ]
 
 
 #: The arguments of `Gradient` that are not tensors.

@@ -29,6 +29,8 @@ SCHEMAS = (
     "forward(Tensor x, Tensor[] weights, Tensor[] biases, "
     "str output_activation, bool save_hidden) -> (Tensor, Tensor[])",
     "backward(Tensor grad_output, Tensor[] saved, str output_activation, str needs) -> Tensor[]",
+    "backward_vjp(Tensor grad_output, Tensor[] saved, str output_activation, str needs, "
+    "Tensor[] cotangents, str given, str wanted) -> Tensor[]",
     "recompute_backward(Tensor grad_output, Tensor x, Tensor[] weights, Tensor[] biases, "
     "str output_activation, str needs) -> Tensor[]",
     "loss_and_grads(Tensor x, Tensor target, Tensor[] weights, "
@@ -39,6 +41,8 @@ SCHEMAS = (
     "str output_activation, bool save_hidden) -> Tensor[]",
     "_backward_in_cpp(Tensor grad_output, Tensor[] saved, "
     "str output_activation, str needs) -> Tensor[]",
+    "_backward_vjp_in_cpp(Tensor grad_output, Tensor[] saved, str output_activation, "
+    "str needs, Tensor[] cotangents, str given, str wanted) -> Tensor[]",
     "_recompute_backward_in_cpp(Tensor grad_output, Tensor x, Tensor[] weights, "
     "Tensor[] biases, str output_activation, str needs) -> Tensor[]",
     "_loss_and_grads_in_cpp(Tensor x, Tensor target, Tensor[] weights, "
