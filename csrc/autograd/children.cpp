@@ -104,13 +104,18 @@ bool is_unchanged(PyObject* dict) {
 }
 
 // A parameter of a plain type and layout.
-const at::Tensor* parameter(PyObject* parameters, PyObject* name) {
+const at::Tensor* parameter(
+    PyObject* parameters,
+    PyObject* name,
+    bool is_transformed) {
   PyObject* object = PyDict_GetItemWithError(parameters, name);
   if (!object || !THPVariable_CheckExact(object)) {
     return nullptr;
   }
   const at::Tensor& tensor = THPVariable_Unpack(object);
-  return is_plain(tensor) ? &tensor : nullptr;
+  return (is_transformed ? is_plain_or_wrapped(tensor) : is_plain(tensor))
+      ? &tensor
+      : nullptr;
 }
 
 // The dict of an object; `owner` keeps it.
@@ -243,6 +248,7 @@ std::optional<Call> network_of_children(PyObject* module) {
   const Py_ssize_t count = PyDict_GET_SIZE(children);
   call.weights.reserve((count + 1) / 2);
   call.biases.reserve((count + 1) / 2);
+  const bool is_transformed = is_under_a_transform();
   bool has_bias = false;
   Py_ssize_t position = 0, n = 0;
   PyObject *key, *child;
@@ -259,7 +265,8 @@ std::optional<Call> network_of_children(PyObject* module) {
           !PyDict_CheckExact(parameters)) {
         return std::nullopt;
       }
-      const at::Tensor* weight = parameter(parameters, known->weight);
+      const at::Tensor* weight =
+          parameter(parameters, known->weight, is_transformed);
       if (!weight) {
         return std::nullopt;
       }
@@ -267,7 +274,8 @@ std::optional<Call> network_of_children(PyObject* module) {
       if (PyDict_GetItemWithError(parameters, known->bias) == Py_None) {
         static const at::Tensor missing(at::detail::empty_cpu({0}, at::kFloat));
         call.biases.push_back(missing);
-      } else if (const at::Tensor* bias = parameter(parameters, known->bias);
+      } else if (const at::Tensor* bias =
+                     parameter(parameters, known->bias, is_transformed);
                  bias && bias->numel() > 0) {
         call.biases.push_back(*bias);
         has_bias = true;

@@ -53,8 +53,8 @@ at::Tensor symbolic_zeros_like(const at::Tensor& tensor) {
   return zero_of(tensor.scalar_type()).expand(tensor.sizes());
 }
 
-// Which of (x, y, *weights, *hidden) are saved, in this order
-// (reference.is_kept).
+} // namespace
+
 std::vector<bool> is_kept(const Needs& needs, bool has_activation) {
   const std::size_t layers = needs.layers();
   std::vector<bool> kept(1 + 1 + layers + (layers - 1));
@@ -68,6 +68,8 @@ std::vector<bool> is_kept(const Needs& needs, bool has_activation) {
   }
   return kept;
 }
+
+namespace {
 
 // One for x, every weight and every bias; a missing bias has none.
 std::string needs_of(const Call& call) {
