@@ -1,18 +1,16 @@
 #include "batching.h"
 
 #include <ATen/functorch/BatchedTensorImpl.h>
-#include <ATen/functorch/DynamicLayer.h>
 #include <ATen/functorch/PlumbingHelper.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <optional>
 
-#include "direct_passes.h"
 #include "formulas.h"
 #include "kernels.h"
+#include "levels.h"
 #include "nodes.h"
-#include "operators.h"
 #include "python.h"
 
 namespace relu_mlp::node {
@@ -23,35 +21,12 @@ using at::functorch::isBatchedAtLevel;
 // The level of the vmap that this thread runs; std::nullopt if Python has to
 // serve it.
 std::optional<int64_t> level_of_vmap() {
-  const auto& levels = at::functorch::getDynamicLayerStack();
-  if (!is_enabled || levels.empty() ||
-      levels.back().key() != at::functorch::TransformType::Vmap) {
-    return std::nullopt;
-  }
-  return levels.back().layerId();
+  const auto* level = running_level();
+  return is_enabled && level && !is_level_unknown() &&
+          level->key() == at::functorch::TransformType::Vmap
+      ? std::optional(level->layerId())
+      : std::nullopt;
 }
-
-// Leaves the innermost level for the next one, as PyTorch does for each
-// operation of a batching rule. Autocast has done its work above.
-class NextLevel {
- public:
-  NextLevel()
-      : keys_(at::functorch::getDynamicLayerStack()
-                  .back()
-                  .interpreter()
-                  .getSavedLocalDispatchKeySet()),
-        level_(at::functorch::popDynamicLayer()),
-        no_autocast_(c10::autocast_dispatch_keyset) {}
-  NextLevel(const NextLevel&) = delete;
-  ~NextLevel() {
-    at::functorch::pushDynamicLayer(std::move(level_));
-  }
-
- private:
-  const c10::impl::ForceDispatchKeyGuard keys_;
-  at::functorch::DynamicLayer level_;
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast_;
-};
 
 // A tensor below vmap. The batch dimension comes first.
 struct Operand {
@@ -97,21 +72,6 @@ class Unwrapped {
   at::Tensor value_;
   std::optional<int64_t> dim_;
 };
-
-// Whether the passes on plain data may serve a call at this level.
-bool is_plain_level() {
-  return is_thread_plain() && !is_observed();
-}
-
-ForwardResult run_forward(const Call& call, bool save_hidden) {
-  if (is_plain_level() && !needs_gradient(call) && !call.any(carries_tangent)) {
-    if (auto result = direct_forward(call, save_hidden)) {
-      return std::move(*result);
-    }
-  }
-  auto [y, hidden] = operators::forward(call, save_hidden);
-  return {std::move(y), std::move(hidden)};
-}
 
 // The rule where all examples share the network: their rows are one batch.
 std::optional<ForwardResult> forward_of_rows(
@@ -225,24 +185,6 @@ std::optional<Operands> operands_of(
         as_matrices(tensor.operand());
   }
   return operands;
-}
-
-std::vector<at::Tensor> run_backward(
-    const at::Tensor& grad_output,
-    const std::vector<at::Tensor>& saved,
-    const std::string& activation,
-    const std::string& needs) {
-  if (is_plain_level() && !needs_gradient(grad_output, saved) &&
-      !carries_tangent(grad_output) &&
-      std::none_of(saved.begin(), saved.end(), carries_tangent)) {
-    if (auto gradients =
-            direct_backward(grad_output, saved, activation, needs, {})) {
-      std::erase_if(
-          *gradients, [](const at::Tensor& grad) { return !grad.defined(); });
-      return std::move(*gradients);
-    }
-  }
-  return operators::backward(grad_output, saved, activation, needs);
 }
 
 // The gradient of x alone, where all that is summed over is shared: all

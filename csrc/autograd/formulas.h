@@ -30,6 +30,13 @@ inline at::Tensor activation_backward(
                                 : grad;
 }
 
+// The derivative of phi' as a function of y = phi(z), where it is not 0.
+inline at::Tensor curvature(
+    const std::string& activation,
+    const at::Tensor& y) {
+  return activation == "sigmoid" ? 1 - 2 * y : -2 * y;
+}
+
 // The product of all sizes but the last, from dimension `first` on.
 inline int64_t rows_of(const at::Tensor& tensor, int64_t first = 0) {
   int64_t rows = 1;

@@ -8,6 +8,7 @@
 #include "nodes.h"
 #include "operators.h"
 #include "python.h"
+#include "tangents.h"
 
 namespace relu_mlp::node {
 
@@ -15,9 +16,9 @@ bool is_enabled = true;
 
 namespace {
 
-// Whether the nodes serve a call: without tangents, by the extension.
-bool serves(const at::Tensor& first, bool has_tangent) {
-  return is_enabled && !has_tangent && python::is_extension_in_force(first);
+// Whether the nodes serve a call: by the extension.
+bool serves(const at::Tensor& first) {
+  return is_enabled && python::is_extension_in_force(first);
 }
 
 bool any_tangent(
@@ -35,14 +36,27 @@ Call call_of(
   return {x, weights.vec(), biases.vec(), std::string(activation)};
 }
 
+std::tuple<at::Tensor, std::vector<at::Tensor>> without_hidden_unless(
+    bool save_hidden,
+    ForwardResult result) {
+  if (!save_hidden) {
+    result.hidden.clear();
+  }
+  return {std::move(result.y), std::move(result.hidden)};
+}
+
 at::Tensor relu_mlp(
     const at::Tensor& x,
     at::TensorList weights,
     at::TensorList biases,
     std::string_view activation) {
   const Call call = call_of(x, weights, biases, activation);
-  if (!serves(x, call.any(carries_tangent))) {
+  if (!serves(x)) {
     return python::relu_mlp(call);
+  }
+  if (call.any(carries_tangent)) {
+    auto result = forward_with_tangents(call);
+    return result ? std::move(result->y) : python::relu_mlp(call);
   }
   if (!weights.empty() && needs_gradient(call)) {
     return recorded_relu_mlp(call);
@@ -58,15 +72,18 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> forward(
     std::string_view activation,
     bool save_hidden) {
   const Call call = call_of(x, weights, biases, activation);
-  if (!serves(x, call.any(carries_tangent))) {
+  if (!serves(x)) {
     return python::forward(call, save_hidden);
   }
-  if (!weights.empty() && needs_gradient(call)) {
-    ForwardResult result = recorded_forward(call);
-    if (!save_hidden) {
-      result.hidden.clear();
+  if (call.any(carries_tangent)) {
+    auto result = forward_with_tangents(call);
+    if (!result) {
+      return python::forward(call, save_hidden);
     }
-    return {std::move(result.y), std::move(result.hidden)};
+    return without_hidden_unless(save_hidden, std::move(*result));
+  }
+  if (!weights.empty() && needs_gradient(call)) {
+    return without_hidden_unless(save_hidden, recorded_forward(call));
   }
   const at::AutoDispatchBelowAutograd guard;
   return operators::forward(call, save_hidden);
@@ -79,8 +96,14 @@ std::vector<at::Tensor> backward(
     std::string_view needs_view) {
   const std::vector<at::Tensor> saved = saved_list.vec();
   const std::string activation(activation_view), needs(needs_view);
-  if (!serves(grad_output, any_tangent(grad_output, saved))) {
+  if (!serves(grad_output)) {
     return python::backward(grad_output, saved, activation, needs);
+  }
+  if (any_tangent(grad_output, saved)) {
+    auto gradients =
+        backward_with_tangents(grad_output, saved, activation, needs);
+    return gradients ? std::move(*gradients)
+                     : python::backward(grad_output, saved, activation, needs);
   }
   if (needs.find('1') != std::string::npos &&
       needs_gradient(grad_output, saved)) {

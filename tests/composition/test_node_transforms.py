@@ -1,4 +1,4 @@
-"""What the native node serves of vmap itself, and what it hands to the Python kernels.
+"""What the native node serves of vmap and of forward mode itself, and what Python has to serve.
 
 Both have to give the same: a call is made with the node, and again with `node.enable(False)`.
 """
@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import vmap
-from torch.func import functional_call, grad, jacrev, vjp
+from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vjp
 from torch.utils._pytree import tree_flatten
 
 import relu_mlp
-from relu_mlp import batching, ops
+from relu_mlp import batching, ops, reference, second_order
 from support import assert_same, integer_network, integers
 from support.transforms import loss
 
@@ -36,6 +37,8 @@ def python_calls(monkeypatch):
         monkeypatch.setattr(module, name, counted)
 
     count(batching, "current_interpreter")
+    count(reference, "jvp")
+    count(second_order, "backward_jvp")
     return calls
 
 
@@ -47,7 +50,7 @@ def outcome(function):
         return [f"{type(error).__name__}: {error}"]
 
 
-def compare(function, calls, by_node):
+def compare(function, calls, by_node, same=assert_same):
     """Asserts that the node gives what Python gives, and serves the call by itself or not."""
     results = outcome(function)
     assert (not calls) == by_node, calls
@@ -62,7 +65,11 @@ def compare(function, calls, by_node):
         if isinstance(result, str) or isinstance(other, str):
             assert result == other
         else:
-            assert_same(result, other)
+            same(result, other)
+
+
+def close(result, other):
+    torch.testing.assert_close(result, other, rtol=1e-12, atol=1e-12)
 
 
 class Problem:
@@ -74,6 +81,9 @@ class Problem:
         self.grad_output = integers(examples, *shape, SIZES[-1], dtype=dtype)
         y, hidden = operators.forward(self.x, self.weights, self.biases, activation, True)
         self.y, self.hidden = y, [a.reshape(examples, -1, a.shape[1]) for a in hidden]
+        self.parameters = [*self.weights, *self.biases]
+        self.x_tangent = integers(*self.x.shape, dtype=dtype)
+        self.tangents = [integers(*t.shape, dtype=dtype) for t in self.parameters]
 
     def call(self, x, weights=None, biases=None):
         return operators.relu_mlp(
@@ -81,13 +91,11 @@ class Problem:
         )
 
     def saved(self, needs):
-        return relu_mlp.reference.pack(
-            self.x, self.y, self.weights, self.hidden, self.activation, needs
-        )
+        return reference.pack(self.x, self.y, self.weights, self.hidden, self.activation, needs)
 
     def batched_saved(self, needs):
         """One dimension for each of `saved`."""
-        return relu_mlp.reference.pack(
+        return reference.pack(
             0, 0, [None] * len(self.weights), [0] * len(self.hidden), self.activation, needs
         )
 
@@ -242,3 +250,115 @@ def test_a_hook_under_a_transform():
     net[0].register_forward_hook(lambda *_: seen.append(True))
     vmap(net)(integers(EXAMPLES, 2))
     assert seen
+
+
+# -- Forward mode ------------------------------------------------------------------------------
+
+
+def along(p, function, x=True, parameters=True):
+    """The derivative of function(x, *parameters) along the tangents."""
+    moving = [p.x_tangent] * x + p.tangents * parameters
+    primals = [p.x] * x + p.parameters * parameters
+
+    def moved(*given):
+        given = list(given)
+        at = given.pop(0) if x else p.x
+        return function(at, *(given if parameters else p.parameters))
+
+    return jvp(moved, tuple(primals), tuple(moving))
+
+
+def of(p):
+    return lambda x, *q: p.call(x, q[:2], q[2:])
+
+
+def gradients_of(p, argnums):
+    return grad(lambda x, *q: loss(of(p)(x, *q)), argnums)
+
+
+def dual_numbers(p):
+    with forward_ad.dual_level():
+        x = forward_ad.make_dual(p.x, p.x_tangent)
+        y, hidden = operators.forward(x, p.weights, p.biases, p.activation, True)
+        return [part for t in (y, *hidden) for part in forward_ad.unpack_dual(t)]
+
+
+def backward_of_duals(p, needs="11111"):
+    p.hidden = [a.flatten(0, -2) for a in p.hidden]
+    with forward_ad.dual_level():
+        saved = [forward_ad.make_dual(t, 2 * t) for t in p.saved(needs)]
+        grads = operators.backward(p.grad_output, saved, p.activation, needs)
+        return [part for t in grads for part in forward_ad.unpack_dual(t)]
+
+
+FORWARD_MODE = {
+    "of x": lambda p: along(p, of(p), parameters=False),
+    "of parameters": lambda p: along(p, of(p), x=False),
+    "of all": lambda p: along(p, of(p)),
+    "of biases": lambda p: jvp(lambda *b: p.call(p.x, None, b), (*p.biases,), (*p.tangents[2:],)),
+    "of one weight": lambda p: jvp(
+        lambda w: p.call(p.x, [p.weights[0], w]), (p.weights[1],), (p.tangents[1],)
+    ),
+    "without biases": lambda p: jvp(lambda x: p.call(x, None, []), (p.x,), (p.x_tangent,)),
+    "of forward mode": lambda p: along(p, lambda *q: along(p, of(p))[1].square() + of(p)(*q)),
+    "jacobian": lambda p: jacfwd(of(p), argnums=(0, 1, 2, 3, 4))(p.x, *p.parameters),
+    "of vmap": lambda p: along(p, lambda x, *q: vmap(lambda x: of(p)(x, *q))(x)),
+    "in vmap": lambda p: vmap(lambda x, t: jvp(p.call, (x,), (t,)))(p.x, p.x_tangent),
+    "in reverse mode": lambda p: grad(lambda x: loss(jvp(p.call, (x,), (p.x_tangent,))[1]))(p.x),
+    "dual numbers": dual_numbers,
+    "of gradients of x": lambda p: along(p, gradients_of(p, 0)),
+    "of gradients of parameters": lambda p: along(p, gradients_of(p, (1, 2, 3, 4))),
+    "of all gradients along x": lambda p: along(p, gradients_of(p, (0, 1, 4)), parameters=False),
+    "of gradients, twice": lambda p: along(p, lambda *_: along(p, gradients_of(p, (0, 2)))),
+    "hessian": lambda p: jacfwd(gradients_of(p, (0, 1, 3)), argnums=(0, 1))(p.x, *p.parameters),
+    "duals of saved": backward_of_duals,
+    "duals of some saved": lambda p: backward_of_duals(p, "10010"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("shape", [(ROWS,), (1, 2), (0,)], ids=str)
+@pytest.mark.parametrize("activation", ["none", "relu", "sigmoid", "tanh"])
+@pytest.mark.parametrize("case", FORWARD_MODE)
+def test_forward_mode_by_the_node(case, activation, shape, python_calls):
+    same = assert_same if activation in ("none", "relu") else close
+    compare(lambda: FORWARD_MODE[case](Problem(activation, shape, 2)), python_calls, True, same)
+
+
+def with_gradient(p, of_tangent):
+    """A dual number with a gradient at its own level."""
+    x, tangent = p.x.clone(), p.x_tangent.clone()
+    (tangent if of_tangent else x).requires_grad_()
+    with forward_ad.dual_level():
+        y = p.call(forward_ad.make_dual(x, tangent))
+        change = forward_ad.unpack_dual(y).tangent
+        return torch.autograd.grad(change.square().sum(), tangent if of_tangent else x)
+
+
+FORWARD_MODE_BY_PYTHON = {
+    "and a gradient": lambda p: with_gradient(p, False),
+    "and a gradient of the tangent": lambda p: with_gradient(p, True),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("case", FORWARD_MODE_BY_PYTHON)
+def test_forward_mode_by_python(case, python_calls):
+    compare(lambda: FORWARD_MODE_BY_PYTHON[case](Problem("tanh")), python_calls, by_node=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dtypes_in_forward_mode(dtype, python_calls):
+    for case in ("of all", "of gradients of parameters"):
+        python_calls.clear()
+        compare(
+            lambda c=case: FORWARD_MODE[c](Problem("relu", dtype=dtype)), python_calls, by_node=True
+        )
+
+
+def test_inference_mode_outside(python_calls):
+    p = Problem("relu")
+    with torch.inference_mode():
+        for case in (SERVED["gradients of all"], FORWARD_MODE["of gradients of parameters"]):
+            python_calls.clear()
+            compare(lambda c=case: c(p), python_calls, by_node=True)
