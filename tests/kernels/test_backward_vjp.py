@@ -9,13 +9,13 @@ import random
 
 import pytest
 import torch
-from kernels import test_cpu_kernels as kernels
-from support.covering import covering
 
 import relu_mlp
 import support
+from kernels import test_cpu_kernels as kernels
 from relu_mlp import ops, reference, second_order
 from support import gamma
+from support.covering import covering
 
 R = torch.ops.relu_mlp
 __test__ = kernels.__test__  # without the library there is nothing to test here
@@ -210,9 +210,11 @@ def test_leading_sizes():
         call, wanted = whole_call(0, rows, [3, 8, 2], "tanh")
         shaped = changed(
             call,
-            lambda t, rows=rows, leading=leading: t.reshape(*leading, t.shape[1])
-            if t.dim() == 2 and t.shape[0] == rows and t.shape[1] in (3, 2)
-            else t,
+            lambda t, rows=rows, leading=leading: (
+                t.reshape(*leading, t.shape[1])
+                if t.dim() == 2 and t.shape[0] == rows and t.shape[1] in (3, 2)
+                else t
+            ),
         )
         if rows in (2, 3, 8):
             continue  # a weight could pass for x
@@ -246,7 +248,9 @@ def bounds_of(call, wanted, dtype):
     that is the call of a network without an output activation, whose gradients at grad_output and
     y are multiplied by bounds of phi' and of its derivative.
     """
-    grad_output, saved, activation, needs, cotangents, given = changed(call, lambda t: t.double().abs())
+    grad_output, saved, activation, needs, cotangents, given = changed(
+        call, lambda t: t.double().abs()
+    )
     y, weights, inputs = reference.unpack(saved, activation, needs)
     steep = torch.ones_like(grad_output) if y is None else (1 + y).square()
     without_y = reference.pack(inputs[0], None, weights, inputs[1:], "none", needs)
@@ -337,9 +341,7 @@ def good_call():
     """grad_output, (x, y, W_1, a_1), the cotangents of dW_1, dW_2 and db_2, and what is wanted."""
     call = exact_call(0, 5, [3, 6, 2], "sigmoid", "01111", "1101")
     return {
-        **dict(
-            zip(("grad_output", "saved", "activation", "needs", "cotangents", "given"), call)
-        ),
+        **dict(zip(("grad_output", "saved", "activation", "needs", "cotangents", "given"), call)),
         "wanted": "11111",
     }
 
