@@ -19,10 +19,18 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-from torch import Tensor
+from torch import Tensor, nn
 
-from . import batching, ops, reference, second_order
+from . import batching, interception, ops, reference, second_order
 from ._torch_private import (
+    BACKWARD_HOOKS,
+    BACKWARD_PRE_HOOKS,
+    CALL_IMPL,
+    COMPILED_CALL_IMPL,
+    FORWARD_HOOKS,
+    FORWARD_PRE_HOOKS,
+    MODULES,
+    PARAMETERS,
     FORWARD_AD,
     HAS_LEVELS,
     LEVEL,
@@ -475,7 +483,35 @@ _KERNELS: dict[str, Callable[..., Any]] = {
     "forward": _forward_kernel,
     "backward": _backward_kernel,
 }
-for _name in ops.DIFFERENTIABLE:
-    _library.impl(_name, _KERNELS[_name], "Autograd")
+if ops.node is None:
+    for _name in ops.DIFFERENTIABLE:
+        _library.impl(_name, _KERNELS[_name], "Autograd")
+else:
+    # Its kernels call these where they can't serve a call themselves.
+    ops.node.serve(
+        {
+            **interception.originals(),
+            "linear": nn.Linear,
+            "relu": nn.ReLU,
+            "modules": MODULES,
+            "parameters": PARAMETERS,
+            "weight": "weight",
+            "bias": "bias",
+            "recompute": "recompute",
+            "hooks": (FORWARD_HOOKS, FORWARD_PRE_HOOKS, BACKWARD_HOOKS, BACKWARD_PRE_HOOKS),
+            "overrides": ("forward", CALL_IMPL, COMPILED_CALL_IMPL, "weight", "bias"),
+            "thread": ops.this_thread,
+            "backend": "backend",
+            "automatic": "auto",
+            "extension": "extension",
+            "has_cuda": ops.HAS_CUDA,
+        },
+        {
+            **_KERNELS,
+            "is_extension_in_force": lambda x: implementation_for(x) is ops.extension,
+            "reference_backward": reference.backward,
+            "backward_vjp": second_order.backward_vjp,
+        },
+    )
 for _name in ("relu_mlp", "forward", "backward", "recompute_backward"):
     batching.register_rule(_library, _name, getattr(batching, _name))

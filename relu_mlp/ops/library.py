@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -171,6 +172,8 @@ class _Process:
         self.kernels: dict[str, torch.library.Library] = {}
         #: The function that PyTorch calls for an operator, before guards.py replaces it.
         self.calls: dict[str, Callable[..., Any]] = {}
+        #: The native autograd node, once it is loaded.
+        self.node: ModuleType | None = None
 
 
 def _process() -> _Process:

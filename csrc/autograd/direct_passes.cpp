@@ -1,0 +1,346 @@
+#include "direct_passes.h"
+
+#include <ATen/EmptyTensor.h>
+
+#include <algorithm>
+
+namespace relu_mlp::node {
+
+const Direct* direct = nullptr;
+
+namespace {
+
+// Calls f<T>() with the C++ type of a dtype; std::nullopt for other dtypes.
+template <typename F>
+auto with_type(at::ScalarType dtype, const F& f)
+    -> decltype(f.template operator()<float>()) {
+  switch (dtype) {
+    case at::kFloat:
+      return f.template operator()<float>();
+    case at::kDouble:
+      return f.template operator()<double>();
+    case at::kBFloat16:
+      return f.template operator()<torch::headeronly::BFloat16>();
+    case at::kHalf:
+      return f.template operator()<torch::headeronly::Half>();
+    default:
+      return std::nullopt;
+  }
+}
+
+std::optional<Activation> parse_activation(const std::string& name) {
+  const auto found =
+      std::find(std::begin(activation_names), std::end(activation_names), name);
+  if (found == std::end(activation_names)) {
+    return std::nullopt;
+  }
+  return static_cast<Activation>(found - std::begin(activation_names));
+}
+
+// Whether this is a plain CPU tensor of the dtype, with memory for all of its
+// elements.
+bool is_readable(const at::Tensor& tensor, at::ScalarType dtype) {
+  if (!tensor.defined() || !tensor.is_cpu() || !is_plain(tensor) ||
+      tensor.scalar_type() != dtype) {
+    return false;
+  }
+  if (tensor.numel() == 0) {
+    return true;
+  }
+  int64_t last = tensor.storage_offset();
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    last += (tensor.size(d) - 1) * tensor.stride(d);
+  }
+  return static_cast<std::size_t>(last + 1) * tensor.itemsize() <=
+      tensor.storage().nbytes();
+}
+
+// (*, features) as a matrix with contiguous rows, if no copy is needed.
+template <typename T>
+std::optional<Matrix<const T>> rows(const at::Tensor& tensor) {
+  const int64_t dim = tensor.dim();
+  const T* data = static_cast<const T*>(tensor.const_data_ptr());
+  if (dim == 2) {
+    const int64_t cols = tensor.size(1);
+    if (cols > 1 && tensor.stride(1) != 1) {
+      return std::nullopt;
+    }
+    return Matrix<const T>{data, tensor.size(0), cols, tensor.stride(0), 1};
+  }
+  if (dim == 0 || !tensor.is_contiguous()) {
+    return std::nullopt;
+  }
+  int64_t count = 1;
+  for (int64_t d = 0; d + 1 < dim; ++d) {
+    count *= tensor.size(d);
+  }
+  return contiguous(data, count, tensor.size(dim - 1));
+}
+
+template <typename T>
+bool has_shape(const Matrix<T>& m, int64_t rows, int64_t cols) {
+  return m.rows == rows && m.cols == cols;
+}
+
+// A new contiguous tensor, not initialized.
+template <typename T>
+at::Tensor new_tensor(at::IntArrayRef sizes) {
+  at::Tensor tensor(
+      at::detail::empty_cpu(sizes, c10::CppTypeToScalarType<T>::value));
+  direct->prefer_huge_pages(tensor.data_ptr(), int64_t(tensor.nbytes()));
+  return tensor;
+}
+
+template <typename T>
+T* data(const at::Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+at::DimVector with_last(const at::Tensor& like, int64_t features) {
+  at::DimVector sizes(like.sizes());
+  sizes.back() = features;
+  return sizes;
+}
+
+template <typename T>
+std::optional<Network<T>> network_of(const Call& call) {
+  const std::optional<Activation> phi = parse_activation(call.activation);
+  const at::ScalarType dtype = c10::CppTypeToScalarType<T>::value;
+  const std::size_t layers = call.weights.size();
+  if (!phi || layers == 0 || !is_readable(call.x, dtype) ||
+      (!call.biases.empty() && call.biases.size() != layers)) {
+    return std::nullopt;
+  }
+  const auto x = rows<T>(call.x);
+  if (!x) {
+    return std::nullopt;
+  }
+  Network<T> network{*x, {}, *phi, direct->passes<T>().activate};
+  network.layers.reserve(layers);
+  int64_t width = x->cols;
+  for (std::size_t l = 0; l < layers; ++l) {
+    const at::Tensor& weight = call.weights[l];
+    if (weight.dim() != 2 || !is_readable(weight, dtype)) {
+      return std::nullopt;
+    }
+    const auto w = rows<T>(weight);
+    if (!w || w->cols != width) {
+      return std::nullopt;
+    }
+    width = w->rows;
+    const T* b = nullptr;
+    if (!call.biases.empty() && call.biases[l].numel() > 0) {
+      const at::Tensor& bias = call.biases[l];
+      if (bias.dim() != 1 || bias.size(0) != width ||
+          (width > 1 && bias.stride(0) != 1) || !is_readable(bias, dtype)) {
+        return std::nullopt;
+      }
+      b = static_cast<const T*>(bias.const_data_ptr());
+    }
+    network.layers.push_back({*w, b});
+  }
+  return network;
+}
+
+// The gradient of y as a matrix of any strides, which may be a copy in
+// `holder`.
+template <typename T>
+std::optional<Matrix<const T>> grad_matrix(
+    const at::Tensor& grad,
+    at::Tensor& holder) {
+  if (grad.dim() == 0 ||
+      !is_readable(grad, c10::CppTypeToScalarType<T>::value)) {
+    return std::nullopt;
+  }
+  if (grad.dim() == 2) {
+    const int64_t cols = grad.size(1);
+    return Matrix<const T>{
+        static_cast<const T*>(grad.const_data_ptr()), grad.size(0), cols,
+        grad.stride(0), cols <= 1 ? 1 : grad.stride(1)};
+  }
+  holder = grad.contiguous();
+  return rows<T>(holder);
+}
+
+// Allocates the needed gradients, runs `pass` and returns them.
+template <typename T>
+Gradients run_backward(
+    const Network<T>& network,
+    BackwardPass<T>& pass,
+    const at::Tensor& grad_output) {
+  const std::size_t layers = network.layers.size();
+  Gradients gradients(1 + 2 * layers);
+  pass.grad_weights.resize(layers);
+  pass.grad_biases.resize(layers);
+  if (pass.needs.x()) {
+    gradients[0] = new_tensor<T>(with_last(grad_output, network.width(0)));
+    pass.grad_x = data<T>(gradients[0]);
+  }
+  for (std::size_t l = 0; l < layers; ++l) {
+    const int64_t out = network.width(l + 1), in = network.width(l);
+    if (pass.needs.weight(l)) {
+      gradients[1 + l] = new_tensor<T>({out, in});
+      pass.grad_weights[l] = data<T>(gradients[1 + l]);
+    }
+    if (pass.needs.bias(l)) {
+      gradients[1 + layers + l] = new_tensor<T>({out});
+      pass.grad_biases[l] = data<T>(gradients[1 + layers + l]);
+    }
+  }
+  direct->passes<T>().backward(network, pass);
+  return gradients;
+}
+
+} // namespace
+
+std::optional<ForwardResult> direct_forward(
+    const Call& call,
+    bool save_hidden) {
+  if (!direct) {
+    return std::nullopt;
+  }
+  return with_type(
+      call.x.scalar_type(), [&]<typename T>() -> std::optional<ForwardResult> {
+        const auto network = network_of<T>(call);
+        if (!network) {
+          return std::nullopt;
+        }
+        const std::size_t layers = call.weights.size();
+        ForwardResult result;
+        std::vector<T*> hidden;
+        if (save_hidden) {
+          result.hidden.reserve(layers - 1);
+          hidden.reserve(layers - 1);
+          for (std::size_t l = 1; l < layers; ++l) {
+            result.hidden.push_back(
+                new_tensor<T>({network->x.rows, network->width(l)}));
+            hidden.push_back(data<T>(result.hidden.back()));
+          }
+        }
+        result.y = new_tensor<T>(with_last(call.x, network->width(layers)));
+        direct->passes<T>().forward(*network, hidden, data<T>(result.y));
+        return result;
+      });
+}
+
+bool is_needs(const std::string& needs) {
+  return needs.size() >= 3 && needs.size() % 2 == 1 &&
+      needs.find_first_not_of("01") == std::string::npos;
+}
+
+std::optional<Gradients> direct_backward(
+    const at::Tensor& grad_output,
+    const std::vector<at::Tensor>& saved,
+    const std::string& activation,
+    const std::string& flags,
+    const std::vector<at::Tensor>& grad_hidden) {
+  const std::optional<Activation> phi = parse_activation(activation);
+  if (!direct || !phi || !grad_hidden.empty()) {
+    return std::nullopt;
+  }
+  return with_type(
+      grad_output.scalar_type(), [&]<typename T>() -> std::optional<Gradients> {
+        const Needs needs{flags};
+        const std::size_t layers = needs.layers();
+        at::Tensor holder;
+        BackwardPass<T> pass{needs};
+        const auto grad = grad_matrix<T>(grad_output, holder);
+        if (!grad || needs.lowest_layer() == layers) {
+          return std::nullopt;
+        }
+        pass.grad_output = *grad;
+        std::size_t next = 0;
+        // The next saved tensor as a matrix, or one without data.
+        const auto take = [&](bool is_saved, Matrix<const T>& to) {
+          if (!is_saved) {
+            return true;
+          }
+          if (next == saved.size() ||
+              !is_readable(saved[next], grad_output.scalar_type())) {
+            return false;
+          }
+          const auto m = rows<T>(saved[next++]);
+          if (m) {
+            to = *m;
+          }
+          return m.has_value();
+        };
+        Network<T> network{
+            {nullptr, grad->rows, 0, 0, 1},
+            {},
+            *phi,
+            direct->passes<T>().activate};
+        network.layers.resize(layers);
+        pass.hidden.resize(layers - 1);
+        if (!take(needs.reads_input(0), network.x) ||
+            !take(needs.reads_y(*phi), pass.y)) {
+          return std::nullopt;
+        }
+        for (std::size_t l = 0; l < layers; ++l) {
+          if (!take(needs.reads_weight(l), network.layers[l].weight)) {
+            return std::nullopt;
+          }
+        }
+        for (std::size_t l = 1; l < layers; ++l) {
+          if (!take(needs.reads_input(l), pass.hidden[l - 1])) {
+            return std::nullopt;
+          }
+        }
+        if (next != saved.size() ||
+            (pass.y.data && !has_shape(pass.y, grad->rows, grad->cols))) {
+          return std::nullopt;
+        }
+        // A weight that is not saved has the widths of its neighbors.
+        int64_t width = grad->cols;
+        for (std::size_t l = layers; l-- > 0;) {
+          Matrix<const T>& weight = network.layers[l].weight;
+          const Matrix<const T>& input =
+              l == 0 ? network.x : pass.hidden[l - 1];
+          const bool has_weight = needs.reads_weight(l);
+          const bool has_input = needs.reads_input(l);
+          const int64_t in = has_weight ? weight.cols
+              : has_input               ? input.cols
+                                        : 0;
+          if (has_weight && !has_shape(weight, width, in)) {
+            return std::nullopt;
+          }
+          if (has_input && !has_shape(input, grad->rows, in)) {
+            return std::nullopt;
+          }
+          if (l > 0 && has_input && input.row_stride != in && input.rows > 1) {
+            return std::nullopt; // hidden activations have to be contiguous
+          }
+          if (!has_weight) {
+            weight = {nullptr, width, in, 0, 1};
+          }
+          width = in;
+        }
+        return run_backward(network, pass, grad_output);
+      });
+}
+
+std::optional<Gradients> direct_recompute_backward(
+    const at::Tensor& grad_output,
+    const Call& call,
+    const std::string& flags) {
+  if (!direct) {
+    return std::nullopt;
+  }
+  return with_type(
+      call.x.scalar_type(), [&]<typename T>() -> std::optional<Gradients> {
+        at::Tensor holder;
+        const auto network = network_of<T>(call);
+        const auto grad = grad_matrix<T>(grad_output, holder);
+        if (!network || !grad ||
+            !has_shape(
+                *grad, network->x.rows, network->width(call.weights.size()))) {
+          return std::nullopt;
+        }
+        BackwardPass<T> pass{Needs{flags}};
+        pass.recompute = true;
+        pass.grad_output = *grad;
+        return run_backward(*network, pass, grad_output);
+      });
+}
+
+} // namespace relu_mlp::node
