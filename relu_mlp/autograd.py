@@ -342,8 +342,8 @@ class Gradient(SingleLevelFunction):
         implementation, output_activation, needs = ctx.remembered
         grad_output, *saved = ctx.saved_tensors
         call = grad_output, saved, output_activation, needs, cotangents
-        if implementation is ops.extension and not _is_recorded(grad_output, *saved, *cotangents):
-            return None, *_vjp_of_operator(implementation, ctx.needs_input_grad[1:], *call)
+        if implementation is ops.extension:
+            return None, *_backward_vjp(*call, ctx.needs_input_grad[1:])
         return None, *second_order.backward_vjp(*call)
 
     @staticmethod
@@ -369,16 +369,17 @@ def _is_recorded(*tensors: Tensor | None) -> bool:
     )
 
 
-def _vjp_of_operator(
-    implementation: Implementation,
-    needs_gradient: Sequence[bool],
+def _backward_vjp(
     grad_output: Tensor,
     saved: Sequence[Tensor],
     output_activation: str,
     needs: str,
     cotangents: Sequence[Tensor | None],
+    needs_gradient: Sequence[bool],
 ) -> list[Tensor | None]:
-    """`second_order.backward_vjp` by the operator, where a gradient is needed."""
+    """`second_order.backward_vjp`; on the CPU by the operator, unless it is recorded itself."""
+    if not grad_output.is_cpu or _is_recorded(grad_output, *saved, *cotangents):
+        return second_order.backward_vjp(grad_output, saved, output_activation, needs, cotangents)
     present = [cotangent for cotangent in cotangents if cotangent is not None]
     given = "".join("01"[cotangent is not None] for cotangent in cotangents)
     reached = [
@@ -390,7 +391,7 @@ def _vjp_of_operator(
     wanted = "".join("01"[reach is second_order.Reach.NUMBERS] for reach in reached)
     with below_autograd():
         grads = iter(
-            implementation.backward_vjp(
+            ops.extension.backward_vjp(
                 grad_output, saved, output_activation, needs, present, given, wanted
             )
         )
@@ -510,7 +511,7 @@ else:
             **_KERNELS,
             "is_extension_in_force": lambda x: implementation_for(x) is ops.extension,
             "reference_backward": reference.backward,
-            "backward_vjp": second_order.backward_vjp,
+            "backward_vjp": _backward_vjp,
         },
     )
 for _name in ("relu_mlp", "forward", "backward", "recompute_backward"):

@@ -162,6 +162,88 @@ std::optional<Matrix<const T>> grad_matrix(
   return rows<T>(holder);
 }
 
+// A plain contiguous matrix.
+template <typename T>
+std::optional<Matrix<const T>> contiguous_matrix(const at::Tensor& tensor) {
+  if (!is_readable(tensor, c10::CppTypeToScalarType<T>::value) ||
+      tensor.dim() != 2 || !tensor.is_contiguous()) {
+    return std::nullopt;
+  }
+  return rows<T>(tensor);
+}
+
+// The network of a backward pass, with the operands in `saved`. Sets the hidden
+// activations, y and the gradient of y of `pass`, which is a BackwardPass or
+// the VjpPass of one. `holder` owns the gradient if it had to be copied.
+template <typename T, template <typename> typename Pass>
+std::optional<Network<T>> saved_network(
+    const at::Tensor& grad_output,
+    const std::vector<at::Tensor>& saved,
+    const std::string& activation,
+    const Needs& needs,
+    at::Tensor& holder,
+    Pass<T>& pass) {
+  const std::optional<Activation> phi = parse_activation(activation);
+  const auto grad = grad_matrix<T>(grad_output, holder);
+  const std::size_t layers = needs.layers();
+  if (!direct || !phi || !grad || needs.lowest_layer() == layers) {
+    return std::nullopt;
+  }
+  pass.grad_output = *grad;
+  pass.hidden.resize(layers - 1);
+  Network<T> network{
+      {nullptr, grad->rows, 0, 0, 1}, {}, *phi, direct->passes<T>().activate};
+  network.layers.resize(layers);
+  std::size_t next = 0;
+  const auto take = [&](bool is_saved, Matrix<const T>& to) {
+    if (!is_saved) {
+      return true;
+    }
+    if (next == saved.size() ||
+        !is_readable(saved[next], grad_output.scalar_type())) {
+      return false;
+    }
+    const auto m = rows<T>(saved[next++]);
+    if (m) {
+      to = *m;
+    }
+    return m.has_value();
+  };
+  bool is_complete = take(needs.reads_input(0), network.x) &&
+      take(needs.reads_y(*phi), pass.y);
+  for (std::size_t l = 0; l < layers; ++l) {
+    is_complete =
+        is_complete && take(needs.reads_weight(l), network.layers[l].weight);
+  }
+  for (std::size_t l = 1; l < layers; ++l) {
+    is_complete = is_complete && take(needs.reads_input(l), pass.hidden[l - 1]);
+  }
+  if (!is_complete || next != saved.size() ||
+      (needs.reads_y(*phi) && !has_shape(pass.y, grad->rows, grad->cols))) {
+    return std::nullopt;
+  }
+  int64_t width = grad->cols;
+  for (std::size_t l = layers; l-- > 0;) {
+    Matrix<const T>& weight = network.layers[l].weight;
+    const Matrix<const T>& input = l == 0 ? network.x : pass.hidden[l - 1];
+    const bool has_weight = needs.reads_weight(l);
+    const bool has_input = needs.reads_input(l);
+    // An operand that is not saved has the widths of its neighbors.
+    const int64_t in = has_weight ? weight.cols : has_input ? input.cols : 0;
+    const bool is_contiguous =
+        l == 0 || input.row_stride == in || input.rows <= 1;
+    if ((has_weight && !has_shape(weight, width, in)) ||
+        (has_input && (!has_shape(input, grad->rows, in) || !is_contiguous))) {
+      return std::nullopt;
+    }
+    if (!has_weight) {
+      weight = {nullptr, width, in, 0, 1};
+    }
+    width = in;
+  }
+  return network;
+}
+
 // Allocates the needed gradients, runs `pass` and returns them.
 template <typename T>
 Gradients run_backward(
@@ -223,6 +305,12 @@ std::optional<ForwardResult> direct_forward(
       });
 }
 
+bool has_curvature(const std::string& activation) {
+  const std::optional<Activation> phi = parse_activation(activation);
+  return phi &&
+      with_row(*phi, []<typename Row>() { return Row::has_curvature; });
+}
+
 bool is_needs(const std::string& needs) {
   return needs.size() >= 3 && needs.size() % 2 == 1 &&
       needs.find_first_not_of("01") == std::string::npos;
@@ -234,88 +322,112 @@ std::optional<Gradients> direct_backward(
     const std::string& activation,
     const std::string& flags,
     const std::vector<at::Tensor>& grad_hidden) {
-  const std::optional<Activation> phi = parse_activation(activation);
-  if (!direct || !phi || !grad_hidden.empty()) {
-    return std::nullopt;
-  }
   return with_type(
       grad_output.scalar_type(), [&]<typename T>() -> std::optional<Gradients> {
+        at::Tensor holder;
+        BackwardPass<T> pass{Needs{flags}};
+        const auto network = saved_network(
+            grad_output, saved, activation, pass.needs, holder, pass);
+        if (!network) {
+          return std::nullopt;
+        }
+        for (std::size_t l = 1; l <= grad_hidden.size(); ++l) {
+          Matrix<const T>& grad = pass.grad_hidden.emplace_back();
+          if (const at::Tensor& tensor = grad_hidden[l - 1]; tensor.defined()) {
+            const auto m = contiguous_matrix<T>(tensor);
+            if (!m || !has_shape(*m, network->x.rows, network->width(l))) {
+              return std::nullopt;
+            }
+            grad = *m;
+          }
+        }
+        return run_backward(*network, pass, grad_output);
+      });
+}
+
+std::optional<std::vector<at::Tensor>> direct_vjp(
+    const at::Tensor& grad_output,
+    const std::vector<at::Tensor>& saved,
+    const std::string& activation,
+    const std::string& flags,
+    const std::vector<at::Tensor>& cotangents,
+    const std::vector<bool>& wanted) {
+  using Results = std::vector<at::Tensor>;
+  return with_type(
+      grad_output.scalar_type(), [&]<typename T>() -> std::optional<Results> {
         const Needs needs{flags};
         const std::size_t layers = needs.layers();
         at::Tensor holder;
-        BackwardPass<T> pass{needs};
-        const auto grad = grad_matrix<T>(grad_output, holder);
-        if (!grad || needs.lowest_layer() == layers) {
+        VjpPass<T> pass;
+        const auto network =
+            saved_network(grad_output, saved, activation, needs, holder, pass);
+        if (!network) {
           return std::nullopt;
         }
-        pass.grad_output = *grad;
+        // The cotangents, as a network of the same shape.
+        Network<T>& tangents = pass.tangents = *network;
+        tangents.x.data = nullptr;
         std::size_t next = 0;
-        // The next saved tensor as a matrix, or one without data.
-        const auto take = [&](bool is_saved, Matrix<const T>& to) {
-          if (!is_saved) {
-            return true;
-          }
-          if (next == saved.size() ||
-              !is_readable(saved[next], grad_output.scalar_type())) {
-            return false;
-          }
-          const auto m = rows<T>(saved[next++]);
-          if (m) {
-            to = *m;
-          }
-          return m.has_value();
+        const auto take = [&](bool is_result) -> const at::Tensor* {
+          return is_result && cotangents[next++].defined()
+              ? &cotangents[next - 1]
+              : nullptr;
         };
-        Network<T> network{
-            {nullptr, grad->rows, 0, 0, 1},
-            {},
-            *phi,
-            direct->passes<T>().activate};
-        network.layers.resize(layers);
-        pass.hidden.resize(layers - 1);
-        if (!take(needs.reads_input(0), network.x) ||
-            !take(needs.reads_y(*phi), pass.y)) {
-          return std::nullopt;
+        if (const at::Tensor* x = take(needs.x())) {
+          const auto m = rows<T>(*x);
+          if (!is_readable(*x, grad_output.scalar_type()) || !m ||
+              !has_shape(*m, network->x.rows, network->width(0))) {
+            return std::nullopt;
+          }
+          tangents.x = *m;
         }
         for (std::size_t l = 0; l < layers; ++l) {
-          if (!take(needs.reads_weight(l), network.layers[l].weight)) {
-            return std::nullopt;
+          Matrix<const T>& weight = tangents.layers[l].weight;
+          weight.data = nullptr;
+          if (const at::Tensor* tensor = take(needs.weight(l))) {
+            const auto m = contiguous_matrix<T>(*tensor);
+            if (!m ||
+                !has_shape(*m, network->width(l + 1), network->width(l))) {
+              return std::nullopt;
+            }
+            weight = *m;
           }
+        }
+        for (std::size_t l = 0; l < layers; ++l) {
+          if (const at::Tensor* tensor = take(needs.bias(l))) {
+            if (!is_readable(*tensor, grad_output.scalar_type()) ||
+                !tensor->is_contiguous() ||
+                tensor->numel() != network->width(l + 1)) {
+              return std::nullopt;
+            }
+            tangents.layers[l].bias =
+                static_cast<const T*>(tensor->const_data_ptr());
+          }
+        }
+
+        Results results(wanted.size());
+        next = 0;
+        const auto result_like = [&](const at::Tensor& operand) -> T* {
+          if (!wanted[next++]) {
+            return nullptr;
+          }
+          results[next - 1] = new_tensor<T>(operand.sizes());
+          return data<T>(results[next - 1]);
+        };
+        const auto result_of = [&](bool is_saved) -> T* {
+          return is_saved ? result_like(saved[next - 1]) : nullptr;
+        };
+        pass.of_grad_output = result_like(grad_output);
+        pass.of_inputs.push_back(result_of(needs.reads_input(0)));
+        pass.of_y = result_of(needs.reads_y(network->output_activation));
+        for (std::size_t l = 0; l < layers; ++l) {
+          pass.of_weights.push_back(result_of(needs.reads_weight(l)));
         }
         for (std::size_t l = 1; l < layers; ++l) {
-          if (!take(needs.reads_input(l), pass.hidden[l - 1])) {
-            return std::nullopt;
-          }
+          pass.of_inputs.push_back(result_of(needs.reads_input(l)));
         }
-        if (next != saved.size() ||
-            (pass.y.data && !has_shape(pass.y, grad->rows, grad->cols))) {
-          return std::nullopt;
-        }
-        // A weight that is not saved has the widths of its neighbors.
-        int64_t width = grad->cols;
-        for (std::size_t l = layers; l-- > 0;) {
-          Matrix<const T>& weight = network.layers[l].weight;
-          const Matrix<const T>& input =
-              l == 0 ? network.x : pass.hidden[l - 1];
-          const bool has_weight = needs.reads_weight(l);
-          const bool has_input = needs.reads_input(l);
-          const int64_t in = has_weight ? weight.cols
-              : has_input               ? input.cols
-                                        : 0;
-          if (has_weight && !has_shape(weight, width, in)) {
-            return std::nullopt;
-          }
-          if (has_input && !has_shape(input, grad->rows, in)) {
-            return std::nullopt;
-          }
-          if (l > 0 && has_input && input.row_stride != in && input.rows > 1) {
-            return std::nullopt; // hidden activations have to be contiguous
-          }
-          if (!has_weight) {
-            weight = {nullptr, width, in, 0, 1};
-          }
-          width = in;
-        }
-        return run_backward(network, pass, grad_output);
+        direct->passes<T>().vjp(*network, pass);
+        return results;
       });
 }
 

@@ -34,6 +34,20 @@ std::optional<Gradients> direct_backward(
     const std::string& needs,
     const std::vector<at::Tensor>& grad_hidden);
 
+// The gradients of grad_output and of each of `saved`, undefined where not
+// wanted, for gradients `cotangents` of the results of the backward pass. These
+// may be undefined, which is 0.
+std::optional<std::vector<at::Tensor>> direct_vjp(
+    const at::Tensor& grad_output,
+    const std::vector<at::Tensor>& saved,
+    const std::string& activation,
+    const std::string& needs,
+    const std::vector<at::Tensor>& cotangents,
+    const std::vector<bool>& wanted);
+
+// Whether the derivative phi' of an activation is not piecewise constant.
+bool has_curvature(const std::string& activation);
+
 // Whether this is one character '0' or '1' for x, every weight and every bias.
 bool is_needs(const std::string& needs);
 

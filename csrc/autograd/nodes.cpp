@@ -49,6 +49,10 @@ bool is_symbolic_zero(const at::Tensor& tensor) {
       tensor.is_alias_of(zero_of(tensor.scalar_type()));
 }
 
+at::Tensor symbolic_zeros_like(const at::Tensor& tensor) {
+  return zero_of(tensor.scalar_type()).expand(tensor.sizes());
+}
+
 // Which of (x, y, *weights, *hidden) are saved, in this order
 // (reference.is_kept).
 std::vector<bool> is_kept(const Needs& needs, bool has_activation) {
@@ -145,6 +149,65 @@ std::vector<at::Tensor> unpack_all(
   return tensors;
 }
 
+// What a derivative of the backward pass sends to a tensor
+// (second_order.reach_of).
+enum class Reach {
+  nothing,
+  zeros, // because only a mask reads the tensor
+  numbers,
+};
+
+// One for the gradient of y and for each saved tensor.
+std::vector<Reach> reach_of(
+    const std::string& activation,
+    const Needs& needs,
+    const variable_list& cotangents) {
+  const std::size_t layers = needs.layers();
+  std::size_t next = 0;
+  const auto take = [&](bool is_result) {
+    return is_result && cotangents[next++].defined();
+  };
+  std::vector<bool> has_tangent(layers + 1), has_weight(layers);
+  has_tangent[0] = take(needs.x());
+  for (std::size_t l = 0; l < layers; ++l) {
+    has_weight[l] = take(needs.weight(l));
+  }
+  for (std::size_t l = 0; l < layers; ++l) {
+    const bool has_bias = take(needs.bias(l));
+    has_tangent[l + 1] = has_tangent[l] || has_weight[l] || has_bias;
+  }
+  const auto numbers_if = [](bool is_reached) {
+    return is_reached ? Reach::numbers : Reach::nothing;
+  };
+  const auto of_input = [&](std::size_t l) {
+    const bool is_masked = l > needs.lowest_layer() && has_tangent[l];
+    return has_weight[l] ? Reach::numbers
+        : is_masked      ? Reach::zeros
+                         : Reach::nothing;
+  };
+  std::vector<Reach> reach{numbers_if(has_tangent[layers])};
+  if (needs.reads_input(0)) {
+    reach.push_back(of_input(0));
+  }
+  if (activation != "none" && needs.lowest_layer() < layers) {
+    reach.push_back(
+        has_tangent[layers] && !has_curvature(activation)
+            ? Reach::zeros
+            : numbers_if(has_tangent[layers]));
+  }
+  for (std::size_t l = 0; l < layers; ++l) {
+    if (needs.reads_weight(l)) {
+      reach.push_back(numbers_if(has_tangent[l]));
+    }
+  }
+  for (std::size_t l = 1; l < layers; ++l) {
+    if (needs.reads_input(l)) {
+      reach.push_back(of_input(l));
+    }
+  }
+  return reach;
+}
+
 class GradientBackward : public torch::autograd::Node {
  public:
   std::string name() const override {
@@ -161,7 +224,16 @@ class GradientBackward : public torch::autograd::Node {
     if (!any) {
       return variable_list(num_outputs());
     }
-    return run(cotangents, unpack_all(saved_, nullptr), activation_, needs_);
+    const std::vector<at::Tensor> all = unpack_all(saved_, nullptr);
+    const std::vector<bool> requested = requested_outputs();
+    if (!is_recording() && is_thread_plain() && !is_observed() &&
+        std::none_of(all.begin(), all.end(), carries_tangent) &&
+        std::none_of(cotangents.begin(), cotangents.end(), carries_tangent)) {
+      if (auto gradients = run_directly(all, cotangents, requested)) {
+        return std::move(*gradients);
+      }
+    }
+    return run(cotangents, all, activation_, needs_, requested);
   }
 
   void release_variables() override {
@@ -175,6 +247,7 @@ class GradientBackward : public torch::autograd::Node {
     arguments.collect(saved_, false);
     arguments.collect(activation_);
     arguments.collect(needs_);
+    arguments.collect(requested_outputs());
   }
 
   variable_list apply_with_saved(
@@ -185,13 +258,15 @@ class GradientBackward : public torch::autograd::Node {
     arguments.pack(unpack_all(saved_, nullptr));
     arguments.pack(activation_);
     arguments.pack(needs_);
+    arguments.pack(requested_outputs());
     const auto function = [](const variable_list& cotangents,
                              const std::vector<at::IValue>& packed) {
-      PackedArgs all(packed);
-      const auto saved = all.unpack<variable_list>();
-      const auto activation = all.unpack<std::string>();
-      const auto needs = all.unpack<std::string>();
-      return run(cotangents, saved, activation, needs);
+      PackedArgs unpacked(packed);
+      const auto all = unpacked.unpack<variable_list>();
+      const auto activation = unpacked.unpack<std::string>();
+      const auto needs = unpacked.unpack<std::string>();
+      const auto requested = unpacked.unpack<std::vector<bool>>();
+      return run(cotangents, all, activation, needs, requested);
     };
     variable_list result =
         record_function(*this, function, inputs, arguments, swapped);
@@ -203,13 +278,64 @@ class GradientBackward : public torch::autograd::Node {
   std::string activation_, needs_;
 
  private:
+  std::vector<bool> requested_outputs() const {
+    std::vector<bool> requested(num_outputs());
+    for (std::size_t n = 0; n < requested.size(); ++n) {
+      requested[n] = task_should_compute_output(n);
+    }
+    return requested;
+  }
+
   static variable_list run(
       const variable_list& cotangents,
       const std::vector<at::Tensor>& all,
       const std::string& activation,
-      const std::string& needs) {
+      const std::string& needs,
+      const std::vector<bool>& requested) {
     return python::backward_vjp(
-        all[0], {all.begin() + 1, all.end()}, activation, needs, cotangents);
+        all[0], {all.begin() + 1, all.end()}, activation, needs, cotangents,
+        requested);
+  }
+
+  std::optional<variable_list> run_directly(
+      const std::vector<at::Tensor>& all,
+      const variable_list& cotangents,
+      const std::vector<bool>& requested) const {
+    const std::vector<Reach> reach =
+        reach_of(activation_, {needs_}, cotangents);
+    std::vector<bool> wanted(reach.size());
+    bool any = false;
+    for (std::size_t n = 0; n < reach.size(); ++n) {
+      wanted[n] = requested[n] && reach[n] == Reach::numbers;
+      any = any || wanted[n];
+    }
+    std::optional<variable_list> gradients = variable_list(reach.size());
+    if (any) {
+      gradients = direct_vjp(
+          all[0], {all.begin() + 1, all.end()}, activation_, needs_, cotangents,
+          wanted);
+    }
+    if (!gradients) {
+      return std::nullopt;
+    }
+    const std::size_t first_hidden = all.size() - hidden_count();
+    for (std::size_t n = 0; n < reach.size(); ++n) {
+      if (requested[n] && reach[n] == Reach::zeros) {
+        (*gradients)[n] = n < first_hidden ? at::zeros_like(all[n])
+                                           : symbolic_zeros_like(all[n]);
+      }
+    }
+    return gradients;
+  }
+
+  // How many of the saved tensors are hidden activations. They come last.
+  std::size_t hidden_count() const {
+    const Needs needs{needs_};
+    std::size_t count = 0;
+    for (std::size_t l = 1; l < needs.layers(); ++l) {
+      count += needs.reads_input(l);
+    }
+    return count;
   }
 };
 
@@ -237,7 +363,10 @@ std::optional<Reached> reached_of(
   if (std::any_of(grads.begin() + 1, grads.end(), [](const at::Tensor& grad) {
         return grad.defined() && !is_symbolic_zero(grad);
       })) {
-    reached.grad_hidden.assign(grads.begin() + 1, grads.end());
+    for (auto grad = grads.begin() + 1; grad != grads.end(); ++grad) {
+      reached.grad_hidden.push_back(
+          is_symbolic_zero(*grad) ? at::Tensor() : *grad);
+    }
   }
   return reached;
 }

@@ -87,11 +87,12 @@ std::vector<at::Tensor> backward_vjp(
     const std::vector<at::Tensor>& saved,
     const std::string& activation,
     const std::string& needs,
-    const std::vector<at::Tensor>& cotangents) {
+    const std::vector<at::Tensor>& cotangents,
+    const std::vector<bool>& requested) {
   const pybind11::gil_scoped_acquire gil;
   const auto gradients = call<pybind11::list>(
       "backward_vjp", grad_output, saved, activation, needs,
-      with_none(cotangents));
+      with_none(cotangents), requested);
   std::vector<at::Tensor> result;
   for (const pybind11::handle gradient : gradients) {
     result.push_back(

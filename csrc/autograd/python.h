@@ -33,12 +33,13 @@ std::vector<at::Tensor> reference_backward(
     const std::string& needs,
     const std::vector<at::Tensor>& grad_hidden);
 
-// second_order.backward_vjp.
+// second_order.backward_vjp, for those gradients that are requested.
 std::vector<at::Tensor> backward_vjp(
     const at::Tensor& grad_output,
     const std::vector<at::Tensor>& saved,
     const std::string& activation,
     const std::string& needs,
-    const std::vector<at::Tensor>& cotangents);
+    const std::vector<at::Tensor>& cotangents,
+    const std::vector<bool>& requested);
 
 } // namespace relu_mlp::node::python
