@@ -9,11 +9,12 @@ import random
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import relu_mlp
 import support
 from kernels import test_cpu_kernels as kernels
-from relu_mlp import ops, reference, second_order
+from relu_mlp import reference, second_order
 from support import gamma
 from support.covering import covering
 
@@ -455,19 +456,43 @@ def test_a_second_derivative_calls_it(backend, activation):
     torch.testing.assert_close(found, recorded)
 
 
-def test_a_penalty_on_x_leaves_out_what_is_not_needed(monkeypatch):
+def test_a_penalty_on_x_leaves_out_what_is_not_needed():
     """Only the weights get numbers, and nothing is computed for grad_output."""
-    net = relu_mlp.ReluMLP(3, [6, 5], 2)
+
+    class Mode(TorchDispatchMode):
+        understands_relu_mlp = True
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is R.backward_vjp.default:
+                asked.append((args[3], *args[5:]))
+            return function(*args, **(kwargs or {}))
+
+    net, asked = relu_mlp.ReluMLP(3, [6, 5], 2), []
     x = torch.randn(4, 3, requires_grad=True)
-    asked = []
-    operator = ops.extension.backward_vjp
-    monkeypatch.setattr(
-        type(ops.extension),
-        "backward_vjp",
-        staticmethod(lambda *call: asked.append(call[3:4] + call[5:]) or operator(*call)),
-    )
-    of_penalty(net, x)
+    with Mode():
+        of_penalty(net, x)
     assert asked == [("1000000", "1", "0" + "111" + "00")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_second_derivatives_of_small_integers(instruction_set, activation, dtype):
+    """The bits of the native path. Here gradients reach the hidden activations too."""
+    for rows, sizes in [(6, [5, 33, 17, 3]), (40, [16, 9, 4]), (300, [3, 20, 2]), (0, [3, 4, 2])]:
+        weights, biases = support.integer_network(sizes, dtype=dtype, largest=1)
+        x = support.integers(rows, sizes[0], dtype=dtype, largest=1).requires_grad_()
+        named = support.leaves(x, weights, biases)
+        directions = [support.integers(*t.shape, dtype=dtype, largest=1) for t in named.values()]
+        ends = support.integers(rows, sizes[-1], dtype=dtype, largest=1).requires_grad_()
+        found = []
+        for mlp in (relu_mlp.relu_mlp, support.native_mlp):
+            y = mlp(x, weights, biases, output_activation=activation)
+            grads = torch.autograd.grad(y, named.values(), ends, create_graph=True)
+            of_grads = torch.autograd.grad(
+                grads, [*named.values(), ends], directions, materialize_grads=True
+            )
+            found.append(dict(zip([*named, "grad_output"], of_grads, strict=True)))
+        support.assert_same(*found)
 
 
 def test_batched_gradients(backend):
