@@ -339,11 +339,12 @@ class GradientBackward : public torch::autograd::Node {
   }
 };
 
-// The gradients that reach the outputs of a network. `grad_hidden` is empty if
-// nothing but masks' zeros reaches the hidden activations.
+// The gradients that reach the outputs of a network.
 struct Reached {
   at::Tensor grad_output;
+  // Empty if nothing but masks' zeros reaches the hidden activations.
   std::vector<at::Tensor> grad_hidden;
+  bool are_zero; // whether nothing but masks' zeros reaches any output
 };
 
 // std::nullopt if no gradient reaches any output.
@@ -356,7 +357,7 @@ std::optional<Reached> reached_of(
   if (first == grads.end()) {
     return std::nullopt;
   }
-  Reached reached{grads[0], {}};
+  Reached reached{grads[0], {}, !grads[0].defined()};
   if (!reached.grad_output.defined()) {
     reached.grad_output = at::zeros_symint(y_sizes, first->options());
   }
@@ -367,6 +368,7 @@ std::optional<Reached> reached_of(
       reached.grad_hidden.push_back(
           is_symbolic_zero(*grad) ? at::Tensor() : *grad);
     }
+    reached.are_zero = false;
   }
   return reached;
 }
@@ -385,13 +387,17 @@ class MLPBackward : public torch::autograd::Node {
     if (!reached || needs.find('1') == std::string::npos) {
       return variable_list(num_outputs());
     }
-    const auto& [grad_output, grad_hidden] = *reached;
-    const bool is_differentiable =
-        is_recording() || carries_tangent(grad_output) || !is_thread_plain();
+    const auto& [grad_output, grad_hidden, are_zero] = *reached;
+    const bool is_differentiable = is_recording() ||
+        carries_tangent(grad_output) || is_under_a_transform();
     if (!recompute_) {
+      const std::vector<at::Tensor> saved = unpacked(needs, is_differentiable);
+      if (are_zero && !is_differentiable && is_thread_plain() &&
+          std::all_of(saved.begin(), saved.end(), is_finite)) {
+        return zeros(needs);
+      }
       return backward(
-          grad_output, unpacked(needs, is_differentiable), needs, grad_hidden,
-          is_differentiable);
+          grad_output, saved, needs, grad_hidden, is_differentiable);
     }
     const Call call =
         call_of(unpack_all(saved_, nullptr), layers_, activation_);
@@ -492,6 +498,19 @@ class MLPBackward : public torch::autograd::Node {
       }
     }
     return needs;
+  }
+
+  // The gradients if those of the outputs are 0. That is so unless an operand
+  // is infinite or NaN.
+  variable_list zeros(const std::string& needs) const {
+    variable_list gradients(num_outputs());
+    for (std::size_t n = 0; n < needs.size(); ++n) {
+      if (needs[n] == '1') {
+        const auto& [node, input] = next_edge(n);
+        gradients[n] = node->input_metadata(input).zeros_like();
+      }
+    }
+    return gradients;
   }
 
   // Those of `saved` that these needs depend on.
@@ -619,7 +638,7 @@ class MLPBackward : public torch::autograd::Node {
     if (!reached || needs.find('1') == std::string::npos) {
       return variable_list(outputs);
     }
-    const auto& [grad_output, grad_hidden] = *reached;
+    const auto& [grad_output, grad_hidden, are_zero] = *reached;
     std::vector<at::Tensor> gradients;
     if (recompute && grad_hidden.empty()) {
       gradients = operators::recompute_backward(
