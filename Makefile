@@ -13,7 +13,7 @@ OTHERS ?=
 CROSS ?= aarch64-linux-gnu-g++
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast torch-suite lint format warnings bench overhead abi fuzz sanitize cross cuda-check gpu-wheel build dist clean FORCE
+.PHONY: help demo test test-fast torch-suite lint format warnings bench overhead bench-clients abi fuzz sanitize cross cuda-check gpu-wheel build dist clean FORCE
 .NOTPARALLEL:
 # ninja would look there for a jobserver that nobody passes on to it.
 unexport MAKEFLAGS
@@ -78,6 +78,9 @@ overhead: $(call needs,torch) build/extension  ## measure what a call costs wher
 	PYTHONPATH=. $(PYTHON) benchmarks/overhead.py $(ARGS)
 	PYTHONPATH=. $(PYTHON) benchmarks/jacobian.py $(ARGS)
 	PYTHONPATH=. $(PYTHON) benchmarks/composition.py $(ARGS)
+
+bench-clients: $(call needs,clients) build/extension  ## measure training with other libraries, plain and fused, 5 minutes; ARGS="--only sac --rounds 20 --out FILE"
+	PYTHONPATH=. $(PYTHON) benchmarks/clients.py $(ARGS)
 
 # -W default: what PyTorch deprecates differs from one to the next.
 abi: build/extension  ## run the tests of the same binary under other PyTorches, OTHERS="python-a python-b"
