@@ -154,3 +154,23 @@ def test_where_the_first_import_happens_does_not_matter():
     outcomes = dict(map(json.loads, result.stdout.splitlines()))
     assert len(outcomes) == 21
     assert not {name: problem for name, problem in outcomes.items() if problem}
+
+
+LOADED = """
+import sys
+import torch
+before = set(sys.modules)
+import relu_mlp
+print(*sorted(set(sys.modules) - before))
+"""
+
+
+def test_it_loads_no_compiler():
+    """Dynamo and SymPy would take longer than everything else."""
+    result = subprocess.run(
+        [sys.executable, "-c", LOADED], capture_output=True, text=True, check=True
+    )
+    loaded = result.stdout.split()
+    assert "relu_mlp.modules" in loaded
+    compilers = ("torch._dynamo", "torch._inductor", "torch._functorch", "torch._export", "sympy")
+    assert [name for name in loaded if name.startswith(compilers)] == []
