@@ -217,6 +217,51 @@ def without_builders_paths() -> list[str]:
     return [f"-ffile-prefix-map={root}=" for root in roots]
 
 
+#: The files of isa/ without which there is no library. Each of the others is an instruction set,
+#: and csrc/cpu/isa/isa.cpp does without those that are not linked.
+INDISPENSABLE = {"isa.cpp", "baseline.cpp"}
+
+
+def without_failing_sets(build_ext: type) -> type:
+    """The command, which leaves out an instruction set for which the compiler fails."""
+    from setuptools.errors import CCompilerError
+
+    class WithoutFailingSets(build_ext):
+        def build_extension(self, extension):
+            try:
+                super().build_extension(extension)
+            except (CCompilerError, RuntimeError):  # ninja's failure is a RuntimeError
+                sets = {
+                    source
+                    for source in map(Path, extension.sources)
+                    if source.parent.name == "isa" and source.name not in INDISPENSABLE
+                }
+                failing = {source for source in sets if not self.compiles(extension, source)}
+                if failing in (set(), sets):
+                    raise  # something else is wrong
+                names = " and ".join(sorted(source.stem for source in failing))
+                say(f"instruction sets: without {names}, for which the compiler fails")
+                extension.sources = [
+                    source for source in extension.sources if Path(source) not in failing
+                ]
+                super().build_extension(extension)
+
+        def compiles(self, extension, source):
+            try:
+                self.compiler.compile(
+                    [str(source)],
+                    output_dir=self.build_temp,
+                    include_dirs=extension.include_dirs,
+                    extra_postargs=extension.extra_compile_args,
+                    depends=extension.depends,
+                )
+            except (CCompilerError, RuntimeError):
+                return False
+            return True
+
+    return WithoutFailingSets
+
+
 def extension_arguments() -> dict:
     """The arguments of setup() that build relu_mlp/_C.abi3.so."""
     wanted = os.environ.get("RELU_MLP_EXTENSION", "auto")
@@ -263,7 +308,7 @@ def extension_arguments() -> dict:
         extension = CppExtension("relu_mlp._C", extra_compile_args={"cxx": flags}, **arguments)
     return {
         "ext_modules": [extension],
-        "cmdclass": {"build_ext": BuildExtension},
+        "cmdclass": {"build_ext": without_failing_sets(BuildExtension)},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 
