@@ -23,6 +23,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 from setuptools import setup
@@ -107,7 +108,31 @@ def why_not_cuda() -> str | None:
     if release is None or release[1] != torch.version.cuda.split(".")[0]:
         found = release[0] if release else "an unknown release"
         return f"{nvcc} is {found}, and PyTorch is built for CUDA {torch.version.cuda}"
-    return None
+    return why_nvcc_fails(nvcc)
+
+
+def why_nvcc_fails(nvcc: Path) -> str | None:
+    """The reason why nvcc can't make a library, or None.
+
+    It may lack its own files, or refuse the C++ compiler.
+    """
+    flags = [*FLAGS, "-shared", "-Xcompiler=-fPIC"]
+    if os.environ.get("CC"):  # as PyTorch passes it on
+        flags += ["-ccbin", os.environ["CC"]]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cu")
+        source.write_text("#include <cuda_runtime.h>\n__global__ void probe() {}\n")
+        tried = subprocess.run(
+            [nvcc, *flags, source.name, "-o", "probe.so"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+        )
+    if tried.returncode == 0:
+        return None
+    lines = (tried.stderr + tried.stdout).splitlines() or [f"status {tried.returncode}"]
+    error = next((line for line in lines if "error" in line.lower()), lines[0])
+    return f"{nvcc} compiles nothing: {error}"
 
 
 def builds_cuda() -> bool:
