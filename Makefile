@@ -13,7 +13,7 @@ OTHERS ?=
 CROSS ?= aarch64-linux-gnu-g++
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast torch-suite lint format warnings bench overhead bench-clients abi fuzz sanitize cross cuda-check gpu-wheel build dist clean FORCE
+.PHONY: help demo test test-fast torch-suite lint format warnings bench overhead bench-clients abi fuzz sanitize cross cuda-check gpu-wheel build wheel clean FORCE
 .NOTPARALLEL:
 # ninja would look there for a jobserver that nobody passes on to it.
 unexport MAKEFLAGS
@@ -122,9 +122,8 @@ build: $(call needs,torch)  ## build the extension in place, even if it seems up
 	$(PYTHON) setup.py --quiet build_ext --inplace
 	@mkdir -p build && touch build/extension
 
-dist: $(call needs,dev)  ## an sdist, and from it a wheel, in dist/
-	rm -rf dist
-	RELU_MLP_NODE=0 $(PYTHON) -m build --no-isolation
+wheel: $(call needs,wheel)  ## an sdist and a manylinux wheel in dist/, checked; ARGS=--twice compares two builds
+	$(PYTHON) tools/wheel.py $(ARGS)
 
 clean:  ## remove all that was made, except .venv
 	rm -rf build demo dist *.egg-info relu_mlp/_C*.so relu_mlp/_node*.so
