@@ -213,11 +213,18 @@ def test_a_later_import_takes_the_node_of_the_first(cached, source):
     assert again is None and "the node of another version of relu_mlp" in problem
 
 
-def test_without_sources(tmp_path, source, monkeypatch):
-    monkeypatch.setattr(node_build, "SOURCE", tmp_path / "nowhere")
-    node, problem = native_node.load_node()
-    assert node is None
-    assert problem == f"its sources are not in {tmp_path / 'nowhere'}. Install relu_mlp again."
+def test_without_sources(source, monkeypatch, capsys):
+    name = node_build.file_name()
+    (source / "csrc/.#mlp.h").symlink_to("the lock of an editor")
+    assert node_build.file_name() == name
+
+    problem = f"its sources can't be read in {source}. Install relu_mlp again."
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", lambda _: os.stat("/nowhere"))
+        assert native_node.load_node() == (None, problem)
+    shutil.rmtree(source)
+    assert native_node.load_node() == (None, problem)
+    assert f"the sources of the native autograd node are not in {source}" in failure(capsys)
 
 
 def test_without_the_extension(source, monkeypatch, capsys):
