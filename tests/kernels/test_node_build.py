@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -28,9 +29,19 @@ pytestmark = [
 
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="compiles")
 
+#: It has every function that the package may call: one that returns its last argument if that can
+#: be called, and None otherwise.
 NODE = """\
 #include <Python.h>
-static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_node", nullptr, -1, nullptr};
+static PyObject* function(PyObject*, PyObject* arguments) {
+  const Py_ssize_t count = PyTuple_GET_SIZE(arguments);
+  PyObject* last = count ? PyTuple_GET_ITEM(arguments, count - 1) : Py_None;
+  return Py_NewRef(PyCallable_Check(last) ? last : Py_None);
+}
+static PyMethodDef any = {"any", function, METH_VARARGS, nullptr};
+static PyObject* get(PyObject*, PyObject*) { return PyCFunction_New(&any, nullptr); }
+static PyMethodDef methods[] = {{"__getattr__", get, METH_O, nullptr}, {}};
+static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_node", nullptr, -1, methods};
 PyMODINIT_FUNC PyInit__node() { return PyModule_Create(&definition); }
 """
 
@@ -193,6 +204,16 @@ def test_a_file_that_is_no_library(start, source):
     assert node is None and "\n" not in problem
     assert problem.startswith(f"{path} could not be loaded: ")
     assert problem.endswith("Run `relu-mlp build`.")
+
+
+def test_a_node_that_does_not_fit_the_extension(source, monkeypatch):
+    path = node_build.cache_folder() / node_build.file_name()
+    path.parent.mkdir()
+    path.write_bytes(node_build.END)
+    module = types.SimpleNamespace(connect=lambda path: f"it does not fit {path}")
+    monkeypatch.setattr(native_node, "_import", lambda path: module)
+    problem = f"it does not fit {ops.LIBRARY_PATH}. Run `relu-mlp build`."
+    assert native_node.load_node() == (None, problem)
 
 
 @needs_compiler
