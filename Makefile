@@ -55,11 +55,15 @@ CPP = $(shell find csrc tests tools examples/cpp -name '*.cpp' -o -name '*.h' -o
 # The one that pip installed beside this Python: other versions format differently.
 CLANG_FORMAT = $(PYTHON) -c 'from clang_format import clang_format; clang_format()' --style=file
 
-lint: $(call needs,dev)  ## check with ruff, mypy and clang-format
+CHECK_SCHEMA = $(PYTHON) -m check_jsonschema --builtin-schema vendor.github
+
+lint: $(call needs,dev)  ## check with ruff, mypy, clang-format and the schemas of .github
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m ruff format --check
 	$(PYTHON) -m mypy
 	$(CLANG_FORMAT) --dry-run --Werror $(CPP)
+	$(CHECK_SCHEMA)-workflows .github/workflows/*.yml
+	$(CHECK_SCHEMA)-issue-forms $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
 
 format: $(call needs,dev)  ## sort imports and format all code with ruff and clang-format
 	$(PYTHON) -m ruff check --fix
