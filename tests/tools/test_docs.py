@@ -375,6 +375,12 @@ def test_the_guide_names_every_command(command):
     assert f"\nrelu-mlp {command} " in (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
 
 
+def test_the_changelog_begins_with_this_version():
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    first = re.search(r"^## (\S+) - \d{4}-\d\d-\d\d$", text, re.MULTILINE)
+    assert first and first[1] == relu_mlp.__version__
+
+
 def test_compatibility_names_tests_that_exist():
     text = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
     rows = [line for line in text.splitlines() if re.match(r"\| [^|]*[^|\s-]", line)]
