@@ -13,7 +13,7 @@ OTHERS ?=
 CROSS ?= aarch64-linux-gnu-g++
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast torch-suite lint format warnings docs bench overhead abi fuzz sanitize cross cuda-check gpu-wheel build dist clean FORCE
+.PHONY: help demo test test-fast torch-suite lint format warnings docs bench overhead bench-clients abi fuzz sanitize cross cuda-check gpu-wheel build dist clean FORCE
 .NOTPARALLEL:
 # ninja would look there for a jobserver that nobody passes on to it.
 unexport MAKEFLAGS
@@ -95,6 +95,9 @@ overhead: $(call needs,torch) build/extension  ## measure what a call costs wher
 	PYTHONPATH=. $(PYTHON) benchmarks/jacobian.py $(ARGS)
 	PYTHONPATH=. $(PYTHON) benchmarks/composition.py $(ARGS)
 
+bench-clients: $(call needs,clients) build/extension  ## measure training with other libraries, plain and fused, 5 minutes; ARGS="--only sac --rounds 20 --out FILE"
+	PYTHONPATH=. $(PYTHON) benchmarks/clients.py $(ARGS)
+
 # -W default: what PyTorch deprecates differs from one to the next.
 abi: build/extension  ## run the tests of the same binary under other PyTorches, OTHERS="python-a python-b"
 	set -e; for python in $(OTHERS); do \
@@ -129,7 +132,7 @@ gpu-wheel:  ## a wheel with kernels for GPU_ARCH, built against GPU_TORCH, in bu
 	$(PYTHON3) -m venv build/gpu/venv
 	build/gpu/venv/bin/pip install -q $(GPU_TORCH) 'setuptools>=77' ninja
 	rm -f build/gpu/*.whl
-	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=$(GPU_ARCH) build/gpu/venv/bin/pip wheel -q --no-deps --no-build-isolation -w build/gpu .
+	RELU_MLP_NODE=0 FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=$(GPU_ARCH) build/gpu/venv/bin/pip wheel -q --no-deps --no-build-isolation -w build/gpu .
 
 build: $(call needs,torch)  ## build the extension in place, even if it seems up to date
 	$(PYTHON) setup.py --quiet build_ext --inplace
@@ -137,10 +140,10 @@ build: $(call needs,torch)  ## build the extension in place, even if it seems up
 
 dist: $(call needs,dev)  ## an sdist, and from it a wheel, in dist/
 	rm -rf dist
-	$(PYTHON) -m build --no-isolation
+	RELU_MLP_NODE=0 $(PYTHON) -m build --no-isolation
 
 clean:  ## remove all that was made, except .venv
-	rm -rf build demo dist *.egg-info relu_mlp/_C*.so
+	rm -rf build demo dist *.egg-info relu_mlp/_C*.so relu_mlp/_node*.so
 	rm -rf .mypy_cache .pytest_cache .ruff_cache
 	find . -name .venv -prune -o -name __pycache__ -exec rm -rf {} +
 

@@ -5,6 +5,11 @@ the extension is built if a C++ compiler is found. Without a compiler the packag
 pure Python, and says so at its first use. A compiler that fails stops the build, unless the
 variable is 0.
 
+With the extension comes the native autograd node (csrc/autograd), for the PyTorch and the Python
+of the build alone. If it does not compile, the build says so and goes on, unless RELU_MLP_NODE is
+1. If the variable is 0, the node is left out. `relu-mlp build` runs a copy of this file with
+RELU_MLP_NODE=only.
+
 The extension includes CUDA kernels if PyTorch has CUDA and an nvcc of the same major version is
 found. FORCE_CUDA=1 requires them, and 0 leaves them out. TORCH_CUDA_ARCH_LIST names the
 architectures. If it is not set, they are those of the installed GPUs, or DEFAULT_ARCHITECTURES
@@ -19,6 +24,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -26,6 +32,7 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 NO_TORCH = """\
 relu_mlp: PyTorch cannot be imported by the Python that runs this build.
@@ -180,6 +187,12 @@ def find_compiler() -> str | None:
     return command
 
 
+def no_compiler() -> str:
+    """Says that `find_compiler` has found none."""
+    named = os.environ.get("CXX", "").strip()
+    return f"no C++ compiler found{f': CXX is {named!r}' if named else ''}"
+
+
 def is_launcher(command: list[str]) -> bool:
     """Whether the first word runs the compiler that the second one names."""
     return len(command) > 1 and Path(command[0]).name in ("ccache", "sccache", "distcc", "icecc")
@@ -217,21 +230,92 @@ def without_builders_paths() -> list[str]:
     return [f"-ffile-prefix-map={root}=" for root in roots]
 
 
+def prepare_environment() -> None:
+    """Adds what the build needs to the environment, and leaves out what breaks it."""
+    # ninja is in the same folder as the running Python, even in an environment that is not
+    # activated.
+    path = os.environ.get("PATH", os.defpath)
+    os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), path])
+    leave_out_unsafe_flags()
+
+
+def node_arguments() -> dict:
+    """The arguments of setup() that build the native autograd node and nothing else."""
+    if find_compiler() is None:
+        sys.exit(f"{no_compiler()}. Install g++ or clang++.")
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    prepare_environment()
+    # The node uses all of LibTorch, and not its stable ABI.
+    flags = [flag for flag in FLAGS if not flag.startswith("-DTORCH_TARGET_VERSION")]
+    flags += [*SAFE, *MISTAKES, "-g0", "-fvisibility=hidden", *without_builders_paths()]
+    sources = sorted(map(str, Path("csrc/autograd").glob("*.cpp")))
+    node = CppExtension("relu_mlp._node", sources, extra_compile_args={"cxx": flags})
+    return {"ext_modules": [node], "cmdclass": {"build_ext": BuildExtension}}
+
+
+def node_build() -> dict:
+    """The functions of relu_mlp/ops/node_build.py, without importing the package."""
+    return runpy.run_path("relu_mlp/ops/node_build.py")
+
+
+def build_node(folder: Path) -> None:
+    """Builds the native autograd node unless it is there, and removes all others."""
+    wanted, functions = os.environ.get("RELU_MLP_NODE", "auto"), node_build()
+    name = str(functions["file_name"]())
+    for old in folder.glob("_node-*"):
+        if wanted == "0" or old.name != name:
+            old.unlink()
+    if wanted == "0" or functions["is_complete"](folder / name):
+        return
+    try:
+        functions["build"](folder, show=wanted == "1")
+    except (functions["NotBuilt"], OSError) as error:
+        if wanted == "1":
+            sys.exit(f"relu_mlp: RELU_MLP_NODE=1, but {error}")
+        say(f"{error}; the package works without it")
+
+
+def with_node(build_ext: type) -> type:
+    """The command build_ext that builds the native autograd node after the extension."""
+
+    class BuildWithNode(build_ext):
+        def run(self):
+            super().run()
+            build_node(Path("relu_mlp" if self.inplace else f"{self.build_lib}/relu_mlp"))
+
+    return BuildWithNode
+
+
+class BuildPy(build_py):
+    """Puts the sources of the node into a wheel, for `relu-mlp build`."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            node_build()["copy_sources"](Path(self.build_lib, "relu_mlp", "_source"))
+
+
 def extension_arguments() -> dict:
     """The arguments of setup() that build relu_mlp/_C.abi3.so."""
     wanted = os.environ.get("RELU_MLP_EXTENSION", "auto")
     if wanted not in ("auto", "0", "1"):
         sys.exit(f"relu_mlp: RELU_MLP_EXTENSION must be 0 or 1, got {wanted!r}")
+    node = os.environ.get("RELU_MLP_NODE", "auto")
+    if node == "only":
+        return node_arguments()
+    if node not in ("auto", "0", "1"):
+        sys.exit(f"relu_mlp: RELU_MLP_NODE must be 0 or 1, got {node!r}")
     # Only commands that compile need PyTorch. An sdist can be made without it.
     builds = {"build_ext", "build", "bdist_wheel", "editable_wheel", "install", "develop"}
     if wanted == "0" or not builds.intersection(sys.argv):
         return {}
     compiler = find_compiler()
     if compiler is None:
-        named = os.environ.get("CXX", "").strip()
-        reason = f"no C++ compiler found{f': CXX is {named!r}' if named else ''}"
-        if wanted == "1":
-            sys.exit(f"relu_mlp: RELU_MLP_EXTENSION=1, but {reason}. Install g++ or clang++.")
+        reason = no_compiler()
+        for name, value in (("RELU_MLP_EXTENSION", wanted), ("RELU_MLP_NODE", node)):
+            if value == "1":
+                sys.exit(f"relu_mlp: {name}=1, but {reason}. Install g++ or clang++.")
         say(f"{reason}; building without the extension")
         return {}
     try:
@@ -240,11 +324,7 @@ def extension_arguments() -> dict:
     except ImportError:
         sys.exit(NO_TORCH)
 
-    # ninja is in the same folder as the running Python, even in an environment that is not
-    # activated.
-    path = os.environ.get("PATH", os.defpath)
-    os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), path])
-    leave_out_unsafe_flags()
+    prepare_environment()
 
     # Paths are relative to this file, as setuptools requires for an sdist. Every build contains the
     # plans for CUDA.
@@ -263,10 +343,12 @@ def extension_arguments() -> dict:
         extension = CppExtension("relu_mlp._C", extra_compile_args={"cxx": flags}, **arguments)
     return {
         "ext_modules": [extension],
-        "cmdclass": {"build_ext": BuildExtension},
+        "cmdclass": {"build_ext": with_node(BuildExtension)},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 
 
 os.chdir(Path(__file__).resolve().parent)
-setup(**extension_arguments())
+arguments = extension_arguments()
+arguments.setdefault("cmdclass", {})["build_py"] = BuildPy
+setup(**arguments)

@@ -38,6 +38,8 @@ enum class AppliedBy {
 //   in_place           PyTorch's operator for AppliedBy::pytorch, else null
 //   forward(z)         phi(z). CUDA's fused kernels always call this
 //   backward(grad, y)  grad * phi'(z), with phi' as a function of y = phi(z)
+//   has_curvature      whether that function of y is not piecewise constant
+//   curvature(y)       its derivative, if has_curvature
 // `backward` multiplies in PyTorch's order. Thus 0 * inf occurs in the same
 // places. C is float or double.
 //
@@ -50,6 +52,7 @@ template <>
 struct ActivationRow<Activation::none> {
   static constexpr AppliedBy applied_by = AppliedBy::epilogue;
   static constexpr const char* in_place = nullptr;
+  static constexpr bool has_curvature = false;
 
   template <typename C>
   RELU_MLP_HOST_DEVICE static C forward(C z) {
@@ -68,6 +71,7 @@ template <>
 struct ActivationRow<Activation::relu> {
   static constexpr AppliedBy applied_by = AppliedBy::epilogue;
   static constexpr const char* in_place = nullptr;
+  static constexpr bool has_curvature = false;
 
   template <typename C>
   RELU_MLP_HOST_DEVICE static C forward(C z) {
@@ -83,6 +87,7 @@ template <>
 struct ActivationRow<Activation::sigmoid> {
   static constexpr AppliedBy applied_by = AppliedBy::pytorch;
   static constexpr const char* in_place = "aten::sigmoid_";
+  static constexpr bool has_curvature = true;
 
   template <typename C>
   RELU_MLP_HOST_DEVICE static C forward(C z) {
@@ -92,12 +97,17 @@ struct ActivationRow<Activation::sigmoid> {
   RELU_MLP_HOST_DEVICE static C backward(C grad, C y) {
     return grad * (C(1) - y) * y;
   }
+  template <typename C>
+  RELU_MLP_HOST_DEVICE static C curvature(C y) {
+    return C(1) - C(2) * y;
+  }
 };
 
 template <>
 struct ActivationRow<Activation::tanh> {
   static constexpr AppliedBy applied_by = AppliedBy::pytorch;
   static constexpr const char* in_place = "aten::tanh_";
+  static constexpr bool has_curvature = true;
 
   template <typename C>
   RELU_MLP_HOST_DEVICE static C forward(C z) {
@@ -106,6 +116,10 @@ struct ActivationRow<Activation::tanh> {
   template <typename C>
   RELU_MLP_HOST_DEVICE static C backward(C grad, C y) {
     return grad * (C(1) - y * y);
+  }
+  template <typename C>
+  RELU_MLP_HOST_DEVICE static C curvature(C y) {
+    return C(-2) * y;
   }
 };
 
@@ -145,6 +159,11 @@ RELU_MLP_HOST_DEVICE auto with_row(Activation phi, const F& f) {
 // How phi is computed for a whole layer.
 inline AppliedBy applied_by(Activation phi) {
   return with_row(phi, []<typename Row>() { return Row::applied_by; });
+}
+
+// Whether phi' is not piecewise constant as a function of y.
+inline bool has_curvature(Activation phi) {
+  return with_row(phi, []<typename Row>() { return Row::has_curvature; });
 }
 
 #undef RELU_MLP_ACTIVATIONS

@@ -76,16 +76,7 @@ void backward(StableIValue* stack) {
     stack[0] = give(std::vector<Tensor>{});
     return;
   }
-  check_storage(grad_output, "relu_mlp::backward: grad_output");
-  for (std::size_t n = 0; n < saved.size(); ++n) {
-    if (passes.checks_devices && !are_on_same_device(saved[n], grad_output)) {
-      fail(
-          "relu_mlp::backward: saved[", n, "] must be on ",
-          device_name(grad_output), " like grad_output, got ",
-          device_name(saved[n]));
-    }
-    check_storage(saved[n], "relu_mlp::backward: saved[", n, "]");
-  }
+  check_saved(grad_output, saved, passes.checks_devices);
   const Activation activation = parse_activation(output_activation);
   Tensor grad_holder, x_holder, y_holder;
   const Tensor& grad_matrix = as_matrix(grad_output, grad_holder);
@@ -94,6 +85,46 @@ void backward(StableIValue* stack) {
   stack[0] = give_needed(
       passes.backward(grad_matrix, operands, activation, needs), needs,
       grad_output);
+}
+
+template <const Passes& passes>
+void backward_vjp(StableIValue* stack) {
+  const auto grad_output = take<Tensor>(stack[0]);
+  const auto saved = take<std::vector<Tensor>>(stack[1]);
+  const auto output_activation = take<std::string>(stack[2]);
+  const auto flags = take<std::string>(stack[3]);
+  const auto cotangents = take<std::vector<Tensor>>(stack[4]);
+  const auto given = take<std::string>(stack[5]);
+  const auto wanted = take<std::string>(stack[6]);
+  check_backward("backward_vjp", flags, grad_output);
+  check_flags("given", given, std::count(flags.begin(), flags.end(), '1'));
+  check_flags("wanted", wanted, 1 + std::ssize(saved));
+  const auto count = std::count(given.begin(), given.end(), '1');
+  if (std::ssize(cotangents) != count) {
+    fail(
+        "relu_mlp::backward_vjp: given '", given, "' asks for ", count,
+        " tensors in cotangents, got ", cotangents.size());
+  }
+  check_saved(grad_output, saved, passes.checks_devices);
+  const Activation activation = parse_activation(output_activation);
+  const Needs needs{flags};
+  Tensor grad_holder, x_holder, y_holder, cotangent_holder;
+  const Tensor& grad_matrix = as_matrix(grad_output, grad_holder);
+  const Saved operands =
+      unpack(saved, grad_matrix, activation, needs, x_holder, y_holder);
+  std::vector<Tensor> results = passes.backward_vjp(
+      grad_matrix, operands, activation,
+      unpack_cotangents(
+          cotangents, given, grad_output, operands, needs, cotangent_holder),
+      wanted);
+  for (std::size_t n = 0, result = 0; n < wanted.size(); ++n) {
+    if (wanted[n] == '1') {
+      const Tensor& like = n == 0 ? grad_output : saved[n - 1];
+      Tensor& gradient = results[result++];
+      gradient = with_leading_sizes(std::move(gradient), like);
+    }
+  }
+  stack[0] = give(std::move(results));
 }
 
 template <const Passes& passes>

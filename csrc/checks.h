@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <iterator>
 
 #include "tensor.h"
 
@@ -217,7 +218,21 @@ inline void check_output_like(
   check_storage(tensor, name);
 }
 
-// The checks of needs and grad_output that both backward operators make.
+// Checks an argument of backward_vjp that has a '0' or '1' for each of `count`
+// tensors.
+inline void check_flags(
+    const char* argument,
+    const std::string& flags,
+    std::ptrdiff_t count) {
+  if (std::ssize(flags) != count ||
+      flags.find_first_not_of("01") != std::string::npos) {
+    fail(
+        "relu_mlp::backward_vjp: ", argument, " must be ", count,
+        " characters '0' or '1', got '", flags, "'");
+  }
+}
+
+// The checks of needs and grad_output that the backward operators make.
 inline void check_backward(
     const char* name,
     const std::string& flags,

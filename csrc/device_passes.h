@@ -10,6 +10,7 @@
 //   new_matrix(rows, cols)      a new contiguous tensor, not initialized
 //   forward(network, hidden, y)
 //   backward(network, pass)
+//   has_vjp                     whether it has vjp(network, pass)
 #pragma once
 
 #include "operands.h"
@@ -53,10 +54,51 @@ struct PassesOf {
       Device<T> device(grad_output);
       Operands<T> operands(2 * needs.layers() + 1, device.needs_contiguous);
       BackwardPass<T> pass{needs};
-      const Network<T> network = saved_network<T>(
+      const Network<T> network = saved_network(
           grad_output, saved, output_activation, device.activate,
           device.unknown_width, operands, pass);
       return run(device, network, grad_output, pass);
+    });
+  }
+
+  static std::vector<Tensor> backward_vjp(
+      const Tensor& grad_output,
+      const Saved& saved,
+      Activation output_activation,
+      const Cotangents& cotangents,
+      std::string_view wanted) {
+    return dispatch(grad_output.dtype(), [&]<typename T>() {
+      Device<T> device(grad_output);
+      const std::size_t layers = saved.weights.size();
+      Operands<T> operands(4 * layers + 2, device.needs_contiguous);
+      VjpPass<T> pass;
+      const Network<T> network = saved_network(
+          grad_output, saved, output_activation, device.activate,
+          device.unknown_width, operands, pass);
+      pass.tangents = tangents_of(network, cotangents, operands);
+
+      std::vector<Tensor> results;
+      results.reserve(wanted.size());
+      auto is_wanted = wanted.begin();
+      const auto result_like = [&](const Tensor* operand) -> T* {
+        if (!operand || *is_wanted++ == '0') {
+          return nullptr;
+        }
+        results.push_back(
+            device.new_matrix(operand->size(0), operand->size(1)));
+        return results.back().template data<T>();
+      };
+      pass.of_grad_output = result_like(&grad_output);
+      pass.of_inputs.push_back(result_like(saved.inputs[0]));
+      pass.of_y = result_like(saved.y);
+      for (const Tensor* weight : saved.weights) {
+        pass.of_weights.push_back(result_like(weight));
+      }
+      for (std::size_t l = 1; l < layers; ++l) {
+        pass.of_inputs.push_back(result_like(saved.inputs[l]));
+      }
+      device.vjp(network, pass);
+      return results;
     });
   }
 
@@ -124,9 +166,13 @@ struct PassesOf {
 template <template <typename> class Device>
 constexpr Passes passes_of(bool checks_devices) {
   using Of = PassesOf<Device>;
-  return {
-      Of::forward, Of::backward, Of::recompute_backward, Of::loss_and_grads,
-      checks_devices};
+  Passes passes{
+      Of::forward,        Of::backward,  nullptr, Of::recompute_backward,
+      Of::loss_and_grads, checks_devices};
+  if constexpr (Device<float>::has_vjp) {
+    passes.backward_vjp = Of::backward_vjp;
+  }
+  return passes;
 }
 
 } // namespace relu_mlp

@@ -65,6 +65,10 @@ struct BackwardPass {
   std::vector<Matrix<const T>> hidden = {};
   Matrix<const T> y = {};
 
+  // Gradients that reach a_1 ... a_{L-1} from elsewhere, contiguous: one for
+  // each, without data if it is 0, or none. CUDA's passes take none.
+  std::vector<Matrix<const T>> grad_hidden = {};
+
   // If `loss` is null: the gradient of y, of any strides. Otherwise: the
   // contiguous target of *loss = loss_scale * sum (y - target)^2.
   Matrix<const T> grad_output = {};
@@ -79,6 +83,28 @@ struct BackwardPass {
   bool reads_y(Activation output_activation) const {
     return loss || needs.reads_y(output_activation);
   }
+};
+
+// The operands and results of the vector-Jacobian product of a backward pass.
+// relu_mlp/second_order.py has the formulas. The network has x and the weights
+// that the backward pass read, and no biases.
+template <typename T>
+struct VjpPass {
+  // What else the backward pass read: a_1 ... a_{L-1}, contiguous; y, rows
+  // contiguous; and the gradient of y, of any strides.
+  std::vector<Matrix<const T>> hidden = {};
+  Matrix<const T> y = {};
+  Matrix<const T> grad_output = {};
+
+  // The gradients that reach the results of the backward pass, as a network of
+  // the same shape: x', W_l' and b_l'. One without data is 0.
+  Network<T> tangents = {};
+
+  // The results, contiguous; null if not wanted: the gradients of grad_output
+  // and y (rows, out_features), of every weight, and of x, a_1 ... a_{L-1}.
+  T* of_grad_output = nullptr;
+  T* of_y = nullptr;
+  std::vector<T*> of_weights = {}, of_inputs = {};
 };
 
 } // namespace relu_mlp

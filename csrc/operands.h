@@ -63,10 +63,11 @@ Network<T> whole_network(
 }
 
 // The network of a backward pass, with the operands in `saved`. Sets the hidden
-// activations and y of `pass`, whose `needs` are set. An operand that is not
+// activations, y and grad_output of `pass`, which is a BackwardPass or the
+// VjpPass of one. An operand that is not
 // saved still has its width if a neighbor determines it. Any other width is
 // `unknown_width`, and no result depends on it.
-template <typename T>
+template <typename T, typename Pass>
 Network<T> saved_network(
     const Tensor& grad_output,
     const Saved& saved,
@@ -74,8 +75,8 @@ Network<T> saved_network(
     Activate<T> activate,
     int64_t unknown_width,
     Operands<T>& operands,
-    BackwardPass<T>& pass) {
-  const std::size_t layers = pass.needs.layers();
+    Pass& pass) {
+  const std::size_t layers = saved.weights.size();
   const int64_t rows = grad_output.size(0);
   Network<T> network{{nullptr, rows, 0, 0, 1}, {}, output_activation, activate};
   network.layers.resize(layers);
@@ -103,6 +104,29 @@ Network<T> saved_network(
   }
   pass.grad_output = matrix<const T>(grad_output);
   return network;
+}
+
+// The tangents of a VjpPass: a network of the same shape as `network`.
+template <typename T>
+Network<T> tangents_of(
+    const Network<T>& network,
+    const Cotangents& cotangents,
+    Operands<T>& operands) {
+  Network<T> tangents = network;
+  tangents.x.data = nullptr;
+  if (cotangents.x) {
+    tangents.x = operands.rows(*cotangents.x);
+  }
+  for (std::size_t l = 0; l < tangents.layers.size(); ++l) {
+    const Tensor *weight = cotangents.weights[l], *bias = cotangents.biases[l];
+    Layer<T>& layer = tangents.layers[l];
+    layer.weight.data = nullptr;
+    if (weight) {
+      layer.weight = operands.parameter(*weight);
+    }
+    layer.bias = bias ? operands.vector(*bias) : nullptr;
+  }
+  return tangents;
 }
 
 // Allocates the needed gradients and sets their pointers in `pass`.

@@ -21,7 +21,14 @@ inline void define_operators(torch::stable::detail::StableLibrary& m) {
   m.def(
       "backward(Tensor grad_output, Tensor[] saved, str output_activation, "
       "str needs) -> Tensor[]");
-  // The same from x and the parameters, if nothing else was saved.
+  // The vector-Jacobian product of `backward`. given: '0' or '1' for every
+  // result of `backward`; cotangents has the gradients of those given. wanted:
+  // '0' or '1' for grad_output and for every tensor in saved. Returns only the
+  // wanted gradients, in that order.
+  m.def(
+      "backward_vjp(Tensor grad_output, Tensor[] saved, str output_activation, "
+      "str needs, Tensor[] cotangents, str given, str wanted) -> Tensor[]");
+  // `backward` from x and the parameters, if nothing else was saved.
   m.def(
       "recompute_backward(Tensor grad_output, Tensor x, Tensor[] weights, "
       "Tensor[] biases, str output_activation, str needs) -> Tensor[]");
@@ -47,6 +54,10 @@ inline void define_operators(torch::stable::detail::StableLibrary& m) {
       "_backward_in_cpp(Tensor grad_output, Tensor[] saved, "
       "str output_activation, str needs) -> Tensor[]");
   m.def(
+      "_backward_vjp_in_cpp(Tensor grad_output, Tensor[] saved, "
+      "str output_activation, str needs, Tensor[] cotangents, str given, "
+      "str wanted) -> Tensor[]");
+  m.def(
       "_recompute_backward_in_cpp(Tensor grad_output, Tensor x, "
       "Tensor[] weights, Tensor[] biases, str output_activation, str needs) "
       "-> Tensor[]");
@@ -67,6 +78,10 @@ void register_operators(torch::stable::detail::StableLibrary& m) {
   m.impl("_backward_in_cpp", &guarded<&backward<passes>>);
   m.impl("_recompute_backward_in_cpp", &guarded<&recompute_backward<passes>>);
   m.impl("_loss_and_grads_in_cpp", &guarded<&as_list<loss_and_grads<passes>>>);
+  if (passes.backward_vjp) {
+    m.impl("backward_vjp", &guarded<&backward_vjp<passes>>);
+    m.impl("_backward_vjp_in_cpp", &guarded<&backward_vjp<passes>>);
+  }
 }
 
 } // namespace relu_mlp

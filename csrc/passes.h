@@ -5,6 +5,7 @@
 #pragma once
 
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "tensor.h"
@@ -21,6 +22,13 @@ struct ForwardResult {
 struct Saved {
   std::vector<const Tensor*> inputs, weights;
   const Tensor* y;
+};
+
+// The gradients that reach the results of a backward pass: those of x, of every
+// weight and of every bias. A null pointer is 0.
+struct Cotangents {
+  const Tensor* x;
+  std::vector<const Tensor*> weights, biases;
 };
 
 // The gradients of x, of every weight and of every bias, in that order. A
@@ -49,7 +57,18 @@ struct Passes {
       Activation output_activation,
       const Needs& needs);
 
-  // The same from x and the parameters alone: it recomputes the hidden
+  // The vector-Jacobian product of `backward`. `wanted` has a '1' for every
+  // wanted gradient: of grad_output, then of every operand in `saved`, in the
+  // order x, y, the weights, a_1 ... a_{L-1}. Returns those. Null if the device
+  // has no such pass; then the formulas in Python serve it.
+  std::vector<Tensor> (*backward_vjp)(
+      const Tensor& grad_output,
+      const Saved& saved,
+      Activation output_activation,
+      const Cotangents& cotangents,
+      std::string_view wanted);
+
+  // `backward` from x and the parameters alone: it recomputes the hidden
   // activations.
   Gradients (*recompute_backward)(
       const Tensor& grad_output,

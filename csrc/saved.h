@@ -23,6 +23,23 @@ inline void check_operand(
   }
 }
 
+// The checks that do not depend on which operands they are.
+inline void check_saved(
+    const Tensor& grad_output,
+    const std::vector<Tensor>& saved,
+    bool checks_devices) {
+  check_storage(grad_output, "relu_mlp::backward: grad_output");
+  for (std::size_t n = 0; n < saved.size(); ++n) {
+    if (checks_devices && !are_on_same_device(saved[n], grad_output)) {
+      fail(
+          "relu_mlp::backward: saved[", n, "] must be on ",
+          device_name(grad_output), " like grad_output, got ",
+          device_name(saved[n]));
+    }
+    check_storage(saved[n], "relu_mlp::backward: saved[", n, "]");
+  }
+}
+
 // Returns the tensors of `saved` as named operands. Needs says which operands
 // are saved. Their order is x, y, the weights, a_1 ... a_{L-1}. Only
 // autograd.py calls the operator, with the tensors that it saved. The checks
@@ -98,6 +115,62 @@ inline Saved unpack(
       check_operand(*input, grad_output, rows, width, "the input", l);
     }
     features = width;
+  }
+  return result;
+}
+
+// Returns the tensors of `cotangents` by name. `given` has a '1' for every
+// result of the backward pass that has one. `saved` is what `unpack` returned
+// for the same needs. x_holder owns that of x if it had to be reshaped.
+inline Cotangents unpack_cotangents(
+    const std::vector<Tensor>& cotangents,
+    const std::string& given,
+    const Tensor& grad_output,
+    const Saved& saved,
+    const Needs& needs,
+    Tensor& x_holder) {
+  const std::size_t layers = needs.layers();
+  auto is_given = given.begin();
+  std::size_t next = 0;
+  const auto next_if = [&](bool is_result, auto expected) -> const Tensor* {
+    if (!is_result || *is_given++ == '0') {
+      return nullptr;
+    }
+    const Tensor& tensor = cotangents[next];
+    const std::vector<int64_t> sizes = expected();
+    if (tensor.dtype() != grad_output.dtype() ||
+        !std::equal(
+            sizes.begin(), sizes.end(), tensor.sizes(),
+            tensor.sizes() + tensor.dim())) {
+      fail(
+          "relu_mlp::backward_vjp: cotangents[", next, "] must be ",
+          dtype_name(grad_output), " of shape ", shape(sizes), ", got ",
+          dtype_name(tensor), " of shape ", shape(tensor));
+    }
+    check_storage(tensor, "relu_mlp::backward_vjp: cotangents[", next, "]");
+    ++next;
+    return &tensor;
+  };
+  using Sizes = std::vector<int64_t>;
+  const auto width = [&](std::size_t l) { // of the input of layer l, or of y
+    const int64_t last = grad_output.size(grad_output.dim() - 1);
+    return l < layers ? saved.inputs[l]->size(1) : last;
+  };
+
+  Cotangents result{};
+  const Tensor* const x = next_if(needs.x(), [&] {
+    Sizes sizes(grad_output.sizes(), grad_output.sizes() + grad_output.dim());
+    sizes.back() = saved.weights[0]->size(1);
+    return sizes;
+  });
+  result.x = x ? &as_matrix(*x, x_holder) : nullptr;
+  for (std::size_t l = 0; l < layers; ++l) {
+    result.weights.push_back(next_if(
+        needs.weight(l), [&] { return Sizes{width(l + 1), width(l)}; }));
+  }
+  for (std::size_t l = 0; l < layers; ++l) {
+    result.biases.push_back(
+        next_if(needs.bias(l), [&] { return Sizes{width(l + 1)}; }));
   }
   return result;
 }

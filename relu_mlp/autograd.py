@@ -19,10 +19,18 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-from torch import Tensor
+from torch import Tensor, nn
 
-from . import batching, ops, reference, second_order
+from . import batching, interception, ops, reference, second_order
 from ._torch_private import (
+    BACKWARD_HOOKS,
+    BACKWARD_PRE_HOOKS,
+    CALL_IMPL,
+    COMPILED_CALL_IMPL,
+    FORWARD_HOOKS,
+    FORWARD_PRE_HOOKS,
+    MODULES,
+    PARAMETERS,
     FORWARD_AD,
     HAS_LEVELS,
     LEVEL,
@@ -322,7 +330,7 @@ class Gradient(SingleLevelFunction):
         ctx: Any, call: GradientCall, grad_output: Tensor, *saved: Tensor
     ) -> tuple[Tensor, ...]:
         implementation, output_activation, needs = call
-        ctx.remembered = output_activation, needs
+        ctx.remembered = implementation.implementation, output_activation, needs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(grad_output, *saved)
         ctx.save_for_forward(grad_output, *saved)
@@ -331,15 +339,16 @@ class Gradient(SingleLevelFunction):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        output_activation, needs = ctx.remembered
+        implementation, output_activation, needs = ctx.remembered
         grad_output, *saved = ctx.saved_tensors
-        return None, *second_order.backward_vjp(
-            grad_output, saved, output_activation, needs, cotangents
-        )
+        call = grad_output, saved, output_activation, needs, cotangents
+        if implementation is ops.extension:
+            return None, *_backward_vjp(*call, ctx.needs_input_grad[1:])
+        return None, *second_order.backward_vjp(*call)
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
-        output_activation, needs = ctx.remembered
+        _, output_activation, needs = ctx.remembered
         with set_fwd_grad_enabled(True):
             grad_output, *saved = _primals(ctx.saved_tensors)
             return tuple(
@@ -347,6 +356,53 @@ class Gradient(SingleLevelFunction):
                     grad_output, saved, output_activation, needs, tangents[0], tangents[1:]
                 )
             )
+
+
+def _is_recorded(*tensors: Tensor | None) -> bool:
+    """Whether a derivative or a graph of this computation may be taken."""
+    return (
+        _is_grad_enabled()
+        or FORWARD_AD[LEVEL] >= 0
+        or _is_compiling()
+        or peek_interpreter_stack() is not None
+        or not all(tensor is None or type(tensor) in ops.PLAIN for tensor in tensors)
+    )
+
+
+def _backward_vjp(
+    grad_output: Tensor,
+    saved: Sequence[Tensor],
+    output_activation: str,
+    needs: str,
+    cotangents: Sequence[Tensor | None],
+    needs_gradient: Sequence[bool],
+) -> list[Tensor | None]:
+    """`second_order.backward_vjp`; on the CPU by the operator, unless it is recorded itself."""
+    if not grad_output.is_cpu or _is_recorded(grad_output, *saved, *cotangents):
+        return second_order.backward_vjp(grad_output, saved, output_activation, needs, cotangents)
+    present = [cotangent for cotangent in cotangents if cotangent is not None]
+    given = "".join("01"[cotangent is not None] for cotangent in cotangents)
+    reached = [
+        reach if is_needed else second_order.Reach.NOTHING
+        for reach, is_needed in zip(
+            second_order.reach_of(output_activation, needs, given), needs_gradient, strict=True
+        )
+    ]
+    wanted = "".join("01"[reach is second_order.Reach.NUMBERS] for reach in reached)
+    with below_autograd():
+        grads = iter(
+            ops.extension.backward_vjp(
+                grad_output, saved, output_activation, needs, present, given, wanted
+            )
+        )
+    return [
+        next(grads)
+        if reach is second_order.Reach.NUMBERS
+        else second_order.symbolic_zeros_like(tensor)
+        if reach is second_order.Reach.ZEROS
+        else None
+        for reach, tensor in zip(reached, [grad_output, *saved], strict=True)
+    ]
 
 
 #: The arguments of `Gradient` that are not tensors.
@@ -428,7 +484,35 @@ _KERNELS: dict[str, Callable[..., Any]] = {
     "forward": _forward_kernel,
     "backward": _backward_kernel,
 }
-for _name in ops.DIFFERENTIABLE:
-    _library.impl(_name, _KERNELS[_name], "Autograd")
+if ops.node is None:
+    for _name in ops.DIFFERENTIABLE:
+        _library.impl(_name, _KERNELS[_name], "Autograd")
+else:
+    # Its kernels call these where they can't serve a call themselves.
+    ops.node.serve(
+        {
+            **interception.originals(),
+            "linear": nn.Linear,
+            "relu": nn.ReLU,
+            "modules": MODULES,
+            "parameters": PARAMETERS,
+            "weight": "weight",
+            "bias": "bias",
+            "recompute": "recompute",
+            "hooks": (FORWARD_HOOKS, FORWARD_PRE_HOOKS, BACKWARD_HOOKS, BACKWARD_PRE_HOOKS),
+            "overrides": ("forward", CALL_IMPL, COMPILED_CALL_IMPL, "weight", "bias"),
+            "thread": ops.this_thread,
+            "backend": "backend",
+            "automatic": "auto",
+            "extension": "extension",
+            "has_cuda": ops.HAS_CUDA,
+        },
+        {
+            **_KERNELS,
+            "is_extension_in_force": lambda x: implementation_for(x) is ops.extension,
+            "reference_backward": reference.backward,
+            "backward_vjp": _backward_vjp,
+        },
+    )
 for _name in ("relu_mlp", "forward", "backward", "recompute_backward"):
     batching.register_rule(_library, _name, getattr(batching, _name))

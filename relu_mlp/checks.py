@@ -178,6 +178,34 @@ def check_grad_output(operator: str, grad_output: Tensor) -> None:
         )
 
 
+def check_flags(argument: str, flags: str, count: int) -> None:
+    """Raises RuntimeError unless `flags` has a character for each of `count` tensors."""
+    if len(flags) != count or not set(flags) <= {"0", "1"}:
+        raise RuntimeError(
+            f"relu_mlp::backward_vjp: {argument} must be {count} characters '0' or '1', "
+            f"got {flags!r}"
+        )
+
+
+def check_cotangents(
+    cotangents: Iterable[Tensor], shapes: Iterable[tuple[int, ...]], grad_output: Tensor
+) -> None:
+    """Raises RuntimeError unless the cotangents have these shapes."""
+    for n, (tensor, shape) in enumerate(zip(cotangents, shapes, strict=True)):
+        if tuple(tensor.shape) != shape or tensor.dtype != grad_output.dtype:
+            raise RuntimeError(
+                f"relu_mlp::backward_vjp: cotangents[{n}] must be {name_of(grad_output.dtype)} "
+                f"of shape {shape}, "
+                f"got {name_of(tensor.dtype)} of shape {tuple(tensor.shape)}"
+            )
+        if tensor.device != grad_output.device:
+            raise RuntimeError(
+                f"relu_mlp::backward_vjp: cotangents[{n}] must be on {grad_output.device} "
+                f"like grad_output, got {tensor.device}"
+            )
+        check_storage(f"relu_mlp::backward_vjp: cotangents[{n}]", tensor)
+
+
 def check_operands(
     grad_output: Tensor,
     y: Tensor | None,

@@ -16,7 +16,8 @@ import torch
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from . import ops
-from .reference import is_kept
+from .reference import is_kept, unpack
+from .second_order import Reach, by_need, reach_of
 
 Shape = Sequence[int]
 
@@ -52,6 +53,42 @@ def backward(
     weights = saved[first : first + sum(kept[2 : 2 + layers])]
     wanted = out_shape[first_wanted : first_wanted + needs[1 : 1 + layers].count("1")]
     return _products(grad_output, [*weights, *wanted])
+
+
+@register_flop_formula(_operators.backward_vjp)
+def backward_vjp(
+    grad_output: Shape,
+    saved: Sequence[Shape],
+    output_activation: str,
+    needs: str,
+    cotangents: Sequence[Shape],
+    given: str,
+    wanted: str,
+    out_shape: object,
+) -> int:
+    """Counts delta_l W_l, a_{l-1}' W_l^T, a_{l-1} W_l'^T, delta_l^T a_{l-1}' and delta_l W_l' for
+    the layers where something that is wanted depends on it."""
+    _, weights, _ = unpack(saved, output_activation, needs)
+    remaining = iter(cotangents)
+    _, changes, _ = by_need([next(remaining) if flag == "1" else None for flag in given], needs)
+    reached = [reach is Reach.NUMBERS for reach in reach_of(output_activation, needs, given)]
+    _, has_tangent, _ = unpack(reached[1:], output_activation, needs)
+    computed = [is_reached and flag == "1" for is_reached, flag in zip(reached, wanted, strict=True)]
+    of_y, of_weights, of_inputs = unpack(computed[1:], output_activation, needs)
+    layers = range(len(weights))
+    with_delta = [layer for layer in layers if of_weights[layer] or of_inputs[layer]]
+    lowest_delta = min(with_delta, default=len(weights))
+    is_whole = computed[0] or of_y  # the tangents go up to z_L
+    highest = len(weights) if is_whole else max((n for n in layers if of_weights[n]), default=0)
+    products: list[Shape] = []
+    for layer in layers:
+        weight, change = weights[layer], changes[layer]
+        products += [weight] * (layer > lowest_delta)
+        products += [weight] * bool(has_tangent[layer] and layer < highest)
+        products += [change] * (change is not None and layer < highest)
+        products += [weight] * bool(of_weights[layer])
+        products += [change] * bool(of_inputs[layer])
+    return _products(grad_output, products)
 
 
 @register_flop_formula(_operators.recompute_backward)

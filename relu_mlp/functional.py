@@ -36,6 +36,7 @@ from .ops import (
     PLAIN,
     carries_tangent,
     implementation_for,
+    node,
     stand_ins,
     this_thread,
 )
@@ -245,6 +246,10 @@ def call_operators(
         if leaves_python() or implementation_for(x) is reference:
             return native(x, weights, biases, activation)
         return torch.ops.relu_mlp.relu_mlp(x, weights, biases, activation)
+    if node is not None:
+        output = node.relu_mlp(x, weights, biases, activation, recompute)
+        if output is not NotImplemented:
+            return output
     implementation = implementation_for(x)
     if FORWARD_AD[LEVEL] >= 0 or are_functorch_transforms_active():
         # Through the dispatcher, which runs one level after the other.

@@ -28,6 +28,8 @@ class BuildInfo:
     runs_on_cuda: str  #: the same for CUDA tensors
     library: str | None  #: the path of the compiled library, if it is loaded
     problem: str | None  #: the reason why it is not loaded, and the remedy
+    node: str | None  #: the path of the native autograd node, if it is loaded
+    node_problem: str | None  #: the reason why it is not loaded, and the remedy
     compiler: str | None  #: the compiler that built the library
     oldest_torch: str | None  #: the oldest PyTorch on which the library loads
     #: the instruction sets for which the package's own kernels were compiled, lowest first
@@ -43,6 +45,8 @@ class BuildInfo:
         lines = []
         if self.problem is not None:
             lines.append(f"The extension is missing: {self.problem}")
+        elif self.node_problem is not None:
+            lines.append(f"The native autograd node is not loaded: {self.node_problem}")
         if self.runs_on_cpu != "extension" and self.library is not None:
             lines.append(
                 "The extension is there, but the backend in force is "
@@ -108,6 +112,8 @@ def build_info() -> BuildInfo:
         runs_on_cuda="extension" if ops.HAS_CUDA and name != "reference" else without_kernels,
         library=str(ops.LIBRARY_PATH) if has_library else None,
         problem=None if has_library else f"{ops.LIBRARY_PROBLEM}. {ops.REMEDY}",
+        node=None if ops.node is None else ops.node.__file__,
+        node_problem=ops.NODE_PROBLEM,
         compiler=built.get("compiler"),
         oldest_torch=built.get("oldest_torch"),
         instruction_sets=compiled,

@@ -7,6 +7,7 @@ that would see their calls. For users this is in docs/compatibility.md, "Under m
 
 from __future__ import annotations
 
+import functools
 from operator import attrgetter
 from types import BuiltinFunctionType
 from typing import Any
@@ -30,7 +31,7 @@ from ._torch_private import (
     len_dispatch_modes,
     len_function_modes,
 )
-from .activations import FUNCTIONS, OUTPUT_ACTIVATIONS
+from .activations import DEFAULTS, FUNCTIONS, OUTPUT_ACTIVATIONS
 
 # -- Modes -------------------------------------------------------------------------------------
 
@@ -102,6 +103,21 @@ def _layers() -> tuple[Any, ...]:
         len(_LINEAR),
         len(_RELU),
     )
+
+
+#: Where `_layers` finds its functions.
+_OWNERS: tuple[tuple[Any, str], ...] = (
+    (Sequential, "forward"),
+    (Module, "__call__"),
+    (Module, CALL_IMPL),
+    (Module, "__getattr__"),
+    (Linear, "forward"),
+    (ReLU, "forward"),
+    (F, "linear"),
+    (F, "relu"),
+    (torch, "relu"),
+    (torch, "relu_"),
+)
 
 
 def _output_activation(kind: type[Module]) -> tuple[Any, ...]:
@@ -181,4 +197,43 @@ def _is_replaced(code: tuple[Any, ...], known: tuple[Any, ...]) -> bool:
     return len(code) != len(known) or any(
         item is not original and _home_of(item) != wrapper
         for item, original in zip(code, known, strict=True)
+    )
+
+
+# -- The same for the native node ----------------------------------------------------------------
+
+
+def originals() -> dict[str, Any]:
+    """What csrc/autograd/children.cpp compares in every call: entries of its struct `Known`."""
+    layers = _LAYERS[:-3] or tuple(object() for _ in _OWNERS)
+    return {
+        "iter": "__iter__",
+        "iterate": iterate,
+        "are_layers_replaced": are_layers_replaced,
+        "global_hooks": (
+            GLOBAL_FORWARD_HOOKS,
+            GLOBAL_FORWARD_PRE_HOOKS,
+            GLOBAL_BACKWARD_HOOKS,
+            GLOBAL_BACKWARD_PRE_HOOKS,
+        ),
+        "layers": (
+            tuple((*owner, item) for owner, item in zip(_OWNERS, layers, strict=True)),
+            (Module, Linear, ReLU),
+        ),
+        "output_activations": tuple(
+            (kind, OUTPUT_ACTIVATIONS[kind], (_attributes_of(kind), (Module, kind)))
+            for kind in _OUTPUT_ACTIVATIONS
+            if kind not in DEFAULTS
+        ),
+    }
+
+
+def _attributes_of(kind: type[Module]) -> tuple[tuple[Any, str, Any], ...]:
+    """What `_output_activation` reads, as (owner, name, value)."""
+    owners: list[tuple[Any, str]] = [(kind, "forward"), (Module, "__call__"), (Module, CALL_IMPL)]
+    for path in FUNCTIONS.values():
+        *parents, name = path.split(".")
+        owners.append((functools.reduce(getattr, parents, torch), name))
+    return tuple(
+        (*owner, item) for owner, item in zip(owners, _OUTPUT_ACTIVATIONS[kind], strict=True)
     )

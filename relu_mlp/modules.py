@@ -25,7 +25,7 @@ from ._torch_private import (
 from .activations import DEFAULTS, OUTPUT_ACTIVATIONS, OutputActivation
 from .functional import call_operators, is_served, leaves_python
 from .interception import are_layers_replaced
-from .ops import backend, extension, implementation_for, this_thread
+from .ops import backend, extension, implementation_for, node, this_thread
 from .run import Run, find_run, has_defaults, network_of
 from .scripting import Scriptable
 
@@ -155,6 +155,10 @@ class ReluMLP(Scriptable):
                 result = self._traced_forward(input)
                 if result is not None:
                     return result
+            elif node is not None:
+                output = node.call_module(self, input)
+                if output is not NotImplemented:
+                    return output
             if is_served(input) and type(self).__iter__ is _iterate:
                 network = network_of(self)
                 if network is not None and not are_layers_replaced():

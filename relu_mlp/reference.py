@@ -17,7 +17,7 @@ and its backward pass carries delta_l = d loss / d z_l downwards:
 phi' is written in terms of y, so no z is kept. The mask of the ReLU selects
 and does not multiply: an infinite gradient at a unit that is off gives 0.
 
-The functions `relu_mlp`, `forward`, `backward`, `recompute_backward` and
+The functions `relu_mlp`, `forward`, `backward`, `backward_vjp`, `recompute_backward` and
 `loss_and_grads` have the signatures of the operators of those names and can replace
 them. `jvp` is the same derivative in forward mode, and `jacobian` is the derivative of
 all outputs at once. The second derivative is in second_order.py. All functions consist of
@@ -230,6 +230,63 @@ def backward(
     if needs_x == "1":
         grads.insert(0, delta.reshape(*grad_output.shape[:-1], delta.shape[1]))
     return grads
+
+
+def backward_vjp(
+    grad_output: Tensor,
+    saved: Sequence[Tensor],
+    output_activation: str,
+    needs: str,
+    cotangents: Sequence[Tensor],
+    given: str,
+    wanted: str,
+) -> list[Tensor]:
+    """The vector-Jacobian product of `backward`. second_order.py has the formulas.
+
+    Args:
+        grad_output, saved, output_activation, needs: as in `backward`.
+        cotangents: gradients that reach the results of `backward`, those that are not 0.
+        given: ``"1"`` for each result of `backward` that has one, and ``"0"`` for the others.
+        wanted: ``"1"`` where the gradient at grad_output, at each of `saved`, is wanted, and
+            ``"0"`` elsewhere.
+
+    Returns:
+        The wanted gradients, in the order of `wanted`, and no others.
+    """
+    from . import second_order  # which imports this file
+
+    checks.check_needs("backward_vjp", needs)
+    checks.check_grad_output("backward_vjp", grad_output)
+    checks.check_flags("given", given, needs.count("1"))
+    checks.check_flags("wanted", wanted, 1 + len(saved))
+    if len(cotangents) != given.count("1"):
+        raise RuntimeError(
+            f"relu_mlp::backward_vjp: given {given!r} asks for {given.count('1')} "
+            f"tensors in cotangents, got {len(cotangents)}"
+        )
+    checks.check_saved(saved, grad_output)
+    checks.check_name("output_activation", output_activation, ACTIVATIONS)
+    y, weights, (x, *hidden) = unpack(saved, output_activation, needs)
+    y, x = (None if t is None else as_matrix(t) for t in (y, x))
+    checks.check_operands(as_matrix(grad_output), y, weights, [x, *hidden])
+    widths = [None if a is None else a.shape[1] for a in (x, *hidden)] + [grad_output.shape[-1]]
+    shapes = [
+        (*grad_output.shape[:-1], None if weights[0] is None else weights[0].shape[1]),
+        *[(width, below) for below, width in itertools.pairwise(widths)],
+        *[(width,) for width in widths[1:]],
+    ]  # of the gradients of x, every weight and every bias, where they are needed
+    shapes = list(itertools.compress(shapes, map(int, needs)))
+    checks.check_cotangents(cotangents, itertools.compress(shapes, map(int, given)), grad_output)
+    grads: list[Tensor | None] = [None] * (1 + len(saved))
+    if cotangents:
+        remaining = iter(cotangents)
+        of_results = [next(remaining) if flag == "1" else None for flag in given]
+        grads = second_order.backward_vjp(grad_output, saved, output_activation, needs, of_results)
+    return [
+        tensor.new_zeros(tensor.shape) if grad is None else grad.contiguous()
+        for grad, tensor, flag in zip(grads, [grad_output, *saved], wanted, strict=True)
+        if flag == "1"
+    ]
 
 
 def recompute_backward(

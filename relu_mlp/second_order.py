@@ -26,8 +26,10 @@ Everything consists of differentiable operations, so third derivatives exist.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Sequence
+from enum import Enum
 from typing import Any
 
 import torch
@@ -66,6 +68,43 @@ def is_symbolic_zero(tensor: Tensor) -> bool:
     )
 
 
+class Reach(Enum):
+    """What `backward_vjp` returns as a gradient."""
+
+    NOTHING = 0  #: None: nothing reaches the tensor
+    ZEROS = 1  #: symbolic zeros, because only a mask reads it
+    NUMBERS = 2
+
+
+@functools.lru_cache(maxsize=1024)
+def reach_of(output_activation: str, needs: str, given: str) -> list[Reach]:
+    """What `backward_vjp` returns at grad_output and at each of `saved`.
+
+    Args:
+        output_activation, needs: as in `backward_vjp`.
+        given: ``"1"`` for each cotangent that is not None, and ``"0"`` for the others.
+    """
+    layers, lowest = len(needs) // 2, lowest_layer(needs)
+    x, weights, biases = by_need([flag == "1" for flag in given], needs)
+    has_tangent = [bool(x)]
+    for pair in zip(weights, biases, strict=True):
+        has_tangent.append(has_tangent[-1] or any(pair))
+    of_grad_output = of_y = Reach.NUMBERS if has_tangent[layers] else Reach.NOTHING
+    if has_tangent[layers] and output_activation not in CURVATURES:
+        of_y = Reach.ZEROS
+    of_weights = [Reach.NUMBERS if reached else Reach.NOTHING for reached in has_tangent[:-1]]
+    of_inputs = [
+        Reach.NUMBERS
+        if weights[layer]
+        else Reach.ZEROS
+        if layer > lowest and has_tangent[layer]
+        else Reach.NOTHING
+        for layer in range(layers)
+    ]
+    of_kept = [of_inputs[0], of_y, *of_weights, *of_inputs[1:]]
+    return [of_grad_output, *itertools.compress(of_kept, is_kept(output_activation, needs))]
+
+
 def backward_vjp(
     grad_output: Tensor,
     saved: Sequence[Tensor],
@@ -84,7 +123,7 @@ def backward_vjp(
         The gradients at grad_output and at each of `saved`; None is 0.
     """
     layers, lowest = len(needs) // 2, lowest_layer(needs)
-    x_tangent, weight_tangents, bias_tangents = _by_need(cotangents, needs)
+    x_tangent, weight_tangents, bias_tangents = by_need(cotangents, needs)
     y, weights, inputs = unpack(saved, output_activation, needs)
     if x_tangent is not None:
         x_tangent = as_matrix(x_tangent)
@@ -194,9 +233,7 @@ def propagate_deltas(
     return [None] * lowest + deltas[::-1]
 
 
-def _by_need(
-    items: Iterable[Tensor | None], needs: str
-) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+def by_need(items: Iterable[Any], needs: str) -> tuple[Any, list[Any], list[Any]]:
     """The items for x, every weight and every bias; None where no gradient was wanted."""
     remaining = iter(items)
     x, *rest = [next(remaining) if need == "1" else None for need in needs]

@@ -16,6 +16,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -54,14 +55,15 @@ def files() -> list[str]:
 
 def flags_of(name: str) -> list[str]:
     flags = [*flags_of_setup(), "-fvisibility=hidden"]
-    if name.startswith("examples/"):  # a program for the whole of LibTorch
+    if name.startswith(("csrc/autograd/", "examples/")):  # for the whole of LibTorch
         flags = [flag for flag in flags if not flag.startswith("-DTORCH_TARGET_VERSION")]
     if name.startswith("tests/sanitize/"):
         flags += [f"-I{ROOT}/tests/sanitize/include"]
     if name.startswith(("csrc/cuda/", "tests/cuda_on_host/")):
         flags += ["-DRELU_MLP_CUDA_ON_HOST", f"-I{ROOT}", f"-I{ROOT}/tests/cuda_on_host"]
-    # Warnings in PyTorch's headers are suppressed.
-    return [*flags, *(f"-isystem{path}" for path in cpp_extension.include_paths())]
+    # Warnings in the headers of PyTorch and Python are suppressed.
+    folders = [*cpp_extension.include_paths(), sysconfig.get_path("include")]
+    return [*flags, *(f"-isystem{path}" for path in folders)]
 
 
 def complaint(compiler: str, name: str) -> str | None:

@@ -28,10 +28,11 @@ class Bf16Layers {
   using Sum = S;
   static constexpr bool takes_any_strides = false;
 
+  template <typename ProductNeeds>
   Bf16Layers(
       const Network<BFloat16>& network,
       const Plan& plan,
-      PassNeeds needs)
+      const ProductNeeds& needs)
       : kernels_(*chosen_instruction_set().bf16),
         sharing_(plan),
         layers_(network.layers),
@@ -41,10 +42,10 @@ class Bf16Layers {
     biases_.reserve(layers_.size());
     for (std::size_t l = 0; l < layers_.size(); ++l) {
       const auto& [weight, bias] = layers_[l];
-      if (needs.forward && packing_[l].forward == Pack::once) {
+      if (needs.forward(l) && packing_[l].forward == Pack::once) {
         packed_[l].transposed = pack(bits(weight).transposed());
       }
-      if (needs.forward && bias) {
+      if (needs.forward(l) && bias) {
         float* const to = biases_.emplace_back(weight.rows).get();
         widen(to, bias, weight.rows);
         packed_[l].bias = to;

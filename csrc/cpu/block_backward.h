@@ -135,7 +135,8 @@ class BlockBackward {
     return as_const(delta);
   }
 
-  // delta_l W_l, masked by the layer's input a unless that is x.
+  // delta_l W_l, with what else reaches the layer's input a added, masked by a
+  // unless that is x.
   Matrix<const C> grad_input(
       std::size_t l,
       int64_t row,
@@ -149,7 +150,13 @@ class BlockBackward {
       data = grad_x ? grad_x : spare;
     }
     const Matrix<C> out = contiguous(data, delta.rows, width);
-    layers_.grad_input(l, out, delta, l > 0 ? a : Matrix<const C>{});
+    if (l > 0 && !pass_.grad_hidden.empty() && pass_.grad_hidden[l - 1].data) {
+      layers_.grad_input(l, out, delta, {});
+      add(out, rows_of(pass_.grad_hidden[l - 1], row, out.rows));
+      mask(out, a);
+    } else {
+      layers_.grad_input(l, out, delta, l > 0 ? a : Matrix<const C>{});
+    }
     if constexpr (rounds) {
       if (grad_x) {
         round_to(grad_x, data, out.rows * out.cols);

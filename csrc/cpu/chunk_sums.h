@@ -18,11 +18,15 @@ namespace relu_mlp::cpu {
 template <typename T, typename Sum>
 class ChunkSums {
  public:
+  // The pointers say where the results go, for every layer. A null pointer
+  // means that a sum is not needed.
   ChunkSums(
       const Network<T>& network,
       const Plan& plan,
-      const BackwardPass<T>& pass)
-      : pass_(pass),
+      const std::vector<T*>& grad_weights,
+      const std::vector<T*>& grad_biases)
+      : grad_weights_(grad_weights),
+        grad_biases_(grad_biases),
         layers_(network.layers.size()),
         chunks_(plan.chunks),
         elements_per_task_(plan.tuning->elements_per_task),
@@ -32,8 +36,8 @@ class ChunkSums {
     for (std::size_t l = 0; l < layers_; ++l) {
       const int64_t out = network.width(l + 1), in = network.width(l);
       weight_at_[l + 1] =
-          weight_at_[l] + (pass.needs.weight(l) && !in_place_ ? out * in : 0);
-      bias_at_[l + 1] = bias_at_[l] + (pass.needs.bias(l) ? out : 0);
+          weight_at_[l] + (grad_weights[l] && !in_place_ ? out * in : 0);
+      bias_at_[l + 1] = bias_at_[l] + (grad_biases[l] ? out : 0);
     }
     weights_ = Buffer<Sum>(chunks_ * weight_count());
     biases_.resize(chunks_ * bias_count());
@@ -46,7 +50,7 @@ class ChunkSums {
     for (std::size_t l = 0; l < layers_; ++l) {
       sums[l] = weights_.get() + c * weight_count() + weight_at_[l];
       if constexpr (std::is_same_v<T, Sum>) {
-        sums[l] = in_place_ ? pass_.grad_weights[l] : sums[l];
+        sums[l] = in_place_ ? grad_weights_[l] : sums[l];
       }
     }
     return sums;
@@ -63,14 +67,14 @@ class ChunkSums {
   // Adds up the chunks and writes the results of the pass.
   void write_results() {
     for (std::size_t l = 0; l < layers_; ++l) {
-      if (pass_.needs.weight(l) && !in_place_) {
+      if (grad_weights_[l] && !in_place_) {
         add_chunks(
-            pass_.grad_weights[l], weights_.get() + weight_at_[l],
+            grad_weights_[l], weights_.get() + weight_at_[l],
             weight_at_[l + 1] - weight_at_[l], weight_count());
       }
-      if (pass_.needs.bias(l)) {
+      if (grad_biases_[l]) {
         add_chunks(
-            pass_.grad_biases[l], biases_.data() + bias_at_[l],
+            grad_biases_[l], biases_.data() + bias_at_[l],
             bias_at_[l + 1] - bias_at_[l], bias_count());
       }
     }
@@ -106,7 +110,7 @@ class ChunkSums {
         });
   }
 
-  const BackwardPass<T>& pass_;
+  const std::vector<T*>&grad_weights_, &grad_biases_;
   const std::size_t layers_;
   const int64_t chunks_, elements_per_task_;
   const bool in_place_;

@@ -14,9 +14,13 @@ namespace relu_mlp::cpu {
 // Which products a pass needs: the products of its forward pass, and the
 // products that propagate delta.
 struct PassNeeds {
-  bool forward;
+  bool computes_forward;
   const Needs* gradients; // null if the pass computes no gradients
 
+  // Whether layer l is computed.
+  bool forward(std::size_t) const {
+    return computes_forward;
+  }
   // Whether delta is propagated to the input of layer l.
   bool grad_input(std::size_t l) const {
     return gradients && l >= gradients->lowest_layer() &&
@@ -26,6 +30,8 @@ struct PassNeeds {
 
 // L does the products of a network whose parameters have type T. An object
 // serves one call. Its constructor packs the operands that the plan packs once.
+// It takes PassNeeds, or another class with these two member functions. It does
+// not read a layer for which both are false.
 //
 //   L::Element   the type of a block's activations a and deltas
 //   L::Sum       the type that weight gradients are summed in
@@ -47,8 +53,8 @@ struct PassNeeds {
 //       how many elements of scratch grad_weight needs for a block of `rows`
 //       rows of a network whose largest width is `widest`
 //
-// z, out and sum are contiguous, or have contiguous rows. A forward pass calls
-// `forward` alone; PassNeeds says what a pass will call.
+// z, out and sum are contiguous, or have contiguous rows. `forward` and
+// `grad_input` are called for the layers that PassNeeds named.
 template <typename L, typename T>
 concept Layers =
     std::constructible_from<L, const Network<T>&, const Plan&, PassNeeds> &&

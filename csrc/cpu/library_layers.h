@@ -27,7 +27,8 @@ class LibraryLayers {
   using Sum = T;
   static constexpr bool takes_any_strides = true;
 
-  LibraryLayers(const Network<T>& network, const Plan& plan, PassNeeds)
+  template <typename ProductNeeds>
+  LibraryLayers(const Network<T>& network, const Plan& plan, ProductNeeds)
       : layers_(network.layers), grain_(plan.tuning->elements_per_task) {}
 
   // In a 16-bit format the library adds the bias, before it rounds.

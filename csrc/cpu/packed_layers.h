@@ -22,14 +22,18 @@ class PackedLayers {
   using Sum = compute_t<T>;
   static constexpr bool takes_any_strides = true;
 
-  PackedLayers(const Network<T>& network, const Plan& plan, PassNeeds needs)
+  template <typename ProductNeeds>
+  PackedLayers(
+      const Network<T>& network,
+      const Plan& plan,
+      const ProductNeeds& needs)
       : products_(chosen_kernels<T>(), plan),
         packing_(plan.packing),
         layers_(network.layers.size()) {
     constexpr std::size_t most_of_layer = 4;
     memory_.reserve(most_of_layer * layers_.size());
     for (std::size_t l = 0; l < layers_.size(); ++l) {
-      if (needs.forward || needs.grad_input(l)) {
+      if (needs.forward(l) || needs.grad_input(l)) {
         prepare(l, network.layers[l], needs);
       }
     }
@@ -111,16 +115,20 @@ class PackedLayers {
     return memory_.emplace_back(count).get();
   }
 
-  void prepare(std::size_t l, const Layer<T>& given, const PassNeeds& needs) {
+  template <typename ProductNeeds>
+  void prepare(
+      std::size_t l,
+      const Layer<T>& given,
+      const ProductNeeds& needs) {
     PreparedLayer& layer = layers_[l];
     const int64_t out = given.weight.rows, in = given.weight.cols;
     layer.weight = widened(given.weight, memory(widened_size<T>(out * in)));
-    if (needs.forward && given.bias) {
+    if (needs.forward(l) && given.bias) {
       layer.bias =
           widened(contiguous(given.bias, 1, out), memory(widened_size<T>(out)))
               .data;
     }
-    if (needs.forward && packing_[l].forward == Pack::once) {
+    if (needs.forward(l) && packing_[l].forward == Pack::once) {
       layer.transposed = products_.pack(
           layer.weight.transposed(), memory(products_.packed_size(in, out)));
     }

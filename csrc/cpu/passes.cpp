@@ -3,6 +3,7 @@
 #include "passes.h"
 
 #include "../device_passes.h"
+#include "../direct.h"
 #include "bf16_layers.h"
 #include "call.h"
 #include "huge_pages.h"
@@ -85,8 +86,16 @@ void run_backward(const Network<T>& network, const BackwardPass<T>& pass) {
 }
 
 template <typename T>
+void run_vjp(const Network<T>& network, const VjpPass<T>& pass) {
+  with_layers(network, [&]<typename L>(const Plan& plan) {
+    walk_vjp<L>(network, plan, pass);
+  });
+}
+
+template <typename T>
 class CpuDevice {
  public:
+  static constexpr bool has_vjp = true;
   static constexpr bool needs_contiguous = false;
   static constexpr int64_t unknown_width = 0;
   static constexpr Activate<T> activate = cpu::activate<T>;
@@ -106,6 +115,9 @@ class CpuDevice {
   void backward(const Network<T>& network, const BackwardPass<T>& pass) const {
     run_backward(network, pass);
   }
+  void vjp(const Network<T>& network, const VjpPass<T>& pass) const {
+    run_vjp(network, pass);
+  }
 
  private:
   const Tensor& like_;
@@ -115,4 +127,20 @@ class CpuDevice {
 
 constinit const Passes passes = passes_of<CpuDevice>(/*checks_devices=*/false);
 
+namespace {
+
+template <typename T>
+constexpr DirectPasses<T> direct_passes{
+    activate<T>, run_forward<T>, run_backward<T>, run_vjp<T>};
+
+constexpr Direct direct{direct_layout,           prefer_huge_pages,
+                        direct_passes<float>,    direct_passes<double>,
+                        direct_passes<BFloat16>, direct_passes<Half>};
+
+} // namespace
 } // namespace relu_mlp::cpu
+
+extern "C" __attribute__((visibility("default"))) const relu_mlp::Direct*
+relu_mlp_direct() {
+  return &relu_mlp::cpu::direct;
+}

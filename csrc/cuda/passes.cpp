@@ -67,6 +67,7 @@ FusedNetwork<T> fused_network(const Network<T>& network, std::size_t first) {
 template <typename T>
 class CudaDevice {
  public:
+  static constexpr bool has_vjp = false;
   static constexpr bool needs_contiguous = true;
   static constexpr int64_t unknown_width = 1; // fused kernels reject width 0
   static constexpr Activate<T> activate = nullptr;

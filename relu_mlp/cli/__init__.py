@@ -21,6 +21,7 @@ from .terminal import forgiving
 #: The module of each command, in the order in which `relu-mlp --help` lists them.
 COMMANDS = {
     "info": ".info",
+    "build": ".build",
     "check": ".check",
     "train": ".train",
     "predict": ".predict",

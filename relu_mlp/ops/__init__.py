@@ -7,6 +7,8 @@
     fallback.py    the reference as kernels, where the library has none
     guards.py      operators without a derivative raise when they would be differentiated
     cpp_graphs.py  the operators in graphs that Inductor writes in C++
+    node_build.py  naming and building the native autograd node
+    native_node.py loading it
 
 The kernels for autograd, vmap and autocast are in autograd.py, batching.py and autocast.py.
 """
@@ -35,6 +37,7 @@ from .library import (
     library_info,
     this_thread,
 )
+from .native_node import NODE_PROBLEM, node
 
 __all__ = [
     "BACKENDS",
@@ -42,6 +45,7 @@ __all__ = [
     "HAS_CUDA",
     "LIBRARY_PATH",
     "LIBRARY_PROBLEM",
+    "NODE_PROBLEM",
     "NO_TENSOR",
     "OPERATORS",
     "PLAIN",
@@ -56,6 +60,7 @@ __all__ = [
     "is_differentiated",
     "kernels_of",
     "library_info",
+    "node",
     "raising_out_of_memory",
     "stand_ins",
     "this_thread",

@@ -27,6 +27,8 @@ class Implementation(Protocol):
     @property
     def backward(self) -> Callable[..., list[Tensor]]: ...
     @property
+    def backward_vjp(self) -> Callable[..., list[Tensor]]: ...
+    @property
     def recompute_backward(self) -> Callable[..., list[Tensor]]: ...
     @property
     def loss_and_grads(self) -> Callable[..., tuple[Tensor, list[Tensor]]]: ...
@@ -66,6 +68,7 @@ class Extension:
     relu_mlp = _call_of("relu_mlp")
     forward = _call_of("forward")
     backward = _call_of("backward")
+    backward_vjp = _call_of("backward_vjp")
     recompute_backward = _call_of("recompute_backward")
     loss_and_grads = _call_of("loss_and_grads")
 

@@ -48,6 +48,7 @@ for _name, _kernel, _fake in (
     ("relu_mlp", reference.relu_mlp, fake.relu_mlp),
     ("forward", _as_list(reference.forward), _as_list(fake.forward)),
     ("backward", reference.backward, fake.backward),
+    ("backward_vjp", reference.backward_vjp, fake.backward_vjp),
     ("recompute_backward", reference.recompute_backward, fake.recompute_backward),
     ("loss_and_grads", _as_list(reference.loss_and_grads), _as_list(fake.loss_and_grads)),
 ):

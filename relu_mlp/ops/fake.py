@@ -52,6 +52,24 @@ def backward(
     ]
 
 
+@torch.library.register_fake("relu_mlp::backward_vjp", lib=_library)
+def backward_vjp(
+    grad_output: Tensor,
+    saved: Sequence[Tensor],
+    output_activation: str,
+    needs: str,
+    cotangents: Sequence[Tensor],
+    given: str,
+    wanted: str,
+) -> list[Tensor]:
+    return [
+        grad.new_empty(grad.shape)
+        for grad in reference.backward_vjp(
+            grad_output, saved, output_activation, needs, cotangents, given, wanted
+        )
+    ]
+
+
 @torch.library.register_fake("relu_mlp::recompute_backward", lib=_library)
 def recompute_backward(
     grad_output: Tensor,

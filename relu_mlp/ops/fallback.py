@@ -19,7 +19,7 @@ for _name, _kernel in _OPERATORS.items():
 
 # torch.autograd.grad(is_grads_batched=True) has a vmap of its own, older than torch.func's.
 # It takes no batching rules in Python, but it has rules for PyTorch's operations.
-for _name in ("relu_mlp", "forward", "backward", "recompute_backward"):
+for _name in ("relu_mlp", "forward", "backward", "backward_vjp", "recompute_backward"):
     register(_library, _name, _OPERATORS[_name], "Batched")
 
 # Without the library, there is nothing to describe.

@@ -23,6 +23,7 @@ from .._torch_private import (
 from .arguments import PLAIN, is_differentiated
 from .backend import original_call
 from .library import DIFFERENTIABLE, OPERATORS, kernels_of
+from .native_node import node
 
 _library = kernels_of(__name__)
 
@@ -80,7 +81,10 @@ def _bypass_autograd_when_idle(name: str) -> None:
         with below_autograd() if is_idle else _nothing:
             return call(*arguments, **named)
 
-    replace_call(operator, below_autograd_if_idle)
+    call_operator: Callable[..., Any] = below_autograd_if_idle
+    if node is not None:  # it computes what is plain, without this function and the dispatcher
+        call_operator = node.operator(name, below_autograd_if_idle)
+    replace_call(operator, call_operator)
 
 
 if HAS_BELOW_AUTOGRAD:

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -28,6 +29,8 @@ SCHEMAS = (
     "forward(Tensor x, Tensor[] weights, Tensor[] biases, "
     "str output_activation, bool save_hidden) -> (Tensor, Tensor[])",
     "backward(Tensor grad_output, Tensor[] saved, str output_activation, str needs) -> Tensor[]",
+    "backward_vjp(Tensor grad_output, Tensor[] saved, str output_activation, str needs, "
+    "Tensor[] cotangents, str given, str wanted) -> Tensor[]",
     "recompute_backward(Tensor grad_output, Tensor x, Tensor[] weights, Tensor[] biases, "
     "str output_activation, str needs) -> Tensor[]",
     "loss_and_grads(Tensor x, Tensor target, Tensor[] weights, "
@@ -38,6 +41,8 @@ SCHEMAS = (
     "str output_activation, bool save_hidden) -> Tensor[]",
     "_backward_in_cpp(Tensor grad_output, Tensor[] saved, "
     "str output_activation, str needs) -> Tensor[]",
+    "_backward_vjp_in_cpp(Tensor grad_output, Tensor[] saved, str output_activation, "
+    "str needs, Tensor[] cotangents, str given, str wanted) -> Tensor[]",
     "_recompute_backward_in_cpp(Tensor grad_output, Tensor x, Tensor[] weights, "
     "Tensor[] biases, str output_activation, str needs) -> Tensor[]",
     "_loss_and_grads_in_cpp(Tensor x, Tensor target, Tensor[] weights, "
@@ -167,6 +172,8 @@ class _Process:
         self.kernels: dict[str, torch.library.Library] = {}
         #: The function that PyTorch calls for an operator, before guards.py replaces it.
         self.calls: dict[str, Callable[..., Any]] = {}
+        #: The native autograd node, once it is loaded.
+        self.node: ModuleType | None = None
 
 
 def _process() -> _Process:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import setuptools
+import torch
 
 from relu_mlp import ops
 
@@ -24,7 +25,7 @@ def script(monkeypatch):
     """The functions of setup.py, which is told to build, but does not."""
     monkeypatch.setattr(setuptools, "setup", lambda **_: None)
     monkeypatch.setattr(sys, "argv", ["setup.py", "build_ext"])
-    for name in (*FLAGS, "RELU_MLP_EXTENSION"):
+    for name in (*FLAGS, "RELU_MLP_EXTENSION", "RELU_MLP_NODE"):
         monkeypatch.setenv(name, "")  # restores what the script changes
         monkeypatch.delenv(name)
     monkeypatch.setenv("FORCE_CUDA", "0")
@@ -102,6 +103,90 @@ def test_works_without_a_path(script, monkeypatch):
     if shutil.which("c++") is None:
         pytest.skip("no compiler where the system has its commands")
     assert script["extension_arguments"]()["ext_modules"]
+
+
+# -- The native autograd node ----------------------------------------------------
+
+
+def test_the_flags_of_the_node_are_those_of_the_extension(script):
+    """It uses all of LibTorch, and so it has to leave out the version of the stable ABI."""
+    if script["find_compiler"]() is None:
+        pytest.skip("without a compiler nothing is built")
+    (extension,) = script["extension_arguments"]()["ext_modules"]
+    (node,) = script["node_arguments"]()["ext_modules"]
+    extension_flags, node_flags = (e.extra_compile_args["cxx"] for e in (extension, node))
+    assert set(extension_flags) - set(node_flags) == {"-DTORCH_TARGET_VERSION=0x020b000000000000"}
+    assert "-fvisibility=hidden" in node_flags and set(script["SAFE"]) <= set(node_flags)
+    assert set(extension.sources).isdisjoint(node.sources)
+
+
+needs_package = pytest.mark.skipif(
+    not (ROOT / "relu_mlp").exists(), reason="setup.py runs a file of the package"
+)
+
+
+@pytest.fixture
+def no_luck(tmp_path, monkeypatch):
+    """A compiler that says its version and compiles nothing."""
+    says = "case $1 in -v | --version | -dump*) echo 12.2.0; exit 0;; esac"
+    (tmp_path / "c++").write_text(f"#!/bin/sh\n{says}\necho 'fatal error: no luck'\nexit 1\n")
+    (tmp_path / "c++").chmod(0o755)
+    monkeypatch.setenv("CXX", str(tmp_path / "c++"))
+
+
+@needs_package
+@pytest.mark.slow
+def test_a_failure_costs_only_the_node(script, no_luck, tmp_path, capsys):
+    script["build_node"](tmp_path / "package")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        "relu_mlp: the native autograd node can't be built: fatal error: no luck; "
+        "the package works without it"
+    )
+
+
+@needs_package
+@pytest.mark.slow
+def test_a_failure_stops_the_build_if_the_node_is_required(
+    script, no_luck, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setenv("RELU_MLP_NODE", "1")
+    with pytest.raises(SystemExit, match=r"RELU_MLP_NODE=1, but .* the output above says why"):
+        script["build_node"](tmp_path / "package")
+    assert "fatal error: no luck" in "".join(capfd.readouterr())
+
+
+def test_stops_without_a_compiler_if_the_node_is_required(script, commands, monkeypatch):
+    monkeypatch.setenv("RELU_MLP_NODE", "1")
+    with pytest.raises(SystemExit, match="RELU_MLP_NODE=1, but no C\\+\\+ compiler found"):
+        script["extension_arguments"]()
+
+
+def test_a_wrong_value_stops_the_build(script, monkeypatch):
+    monkeypatch.setenv("RELU_MLP_NODE", "yes")
+    with pytest.raises(SystemExit, match="RELU_MLP_NODE must be 0 or 1, got 'yes'"):
+        script["extension_arguments"]()
+
+
+@needs_package
+def test_a_node_that_is_there_is_kept_and_others_are_removed(script, tmp_path, monkeypatch):
+    monkeypatch.setenv("RELU_MLP_NODE", "1")
+    functions = script["node_build"]()
+    path = tmp_path / functions["file_name"]()
+    path.write_bytes(functions["END"])
+    (tmp_path / path.name.replace(torch.__version__, "2.99.0")).touch()
+    script["build_node"](tmp_path)
+    assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == functions["END"]
+
+
+@needs_package
+def test_the_node_is_left_out_by_request(script, tmp_path, monkeypatch):
+    """Also if it was built before."""
+    monkeypatch.setenv("RELU_MLP_NODE", "0")
+    functions = script["node_build"]()
+    (tmp_path / functions["file_name"]()).write_bytes(functions["END"])
+    script["build_node"](tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 # -- A person's flags ------------------------------------------------------------

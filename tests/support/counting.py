@@ -22,17 +22,22 @@ def count_calls() -> Iterator[dict[str, int]]:
 
     The keys are "forward", "backward" and "loss_and_grads", and "native" for
     the linear layers and matrix products that ran outside of them. A pass is
-    counted under its direction, whichever of the operators makes it.
+    counted under its direction, whichever of the operators makes it. The key
+    "backward_vjp" is there if that operator was called.
     """
     counts = dict.fromkeys(["forward", "backward", "loss_and_grads", "native"], 0)
     passes = {
         "relu_mlp": "forward",
         "forward": "forward",
         "backward": "backward",
+        "backward_vjp": "backward_vjp",
         "recompute_backward": "backward",
         "loss_and_grads": "loss_and_grads",
     }
     inside = [0]
+
+    def count(key: str) -> None:
+        counts[key] = counts.get(key, 0) + 1
 
     class Mode(TorchDispatchMode):
         understands_relu_mlp = True
@@ -40,7 +45,7 @@ def count_calls() -> Iterator[dict[str, int]]:
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             name = func._schema.name
             if name.startswith("relu_mlp::"):
-                counts[passes[name.removeprefix("relu_mlp::")]] += 1
+                count(passes[name.removeprefix("relu_mlp::")])
             elif name in PRODUCTS and not inside[0]:
                 counts["native"] += 1
             return func(*args, **(kwargs or {}))
@@ -51,7 +56,7 @@ def count_calls() -> Iterator[dict[str, int]]:
     def counted(name):
         def function(*args, **kwargs):
             if not inside[0]:
-                counts[passes[name]] += 1
+                count(passes[name])
             inside[0] += 1
             try:
                 return originals[name](*args, **kwargs)
