@@ -17,6 +17,9 @@ import support
 from relu_mlp import ops, reference, second_order
 from support import gamma
 
+#: Nothing here depends on whether the native node records a graph.
+backend = support.backend_fixture(support.BACKENDS)
+
 R = torch.ops.relu_mlp
 __test__ = kernels.__test__  # without the library there is nothing to test here
 
