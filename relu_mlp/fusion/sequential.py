@@ -28,7 +28,7 @@ class FusedSequential(Scriptable):
         As for the `nn.Sequential`.
 
     Raises:
-        The errors of the `nn.Sequential`, or those of `relu_mlp` for a run.
+        TypeError, RuntimeError: as the `nn.Sequential` does, or for a run as in `relu_mlp`.
     """
 
     def forward(self, input: Tensor) -> Tensor:

@@ -773,13 +773,14 @@ def test_lists_of_wrong_length(layers, biases, words, requires_grad):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """A growing list of the questions that the Autograd kernels have asked."""
+    """A growing list of the questions that the Autograd kernels in Python have asked."""
     calls = []
     asks = ops.is_differentiated
     monkeypatch.setattr(
         ops, "is_differentiated", lambda *arguments: calls.append(1) or asks(*arguments)
     )
-    return calls
+    with support.node_enabled(False):  # its kernels ask in C++
+        yield calls
 
 
 OPERATORS = ["relu_mlp", "forward", "backward"]

@@ -483,6 +483,33 @@ def test_the_reference_by_choice_is_silent(without_library):
 
 @pytest.mark.slow
 @pytest.mark.installation
+@pytest.mark.skipif(not HAS_LIBRARY, reason="needs a copy of the package that was built")
+def test_a_checkout_that_hides_the_installed_package(without_library):
+    """As after `pip install .`, in the folder of the checkout."""
+    script = """
+        import sys
+        sys.path.append(PACKAGE)
+        import relu_mlp
+        print(relu_mlp.build_info().problem)
+        print(relu_mlp.build_info().runs_on_cpu)
+    """.replace("PACKAGE", repr(str(PACKAGE.parent)))
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        cwd=without_library,
+        env={k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "RELU_MLP_BACKEND")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    problem, runs = done.stdout.splitlines()
+    assert f"no _C.abi3.so in {without_library / 'relu_mlp'}" in problem
+    assert f"installed in {PACKAGE}" in problem and "not built" not in problem
+    assert "Start Python in another folder" in problem and "pip install" not in problem
+    assert runs == "reference"
+
+
+@pytest.mark.slow
+@pytest.mark.installation
 def test_a_corrupt_library(without_library):
     (without_library / "relu_mlp" / "_C.abi3.so").write_bytes(bytes(range(256)) * 40)
     out, err = run_python(USE_IT, without_library, without_library)

@@ -18,6 +18,9 @@ from relu_mlp import reference, second_order
 from support import gamma
 from support.covering import covering
 
+#: Nothing here depends on whether the native node records a graph.
+backend = support.backend_fixture(support.BACKENDS)
+
 R = torch.ops.relu_mlp
 __test__ = kernels.__test__  # without the library there is nothing to test here
 
