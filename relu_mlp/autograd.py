@@ -470,6 +470,7 @@ else:
         {
             **_KERNELS,
             "is_extension_in_force": lambda x: implementation_for(x) is ops.extension,
+            "set_backend": ops.set_backend,
             "reference_backward": reference.backward,
             "backward_vjp": _backward_vjp,
         },

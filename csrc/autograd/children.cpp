@@ -73,7 +73,7 @@ bool Originals::are_in_place() const {
 // changed, Python says whether it matters.
 bool are_layers_original() {
   for (PyObject* hooks : known->global_hooks) {
-    if (PyDict_Size(hooks) != 0) {
+    if (!PyDict_Check(hooks) || PyDict_GET_SIZE(hooks) != 0) {
       return false;
     }
   }

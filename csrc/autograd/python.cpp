@@ -46,6 +46,17 @@ void set_kernels(PyObject* dict) {
   kernels = dict;
 }
 
+UsingExtension::UsingExtension() {
+  const pybind11::gil_scoped_acquire gil;
+  outer_ = call<pybind11::object>("set_backend", "extension").release().ptr();
+}
+
+UsingExtension::~UsingExtension() {
+  const pybind11::gil_scoped_acquire gil;
+  call<pybind11::object>(
+      "set_backend", pybind11::reinterpret_steal<pybind11::object>(outer_));
+}
+
 bool is_extension_in_force(const at::Tensor& x) {
   return call<bool>("is_extension_in_force", x);
 }
