@@ -459,6 +459,8 @@ else:
             "weight": "weight",
             "bias": "bias",
             "recompute": "recompute",
+            "p": "p",
+            "training": "training",
             "hooks": (FORWARD_HOOKS, FORWARD_PRE_HOOKS, BACKWARD_HOOKS, BACKWARD_PRE_HOOKS),
             "overrides": ("forward", CALL_IMPL, COMPILED_CALL_IMPL, "weight", "bias"),
             "thread": ops.this_thread,
