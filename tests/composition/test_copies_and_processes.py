@@ -450,7 +450,7 @@ def test_profiler_shows_the_operators(backend):
         with torch.no_grad():
             net(x)
     names = {event.key: event.count for event in profiled.key_averages()}
-    assert names["MLP"] == names["MLPBackward"] == 2
+    assert names["MLPBackward"] == 2
     if backend == "extension":
         assert names["relu_mlp::forward"] == 2
         for name in ("relu_mlp", "backward", "recompute_backward", "loss_and_grads"):

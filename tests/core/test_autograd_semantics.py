@@ -4,7 +4,9 @@ computed, what is saved, where an in-place change raises, hooks, accumulation.
 The networks have small integers, so both paths must give the same bits.
 """
 
+import warnings
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -430,6 +432,84 @@ def test_hooks(backend, recompute):
 
     result = assert_like_native(run, recompute=recompute)
     assert set(result["seen"]) == {"x", "weights[1]", "biases[2]"}
+
+
+@RECOMPUTE
+def test_hooks_of_the_node(backend, recompute):
+    """A hook before the node changes what reaches it, a hook after it what leaves it."""
+    x, weights, biases = network()
+    named = leaves(x, weights, biases)
+
+    def grads(*hooks):
+        y = relu_mlp(x, weights, biases, recompute=recompute)
+        handles = [getattr(y.grad_fn, register)(hook) for register, hook in hooks]
+        handles.pop().remove()
+        return gradients(y, named)
+
+    def unused(*arguments):
+        raise AssertionError("was removed")
+
+    def before(reached):
+        of_y, *of_hidden = reached
+        assert of_y.shape == y.shape and not any(grad is not None for grad in of_hidden)
+        return (2 * of_y, *of_hidden)
+
+    def after(left, reached):
+        assert [grad.shape for grad in left] == [tensor.shape for tensor in named.values()]
+        assert torch.equal(reached[0], 2 * torch.ones_like(y))
+        return (3 * left[0], *left[1:])
+
+    y = native_mlp(x, weights, biases)
+    expected = {name: 2 * grad for name, grad in gradients(y, named).items()}
+    removed = ("register_hook", unused)
+    hooked = grads(("register_prehook", before), ("register_hook", after), removed)
+    assert_same(hooked, expected | {"x": 3 * expected["x"]})
+
+
+@RECOMPUTE
+def test_an_exception_in_a_hook_passes_through(backend, recompute):
+    class Ours(Exception):
+        pass
+
+    def fail(*arguments):
+        raise Ours
+
+    x, weights, biases = network()
+    with pytest.raises(Ours), saved_tensors_hooks(fail, lambda tensor: tensor):
+        relu_mlp(x, weights, biases, recompute=recompute)
+    with saved_tensors_hooks(lambda tensor: tensor, fail):
+        y = relu_mlp(x, weights, biases, recompute=recompute)
+    with pytest.raises(Ours):
+        y.sum().backward()
+    for register in ("register_hook", "register_prehook"):
+        y = relu_mlp(x, weights, biases, recompute=recompute)
+        getattr(y.grad_fn, register)(fail)
+        with pytest.raises(Ours):
+            y.sum().backward()
+
+
+@RECOMPUTE
+@pytest.mark.parametrize("order", [1, 2])
+def test_anomaly_mode_finds_the_call(backend, order, recompute):
+    """It names the node that gives NaN, and shows where its forward pass was called."""
+    x, weights, biases = network()
+    with torch.no_grad():
+        weights[0][0, 0] = float("nan")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with torch.autograd.detect_anomaly(check_nan=order == 1):
+            y = relu_mlp(x, weights, biases, recompute=recompute)
+            if order == 2:
+                (by_x,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        with (
+            torch.autograd.detect_anomaly(),
+            pytest.raises(
+                RuntimeError, match="MLPBackward' ret" if order == 1 else "GradientBackward' ret"
+            ),
+        ):
+            (y if order == 1 else by_x).sum().backward()
+    shown = str(caught[-1].message)
+    assert "Traceback of forward call" in shown and Path(__file__).name in shown
 
 
 def test_saved_tensors_hooks_replace_what_is_saved(backend):

@@ -34,21 +34,12 @@ def auto():
 
 
 @contextmanager
-def watched():
-    """A list of this thread's calls: ("extension" or "reference", operator)."""
+def references():
+    """A list of the calls of the reference: ("reference", operator)."""
     seen = []
     originals = {
         name: getattr(reference, name) for name in ("forward", "backward", "loss_and_grads")
     }
-
-    class Mode(TorchDispatchMode):
-        understands_relu_mlp = True
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            namespace, name = func._schema.name.split("::")
-            if namespace == "relu_mlp":
-                seen.append(("extension", name))
-            return func(*args, **(kwargs or {}))
 
     def spy(name):
         def function(*args, **kwargs):
@@ -60,11 +51,27 @@ def watched():
     for name in originals:
         setattr(reference, name, spy(name))
     try:
-        with Mode():
-            yield seen
+        yield seen
     finally:
         for name, function in originals.items():
             setattr(reference, name, function)
+
+
+@contextmanager
+def watched():
+    """A list of this thread's calls: ("extension" or "reference", operator)."""
+
+    class Mode(TorchDispatchMode):
+        understands_relu_mlp = True
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            namespace, name = func._schema.name.split("::")
+            if namespace == "relu_mlp":
+                seen.append(("extension", name))
+            return func(*args, **(kwargs or {}))
+
+    with references() as seen, Mode():
+        yield seen
 
 
 def integer_case(seed=0):
@@ -208,6 +215,25 @@ def test_a_backward_uses_the_implementation_of_its_forward(forward, backward, re
     assert seen == [(forward, name) for name in expected]
     assert torch.equal(out, y)
     assert all(torch.equal(p.grad, g) for p, g in zip(net.parameters(), grads, strict=True))
+
+
+@pytest.mark.parametrize(("forward", "backward"), TURNS)
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("watch", [watched, references], ids=["under a mode", "by itself"])
+def test_so_does_a_backward_that_is_differentiated(forward, backward, recompute, watch):
+    net, x, *_ = integer_case()
+    net.recompute = recompute
+    x.requires_grad_()
+    native = torch.nn.Sequential(*net)
+    (expected,) = torch.autograd.grad(native(x).square().sum(), x)
+    with relu_mlp.backend(forward):
+        out = net(x)
+    with watch() as seen, relu_mlp.backend(backward):
+        (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    assert torch.equal(grad, expected)
+    names = ["forward", "backward"] if recompute else ["backward"]
+    is_seen = forward == "reference" or watch is watched
+    assert seen == [(forward, name) for name in names if is_seen]
 
 
 def test_extension_raises_where_it_cannot_serve():
