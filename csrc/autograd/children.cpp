@@ -106,13 +106,18 @@ bool is_unchanged(PyObject* dict) {
 }
 
 // A parameter of a plain type and layout.
-const at::Tensor* parameter(PyObject* parameters, PyObject* name) {
+const at::Tensor* parameter(
+    PyObject* parameters,
+    PyObject* name,
+    bool is_transformed) {
   PyObject* object = PyDict_GetItemWithError(parameters, name);
   if (!object || !THPVariable_CheckExact(object)) {
     return nullptr;
   }
   const at::Tensor& tensor = THPVariable_Unpack(object);
-  return is_plain(tensor) ? &tensor : nullptr;
+  return (is_transformed ? is_plain_or_wrapped(tensor) : is_plain(tensor))
+      ? &tensor
+      : nullptr;
 }
 
 // The dict of an object; `owner` keeps it.
@@ -300,11 +305,13 @@ bool add_parameters(PyObject* parameters, Call& call) {
     return false;
   }
   static const at::Tensor missing(at::detail::empty_cpu({0}, at::kFloat));
-  const at::Tensor* weight = parameter(parameters, known->weight);
+  const bool is_transformed = is_under_a_transform();
+  const at::Tensor* weight =
+      parameter(parameters, known->weight, is_transformed);
   const at::Tensor* bias =
       PyDict_GetItemWithError(parameters, known->bias) == Py_None
       ? &missing
-      : parameter(parameters, known->bias);
+      : parameter(parameters, known->bias, is_transformed);
   if (!weight || !bias || (bias != &missing && bias->numel() == 0)) {
     return false;
   }
