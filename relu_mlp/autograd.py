@@ -5,16 +5,13 @@ is the backward pass as a differentiable function. Both are also the derivatives
 operators, registered at the end of this file: functorch transforms, forward-mode levels
 and compiled graphs reach them through PyTorch's dispatcher.
 
-A small network spends more time in this file than on arithmetic. So a `Plan` holds
-everything that depends only on which arguments need a gradient. It is computed once and
-cached.
+Where the native node is built (csrc/autograd), it takes the place of both in eager calls, and
+calls what is here for tangents, on the reference and for third derivatives.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -27,14 +24,14 @@ from ._torch_private import (
     BACKWARD_PRE_HOOKS,
     CALL_IMPL,
     COMPILED_CALL_IMPL,
+    FORWARD_AD,
     FORWARD_HOOKS,
     FORWARD_PRE_HOOKS,
-    MODULES,
-    PARAMETERS,
-    FORWARD_AD,
     HAS_LEVELS,
     HAS_VMAP_TOOLS,
     LEVEL,
+    MODULES,
+    PARAMETERS,
     SingleLevelFunction,
     below_autograd,
     disable_autocast,
@@ -51,44 +48,6 @@ from .reference import as_matrix
 # Bound here, because looking them up in `torch` in every call takes a while.
 _is_grad_enabled = torch.is_grad_enabled
 _is_compiling = torch.compiler.is_compiling
-
-Pick = Callable[[Sequence[Any]], tuple[Any, ...]]
-
-
-class Plan(NamedTuple):
-    """Which tensors to save and which gradients to return, for one pattern of needs."""
-
-    #: The needs as the operator takes them: of x, every weight, every bias.
-    needs: str
-    save_hidden: bool
-    #: Picks what the backward operator takes from (x, y, *weights, *hidden).
-    saved_of: Pick
-    #: Picks what the Function returns from (None, *gradients), and the positions that it picks.
-    returned_of: Pick
-    returned_positions: tuple[int, ...]
-
-
-@lru_cache(maxsize=1024)
-def plan_for(layers: int, needs_input_grad: tuple[bool, ...], output_activation: str) -> Plan:
-    """The plan for the needs of (call, x, *weights) or (call, x, *weights, *biases)."""
-    _, x, *parameters = needs_input_grad
-    needs = reference.needs_of(x, parameters[:layers], parameters[layers:])
-    kept = reference.is_kept(output_activation, needs)
-    positions = [sum(needs_input_grad[: n + 1]) * need for n, need in enumerate(needs_input_grad)]
-    return Plan(
-        needs=needs,
-        save_hidden=any(needs_input_grad),
-        saved_of=_pick([n for n, is_kept in enumerate(kept) if is_kept]),
-        returned_of=_pick(positions),
-        returned_positions=tuple(positions),
-    )
-
-
-def _pick(positions: list[int]) -> Pick:
-    """An `itemgetter` that returns a tuple for any number of positions."""
-    if len(positions) >= 2:
-        return itemgetter(*positions)
-    return lambda items: tuple([items[position] for position in positions])
 
 
 class CallerModes(NamedTuple):
@@ -143,26 +102,27 @@ class MLP(SingleLevelFunction):
         """
         implementation, output_activation, recompute, layers = call
         weights, biases = parameters[:layers], parameters[layers:]
-        plan = plan_for(layers, ctx.needs_input_grad, output_activation)
+        needs_x, *needs_parameters = ctx.needs_input_grad[1:]
+        needs = reference.needs_of(needs_x, needs_parameters[:layers], needs_parameters[layers:])
         dispatched = type(implementation) is CallerModes
-        save_hidden = (plan.save_hidden and not recompute) or dispatched
+        save_hidden = ("1" in needs and not recompute) or dispatched
         guard = below_autograd()  # no `with`, as in `functional.call_operators`
         try:
             y, hidden = implementation.forward(x, weights, biases, output_activation, save_hidden)
         finally:
             del guard
-        ctx.remembered = call, plan, y.shape
+        ctx.remembered = call, needs, y.shape
         ctx.set_materialize_grads(False)
         if dispatched:
             ctx.save_for_forward(x, y, *weights, *hidden)
-        elif not plan.save_hidden:
+        elif "1" not in needs:
             return (y,)
         if recompute:
             ctx.save_for_backward(x, *parameters)
         else:
             # Exactly the tensors that the native path saves, so that an in-place change
             # raises exactly where it does natively.
-            ctx.save_for_backward(*plan.saved_of((x, y, *weights, *hidden)))
+            ctx.save_for_backward(*reference.pack(x, y, weights, hidden, output_activation, needs))
         return (y, *hidden)
 
     @staticmethod
@@ -172,7 +132,7 @@ class MLP(SingleLevelFunction):
         if is_any_autocast_enabled():  # the backward pass has the dtype of the forward pass
             with disable_autocast():
                 return MLP.backward(ctx, grad_output, *grad_hidden)
-        call, plan, y_shape = ctx.remembered
+        call, needs, y_shape = ctx.remembered
         implementation, output_activation, recompute, layers = call
         saved = ctx.saved_tensors
         reached = [grad for grad in grad_hidden if grad is not None]
@@ -191,13 +151,14 @@ class MLP(SingleLevelFunction):
         if dispatched or reached or _is_grad_enabled() or FORWARD_AD[LEVEL] >= 0:
             # This pass is part of a second derivative, or will be differentiated itself.
             if recompute:
-                saved = plan.saved_of(_forward_again(call, *saved))
+                x, y, weights, hidden = _forward_again(call, *saved)
+                saved = reference.pack(x, y, weights, hidden, output_activation, needs)
             # Under torch.func every input that requires a gradient was requested, and the engine
             # raises (which is slow) when it is asked about a leaf. So it is not asked.
             if not is_compiling and peek_interpreter_stack() is None:
-                plan, saved = _plan_for_requested(ctx, plan, saved, output_activation)
+                needs, saved = _requested(ctx, needs, saved, output_activation)
             grads = _differentiable_backward(
-                implementation, grad_output, saved, output_activation, plan.needs, grad_hidden
+                implementation, grad_output, saved, output_activation, needs, grad_hidden
             )
         elif recompute or is_compiling:
             name, operands = "backward", [saved]
@@ -205,18 +166,17 @@ class MLP(SingleLevelFunction):
                 name = "recompute_backward"
                 operands = [saved[0], saved[1 : 1 + layers], saved[1 + layers :]]
             grads = _run_backward(
-                implementation, name, grad_output, *operands, output_activation, plan.needs
+                implementation, name, grad_output, *operands, output_activation, needs
             )
         else:
             guard = below_autograd()
             try:
-                grads = implementation.backward(grad_output, saved, output_activation, plan.needs)
+                grads = implementation.backward(grad_output, saved, output_activation, needs)
             finally:
                 del guard
-        if is_compiling:  # Dynamo can't trace an itemgetter
-            items = [None, *grads]
-            return tuple([items[position] for position in plan.returned_positions])
-        return plan.returned_of((None, *grads))
+        remaining = iter(grads)
+        returned = [next(remaining) if need == "1" else None for need in needs]
+        return None, *returned[: len(ctx.needs_input_grad) - 1]
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
@@ -259,24 +219,24 @@ def _primals(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [forward_ad.unpack_dual(tensor, level=0).primal for tensor in tensors]
 
 
-def _plan_for_requested(
-    ctx: Any, plan: Plan, saved: Sequence[Tensor], output_activation: str
-) -> tuple[Plan, Sequence[Tensor]]:
-    """The plan for the gradients that were requested in this backward pass, and its tensors.
+def _requested(
+    ctx: Any, needs: str, saved: Sequence[Tensor], output_activation: str
+) -> tuple[str, Sequence[Tensor]]:
+    """The needs of this backward pass, and the saved tensors that they depend on.
 
     `torch.autograd.grad(y, x)` requests the gradient of x alone. `needs_input_grad` does not show
     this, because the parameters require gradients too.
     """
-    asked = [node is not None and leads_to(node) for node, _ in ctx.next_functions]
-    if asked == [need == "1" for need in plan.needs[: len(asked)]]:
-        return plan, saved
-    y, weights, (x, *hidden) = reference.unpack(saved, output_activation, plan.needs)
-    less = plan_for(len(weights), (False, *asked), output_activation)
-    return less, less.saved_of((x, y, *weights, *hidden))
+    asked = "".join("01"[node is not None and leads_to(node)] for node, _ in ctx.next_functions)
+    asked = asked.ljust(len(needs), "0")
+    if asked == needs:
+        return needs, saved
+    y, weights, (x, *hidden) = reference.unpack(saved, output_activation, needs)
+    return asked, reference.pack(x, y, weights, hidden, output_activation, asked)
 
 
-def _forward_again(call: Call, x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-    """(x, y, *weights, *hidden), with a graph of their own if gradients are enabled."""
+def _forward_again(call: Call, x: Tensor, *parameters: Tensor) -> tuple[Any, Any, Any, Any]:
+    """x, y, weights and hidden, with a graph of their own if gradients are enabled."""
     implementation, output_activation, _, layers = call
     weights, biases = parameters[:layers], parameters[layers:]
     if not _is_compiling() and peek_interpreter_stack() is not None:
@@ -292,7 +252,7 @@ def _forward_again(call: Call, x: Tensor, *parameters: Tensor) -> tuple[Tensor, 
     else:
         with below_autograd():
             y, hidden = implementation.forward(x, weights, biases, output_activation, True)
-    return (x, y, *weights, *hidden)
+    return x, y, weights, hidden
 
 
 def _run_backward(implementation: Implementation, name: str, *operands: Any) -> list[Tensor]:
@@ -505,6 +465,8 @@ else:
             "weight": "weight",
             "bias": "bias",
             "recompute": "recompute",
+            "p": "p",
+            "training": "training",
             "hooks": (FORWARD_HOOKS, FORWARD_PRE_HOOKS, BACKWARD_HOOKS, BACKWARD_PRE_HOOKS),
             "overrides": ("forward", CALL_IMPL, COMPILED_CALL_IMPL, "weight", "bias"),
             "thread": ops.this_thread,
@@ -517,6 +479,7 @@ else:
             **_KERNELS,
             **_BATCHING_KERNELS,
             "is_extension_in_force": lambda x: implementation_for(x) is ops.extension,
+            "set_backend": ops.set_backend,
             "reference_backward": reference.backward,
             "backward_vjp": _backward_vjp,
         },

@@ -73,7 +73,9 @@ def backward_vjp(
     _, changes, _ = by_need([next(remaining) if flag == "1" else None for flag in given], needs)
     reached = [reach is Reach.NUMBERS for reach in reach_of(output_activation, needs, given)]
     _, has_tangent, _ = unpack(reached[1:], output_activation, needs)
-    computed = [is_reached and flag == "1" for is_reached, flag in zip(reached, wanted, strict=True)]
+    computed = [
+        is_reached and flag == "1" for is_reached, flag in zip(reached, wanted, strict=True)
+    ]
     of_y, of_weights, of_inputs = unpack(computed[1:], output_activation, needs)
     layers = range(len(weights))
     with_delta = [layer for layer in layers if of_weights[layer] or of_inputs[layer]]

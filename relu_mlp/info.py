@@ -91,6 +91,9 @@ def _built() -> dict[str, str]:
 def build_info() -> BuildInfo:
     """Describes the build, the implementation that will run, and why anything is missing.
 
+    Returns:
+        A `BuildInfo`.
+
     Raises:
         ValueError: if RELU_MLP_BACKEND is not the name of a backend.
         RuntimeError: if RELU_MLP_ISA names an instruction set that is not supported here.

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.nn import Linear, Module, ReLU, Sequential
+from torch.nn import Dropout, Identity, Linear, Module, ReLU, Sequential
 
 from ._torch_private import (
     CALL_IMPL,
@@ -210,6 +210,7 @@ def originals() -> dict[str, Any]:
         "iter": "__iter__",
         "iterate": iterate,
         "are_layers_replaced": are_layers_replaced,
+        "is_output_activation_replaced": is_output_activation_replaced,
         "global_hooks": (
             GLOBAL_FORWARD_HOOKS,
             GLOBAL_FORWARD_PRE_HOOKS,
@@ -220,12 +221,27 @@ def originals() -> dict[str, Any]:
             tuple((*owner, item) for owner, item in zip(_OWNERS, layers, strict=True)),
             (Module, Linear, ReLU),
         ),
+        "identity": Identity,
+        "identity_originals": (_entries(*_IDENTITY), (Module, Identity)),
+        "dropout": Dropout,
+        "dropout_originals": (_entries(*_DROPOUT), (Module, Dropout)),
         "output_activations": tuple(
             (kind, OUTPUT_ACTIVATIONS[kind], (_attributes_of(kind), (Module, kind)))
             for kind in _OUTPUT_ACTIVATIONS
             if kind not in DEFAULTS
         ),
     }
+
+
+#: What the classes that may do nothing call (fusion/conditions.py).
+_IDENTITY = ((Identity, "forward"), (Module, "__call__"), (Module, CALL_IMPL))
+_DROPOUT = ((Dropout, "forward"), (Module, "__call__"), (Module, CALL_IMPL), (F, "dropout"))
+
+
+def _entries(*owners: tuple[Any, str]) -> tuple[tuple[Any, str, Any], ...]:
+    """(owner, name, value) for each; no value equals one that is not PyTorch's own."""
+    values = _by_pytorch(tuple(vars(owner).get(name) for owner, name in owners))
+    return tuple((*owner, value) for owner, value in zip(owners, values, strict=True))
 
 
 def _attributes_of(kind: type[Module]) -> tuple[tuple[Any, str, Any], ...]:

@@ -52,7 +52,7 @@ class ReluMLP(Scriptable):
         output_activation: None, ``"relu"``, ``"sigmoid"``, ``"tanh"`` or another name of
             `activations.OutputActivation`. The module of that name becomes the last child.
         recompute: whether to save no hidden activations, and compute them again in the backward
-            pass. It is an attribute, which may be changed at any time.
+            pass.
         device, dtype: the device and dtype of the parameters.
 
     Shape:
@@ -71,7 +71,7 @@ class ReluMLP(Scriptable):
         logits = net(torch.randn(64, 784))
     """
 
-    recompute: bool = False
+    recompute: bool = False  #: as in the constructor; it may be changed at any time
 
     def __init__(
         self,
@@ -112,6 +112,9 @@ class ReluMLP(Scriptable):
             sequential: Linear, ReLU, ..., Linear, and at most one output activation at the end,
                 such as ReLU, Sigmoid or Tanh.
             recompute: as for the constructor.
+
+        Returns:
+            The new module. Its parameters are those of `sequential`, not copies.
 
         Raises:
             TypeError: if `sequential` is not an `nn.Sequential`.

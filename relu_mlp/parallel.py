@@ -63,7 +63,15 @@ class ReluMLPParallel(ParallelStyle):
     """
 
     def apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        """Shards the module in place and returns it, as `parallelize_module` does."""
+        """Shards the module in place. `parallelize_module` calls it.
+
+        Args:
+            module: a `ReluMLP`.
+            device_mesh: a 1-dimensional mesh.
+
+        Returns:
+            The same object.
+        """
         linears = _checked_linears(module, device_mesh)
         for linear, placements in zip(linears, _layouts(len(linears)), strict=True):
             for name, placement in zip(("weight", "bias"), placements, strict=True):

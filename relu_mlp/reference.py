@@ -281,9 +281,18 @@ def backward_vjp(
     if cotangents:
         remaining = iter(cotangents)
         of_results = [next(remaining) if flag == "1" else None for flag in given]
-        grads = second_order.backward_vjp(grad_output, saved, output_activation, needs, of_results)
+        grads = second_order.backward_vjp(
+            as_matrix(grad_output),
+            list(map(as_matrix, saved)),
+            output_activation,
+            needs,
+            of_results,
+        )
+    # Zeros in MKLDNN's layout are more than PyTorch allocates memory for.
     return [
-        tensor.new_zeros(tensor.shape) if grad is None else grad.contiguous()
+        tensor.new_zeros(tensor.shape, layout=torch.strided)
+        if grad is None
+        else grad.reshape(tensor.shape).contiguous()
         for grad, tensor, flag in zip(grads, [grad_output, *saved], wanted, strict=True)
         if flag == "1"
     ]

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
-from torch.nn import Linear, Parameter, ReLU
+from torch.nn import Linear, ReLU
 
 from . import functional, interception
 from ._torch_private import (
@@ -17,14 +16,12 @@ from ._torch_private import (
     COMPILED_CALL_IMPL,
     FORWARD_HOOKS,
     FORWARD_PRE_HOOKS,
-    MODULES,
     PARAMETERS,
+    children_of,
 )
 from .activations import DEFAULTS, OUTPUT_ACTIVATIONS, OutputActivation
 from .functional import is_plain
 from .ops import NO_TENSOR
-
-_strided = torch.strided
 
 
 class Run(NamedTuple):
@@ -119,82 +116,16 @@ def find_run(
     return Run(tuple(found), weights, biases, activation)
 
 
-def network_of(
-    sequential: nn.Sequential,
-) -> tuple[list[Tensor], list[Tensor], str] | None:
-    """(weights, biases, activation) of the run of all children of a module, or None.
+def network_of(sequential: nn.Sequential) -> tuple[list[Tensor], list[Tensor], str] | None:
+    """(weights, biases, activation) of a module whose children are all one run, or None.
 
-    It finds the same run as `find_run`, but calls no function for each child, because every call
-    of a `ReluMLP` needs it. A `ReluMLP` caches nothing, because its children can be changed in many
-    ways that it would not notice, and a cache would keep old ones alive.
+    Nothing is remembered from one call to the next, because children can be changed in many ways
+    that a module does not notice. Where the native node is built, csrc/autograd/children.cpp reads
+    the usual networks instead.
     """
-    weights: list[Tensor] = []
-    biases: list[Tensor] = []
-    activation = "none"
-    has_bias, is_sure = False, True
-    try:
-        children = sequential.__dict__[MODULES]
-        rest = iter(children.values())
-        for child in rest:
-            if type(child) is not Linear:
-                return None
-            state = child.__dict__
-            if (  # is_patched, inlined
-                state[FORWARD_HOOKS]
-                or state[FORWARD_PRE_HOOKS]
-                or state[BACKWARD_HOOKS]
-                or state[BACKWARD_PRE_HOOKS]
-                or "forward" in state
-                or CALL_IMPL in state
-                or COMPILED_CALL_IMPL in state
-                or "weight" in state
-                or "bias" in state
-            ):
-                return None
-            parameters = state[PARAMETERS]
-            weight = parameters["weight"]
-            bias = parameters["bias"]
-            if (type(weight) is not Parameter and not is_plain(weight)) or (
-                weight.layout is not _strided
-            ):
-                return None
-            if bias is None:
-                bias = NO_TENSOR
-            else:
-                has_bias = True
-                if type(bias) is not Parameter or not bias.nbytes:
-                    if not is_plain(bias):
-                        return None
-                    is_sure = False
-            weights.append(weight)
-            biases.append(bias)
-            activation = "none"
-            for child in rest:
-                kind = type(child)
-                if kind is ReLU:
-                    activation = "relu"
-                elif 2 * len(weights) == len(children) and (last := _activation_of(child)):
-                    activation = last
-                else:
-                    return None
-                state = child.__dict__
-                if (
-                    state[FORWARD_HOOKS]
-                    or state[FORWARD_PRE_HOOKS]
-                    or state[BACKWARD_HOOKS]
-                    or state[BACKWARD_PRE_HOOKS]
-                    or "forward" in state
-                    or CALL_IMPL in state
-                    or COMPILED_CALL_IMPL in state
-                ):
-                    return None
-                break
-    except (KeyError, RuntimeError):
-        return None  # a parameter is missing, or its layout has no `nbytes`
-    if not weights:
+    children = children_of(sequential)
+    run = find_run(children.values())
+    if run is None or len(run.children) < len(children):
         return None
-    if not has_bias:
-        biases = []
-    elif not is_sure:
-        functional.check_empty_biases(weights, biases)
-    return weights, biases, activation
+    functional.check_empty_biases(run.weights, run.biases)
+    return run.weights, run.biases, run.activation

@@ -6,7 +6,6 @@ import shutil
 import pytest
 import torch
 
-import relu_mlp
 import support
 from support.covering import covering
 
@@ -64,11 +63,8 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=support.BACKENDS)
-def backend(request):
-    """Every available backend in turn. The test runs under it."""
-    with relu_mlp.backend(request.param):
-        yield request.param
+#: Every available backend in turn. The test runs under it.
+backend = support.backend_fixture(support.WITH_NODE)
 
 
 @pytest.fixture(scope="session")

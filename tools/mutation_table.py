@@ -100,7 +100,21 @@ MUTATIONS = [
         "and version_of(tensor) >= 0",
         "memory_of_results autograd_semantics gradcheck",
     ),
+    Mutation(
+        "second order: a mask sends x zeros",
+        "relu_mlp/second_order.py",
+        "if layer > lowest and has_tangent[layer]",
+        "if has_tangent[layer]",
+        "backward_vjp",
+    ),
     # -- Autograd -----------------------------------------------------------------------
+    Mutation(
+        "autograd: the operator computes what is differentiated again",
+        "relu_mlp/autograd.py",
+        "        _is_grad_enabled()\n        or FORWARD_AD[LEVEL] >= 0\n",
+        "        FORWARD_AD[LEVEL] >= 0\n",
+        "gradcheck backward_vjp",
+    ),
     Mutation(
         "autograd: more than was asked for",
         "relu_mlp/autograd.py",
@@ -453,6 +467,41 @@ MUTATIONS = [
         "if (largest > most) {",
         "if (false) {",
         "memory",
+    ),
+    Mutation(
+        "cpu: a second derivative's sums start anew in every block",
+        "csrc/cpu/block_vjp.h",
+        "deltas[l], tangent, row > begin, scratch.get()",
+        "deltas[l], tangent, false, scratch.get()",
+        "backward_vjp",
+    ),
+    Mutation(
+        "cpu: tangents are not masked",
+        "csrc/cpu/block_vjp.h",
+        "    if (l + 1 < network_.layers.size()) {\n      const",
+        "    if (false) {\n      const",
+        "backward_vjp",
+    ),
+    Mutation(
+        "cpu: a tangent of a bias without one of its weight is lost",
+        "csrc/cpu/block_vjp.h",
+        "fill_rows(z, bias_tangent);",
+        "std::fill_n(z.data, z.rows * z.cols, C(compute_t<C>(0)));",
+        "backward_vjp",
+    ),
+    Mutation(
+        "cpu: gradients that reach hidden activations are not masked",
+        "csrc/cpu/block_backward.h",
+        "      mask(out, a);\n",
+        "",
+        "backward_vjp gradcheck",
+    ),
+    Mutation(
+        "cpu: the curvature of sigmoid",
+        "csrc/activation.h",
+        "return C(1) - C(2) * y;",
+        "return C(1) - y;",
+        "backward_vjp gradcheck",
     ),
     # -- The plan -------------------------------------------------------------------------
     Mutation(

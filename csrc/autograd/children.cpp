@@ -37,12 +37,14 @@ struct Known {
   PyObject *iter, *iterate; // Sequential.__iter__
   PyObject *thread, *backend; // thread.backend is the name of the backend
   PyObject *automatic, *extension; // the names of backends
-  PyObject* are_layers_replaced;
+  PyObject *are_layers_replaced, *is_output_activation_replaced; // functions
   bool has_cuda; // whether the extension has kernels for CUDA
   std::vector<PyObject*> hooks; // keys of a module's dict; its values are empty
   std::vector<PyObject*> overrides; // keys that a module's dict has not
   std::vector<PyObject*> global_hooks; // dicts that are empty
-  Originals layers;
+  PyTypeObject *identity, *dropout;
+  PyObject *p, *training; // names
+  Originals layers, identity_originals, dropout_originals;
   std::vector<OutputActivation> output_activations;
 };
 
@@ -73,7 +75,7 @@ bool Originals::are_in_place() const {
 // changed, Python says whether it matters.
 bool are_layers_original() {
   for (PyObject* hooks : known->global_hooks) {
-    if (PyDict_Size(hooks) != 0) {
+    if (!PyDict_Check(hooks) || PyDict_GET_SIZE(hooks) != 0) {
       return false;
     }
   }
@@ -186,11 +188,22 @@ bool set_known(PyObject* given) {
   result->extension = get("extension");
   result->has_cuda = get("has_cuda") == Py_True;
   result->are_layers_replaced = get("are_layers_replaced");
+  result->is_output_activation_replaced = get("is_output_activation_replaced");
   result->hooks = items("hooks");
   result->overrides = items("overrides");
   result->global_hooks = items("global_hooks");
   if (PyObject* layers = get("layers"); is_complete) {
     result->layers = originals(layers);
+  }
+  result->identity = reinterpret_cast<PyTypeObject*>(get("identity"));
+  result->dropout = reinterpret_cast<PyTypeObject*>(get("dropout"));
+  result->p = get("p");
+  result->training = get("training");
+  if (PyObject* originals_of = get("identity_originals"); is_complete) {
+    result->identity_originals = originals(originals_of);
+  }
+  if (PyObject* originals_of = get("dropout_originals"); is_complete) {
+    result->dropout_originals = originals(originals_of);
   }
   for (PyObject* entry : items("output_activations")) {
     result->output_activations.push_back(
@@ -227,89 +240,196 @@ bool is_backend_extension() {
   return is_extension;
 }
 
-std::optional<Call> network_of_children(PyObject* module) {
-  if (!known) {
-    return std::nullopt;
+namespace {
+
+// Children that are one network, from `start` on.
+struct Run {
+  Call call;
+  Py_ssize_t end; // the position after the last one
+  // Whether relu_mlp/run.py would find the same. It looks closer at children
+  // that this file does not know.
+  bool is_certain = true;
+};
+
+// Whether a class that was changed may compute something else. A class may also
+// get attributes that do not matter; Python decides.
+bool is_changed(PyTypeObject* type) {
+  if (type == known->identity) {
+    return !known->identity_originals.are_in_place();
   }
+  if (type == known->dropout) {
+    return !known->dropout_originals.are_in_place();
+  }
+  for (const OutputActivation& candidate : known->output_activations) {
+    if (candidate.type == type && !candidate.originals.are_in_place()) {
+      PyObject* replaced = PyObject_CallOneArg(
+          known->is_output_activation_replaced,
+          reinterpret_cast<PyObject*>(type));
+      const bool is_original = replaced == Py_False;
+      Py_XDECREF(replaced);
+      PyErr_Clear();
+      return !is_original;
+    }
+  }
+  return false;
+}
+
+// Whether a call of a child returns its input (fusion/conditions.py:
+// does_nothing): Identity, and Dropout in eval mode or with p = 0.
+bool does_nothing(PyTypeObject* type, PyObject* dict) {
+  PyObject* p = PyDict_GetItemWithError(dict, known->p);
+  PyObject* training = PyDict_GetItemWithError(dict, known->training);
+  if (type != known->dropout || !p || !training) {
+    return type == known->identity;
+  }
+  const double rate = PyFloat_AsDouble(p);
+  if (PyErr_Occurred()) {
+    PyErr_Clear();
+    return false;
+  }
+  const bool drops = PyObject_IsTrue(training) != 0 && rate != 0;
+  return !drops && rate >= 0 && rate <= 1; // otherwise the call raises
+}
+
+// The output activation that a child computes; null if none.
+const std::string* activation_of(PyTypeObject* type) {
+  static const std::string relu = "relu";
+  if (type == known->relu) {
+    return &relu;
+  }
+  for (const OutputActivation& candidate : known->output_activations) {
+    if (candidate.type == type) {
+      return &candidate.name;
+    }
+  }
+  return nullptr;
+}
+
+// Adds the parameters of a Linear. Returns false for those that Python has to
+// look at.
+bool add_parameters(PyObject* parameters, Call& call) {
+  if (!parameters || !PyDict_CheckExact(parameters)) {
+    return false;
+  }
+  static const at::Tensor missing(at::detail::empty_cpu({0}, at::kFloat));
+  const bool is_transformed = is_under_a_transform();
+  const at::Tensor* weight =
+      parameter(parameters, known->weight, is_transformed);
+  const at::Tensor* bias =
+      PyDict_GetItemWithError(parameters, known->bias) == Py_None
+      ? &missing
+      : parameter(parameters, known->bias, is_transformed);
+  if (!weight || !bias || (bias != &missing && bias->numel() == 0)) {
+    return false;
+  }
+  call.weights.push_back(*weight);
+  call.biases.push_back(*bias);
+  return true;
+}
+
+// The longest run that begins at `start`. `skips` is whether children that do
+// nothing may be in it.
+Run run_at(PyObject* children, Py_ssize_t start, bool skips) {
+  Run run{{}, start};
+  run.call.activation = "none";
+  bool after_linear = false, has_bias = false;
+  Py_ssize_t position = 0, n = -1;
+  PyObject *key, *child;
+  while (PyDict_Next(children, &position, &key, &child)) {
+    if (++n < start) {
+      continue;
+    }
+    const Dict own(child);
+    if (!own.dict || !is_unchanged(own.dict)) {
+      break;
+    }
+    PyTypeObject* type = Py_TYPE(child);
+    if (is_changed(type)) {
+      run.is_certain = false;
+      break;
+    }
+    if (skips && does_nothing(type, own.dict)) {
+      continue;
+    }
+    if (!after_linear) {
+      if (type != known->linear) {
+        break;
+      }
+      if (!add_parameters(
+              PyDict_GetItemWithError(own.dict, known->parameters), run.call)) {
+        run.is_certain = false;
+        break;
+      }
+      has_bias = has_bias || run.call.biases.back().numel() > 0;
+      run.call.activation = "none";
+    } else {
+      const std::string* activation = activation_of(type);
+      if (!activation) {
+        break;
+      }
+      run.call.activation = *activation;
+    }
+    run.end = n + 1;
+    after_linear = !after_linear;
+    if (!after_linear && type != known->relu) {
+      break; // nothing can follow in the same run
+    }
+  }
+  if (!has_bias) {
+    run.call.biases.clear();
+  }
+  return run;
+}
+
+// The children of a module; null if iterating over it does anything else, or
+// if the layers have been changed.
+PyObject* children_of(PyObject* module) {
   PyObject* iterate = PyObject_GetAttr(
       reinterpret_cast<PyObject*>(Py_TYPE(module)), known->iter);
   Py_XDECREF(iterate); // a class attribute, which the class keeps
   const Dict state(module);
   if (iterate != known->iterate || !state.dict) {
     PyErr_Clear();
-    return std::nullopt;
+    return nullptr;
   }
   PyObject* children = PyDict_GetItemWithError(state.dict, known->modules);
-  if (!children || !PyDict_CheckExact(children) || !are_layers_original()) {
+  return children && PyDict_CheckExact(children) && are_layers_original()
+      ? children
+      : nullptr;
+}
+
+} // namespace
+
+std::optional<Call> network_of_children(PyObject* module) {
+  PyObject* children = known ? children_of(module) : nullptr;
+  if (!children) {
     return std::nullopt;
   }
-  Call call;
-  call.activation = "none";
-  const Py_ssize_t count = PyDict_GET_SIZE(children);
-  call.weights.reserve((count + 1) / 2);
-  call.biases.reserve((count + 1) / 2);
-  const bool is_transformed = is_under_a_transform();
-  bool has_bias = false;
-  Py_ssize_t position = 0, n = 0;
-  PyObject *key, *child;
-  while (PyDict_Next(children, &position, &key, &child)) {
-    const Dict own(child);
-    if (!own.dict || !is_unchanged(own.dict)) {
-      return std::nullopt;
-    }
-    PyTypeObject* type = Py_TYPE(child);
-    if (n++ % 2 == 0) {
-      PyObject* parameters =
-          PyDict_GetItemWithError(own.dict, known->parameters);
-      if (type != known->linear || !parameters ||
-          !PyDict_CheckExact(parameters)) {
-        return std::nullopt;
-      }
-      const at::Tensor* weight =
-          parameter(parameters, known->weight, is_transformed);
-      if (!weight) {
-        return std::nullopt;
-      }
-      call.weights.push_back(*weight);
-      if (PyDict_GetItemWithError(parameters, known->bias) == Py_None) {
-        static const at::Tensor missing(at::detail::empty_cpu({0}, at::kFloat));
-        call.biases.push_back(missing);
-      } else if (const at::Tensor* bias =
-                     parameter(parameters, known->bias, is_transformed);
-                 bias && bias->numel() > 0) {
-        call.biases.push_back(*bias);
-        has_bias = true;
-      } else {
-        return std::nullopt;
-      }
-      call.activation = "none";
-    } else if (type == known->relu) {
-      call.activation = "relu";
-    } else {
-      const OutputActivation* found = nullptr;
-      for (const OutputActivation& candidate : known->output_activations) {
-        found = candidate.type == type ? &candidate : found;
-      }
-      if (!found || n < count || !found->originals.are_in_place()) {
-        return std::nullopt;
-      }
-      call.activation = found->name;
-    }
-  }
-  if (call.weights.empty()) {
-    return std::nullopt;
-  }
-  if (!has_bias) {
-    call.biases.clear();
-  }
+  Run run = run_at(children, 0, false);
   PyObject* recompute = PyObject_GetAttr(module, known->recompute);
-  if (!recompute) {
+  if (!recompute || run.call.weights.empty() ||
+      run.end < PyDict_GET_SIZE(children)) {
     PyErr_Clear();
+    Py_XDECREF(recompute);
     return std::nullopt;
   }
-  call.recompute = PyObject_IsTrue(recompute) == 1;
+  run.call.recompute = PyObject_IsTrue(recompute) == 1;
   Py_DECREF(recompute);
-  return call;
+  return std::move(run.call);
+}
+
+std::optional<std::pair<Call, Py_ssize_t>> run_of_children(
+    PyObject* module,
+    Py_ssize_t start) {
+  PyObject* children = known ? children_of(module) : nullptr;
+  if (!children) {
+    return std::nullopt;
+  }
+  Run run = run_at(children, start, true);
+  if (!run.is_certain) {
+    return std::nullopt;
+  }
+  return std::pair(std::move(run.call), run.end);
 }
 
 } // namespace relu_mlp::node

@@ -4,6 +4,7 @@
 #include <Python.h>
 
 #include <optional>
+#include <utility>
 
 #include "call.h"
 
@@ -19,6 +20,13 @@ bool set_known(PyObject* known);
 // any way; std::nullopt where Python has to look closer. Under a transform the
 // parameters may be its wrappers.
 std::optional<Call> network_of_children(PyObject* module);
+
+// The run of children that begins at the position `start` (fusion/sequential.py:
+// run_at), and the position after it; children that do nothing are left out.
+// std::nullopt where Python has to look closer.
+std::optional<std::pair<Call, Py_ssize_t>> run_of_children(
+    PyObject* module,
+    Py_ssize_t start);
 
 // Whether the extension has kernels for the device of x.
 bool serves_device(const at::Tensor& x);

@@ -305,6 +305,34 @@ std::optional<ForwardResult> direct_forward(
       });
 }
 
+bool is_finite(const at::Tensor& tensor) {
+  // Infinite numbers and NaN have the largest exponent.
+  const auto has_no_largest = [&]<typename Bits>(Bits exponent) {
+    const auto* bits = static_cast<const Bits*>(tensor.const_data_ptr());
+    bool found = false;
+    for (int64_t i = 0; i < tensor.numel(); ++i) {
+      found |= (bits[i] & exponent) == exponent;
+    }
+    return !found;
+  };
+  const at::ScalarType dtype = tensor.scalar_type();
+  if (!is_readable(tensor, dtype) || !tensor.is_contiguous()) {
+    return false;
+  }
+  switch (dtype) {
+    case at::kFloat:
+      return has_no_largest(uint32_t(0x7f800000));
+    case at::kDouble:
+      return has_no_largest(uint64_t(0x7ff0000000000000));
+    case at::kBFloat16:
+      return has_no_largest(uint16_t(0x7f80));
+    case at::kHalf:
+      return has_no_largest(uint16_t(0x7c00));
+    default:
+      return false;
+  }
+}
+
 bool has_curvature(const std::string& activation) {
   const std::optional<Activation> phi = parse_activation(activation);
   return phi &&

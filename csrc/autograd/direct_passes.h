@@ -45,6 +45,9 @@ std::optional<std::vector<at::Tensor>> direct_vjp(
     const std::vector<at::Tensor>& cotangents,
     const std::vector<bool>& wanted);
 
+// Whether this is a tensor of the CPU with finite elements only.
+bool is_finite(const at::Tensor& tensor);
+
 // Whether the derivative phi' of an activation is not piecewise constant.
 bool has_curvature(const std::string& activation);
 

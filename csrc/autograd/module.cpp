@@ -86,6 +86,14 @@ bool plain_tensors(PyObject* list, std::vector<at::Tensor>& tensors) {
   return true;
 }
 
+// Whether a network has one dtype and device, as far as the first layer shows,
+// and no tangents.
+bool is_ordinary(const Call& call) {
+  return (is_under_a_transform() || !call.any(carries_tangent)) &&
+      call.x.device() == call.weights[0].device() &&
+      call.x.scalar_type() == call.weights[0].scalar_type();
+}
+
 // call_module(module, input): the output of a ReluMLP.
 PyObject* call_module(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
@@ -101,12 +109,38 @@ PyObject* call_module(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     return not_implemented();
   }
   call->x = *x;
-  if ((!is_under_a_transform() && call->any(carries_tangent)) ||
-      x->device() != call->weights[0].device() ||
-      x->scalar_type() != call->weights[0].scalar_type()) {
+  if (!is_ordinary(*call)) {
     return not_implemented();
   }
   return run_without_gil(*call);
+  END_HANDLE_TH_ERRORS
+}
+
+// call_run(module, position, input): the output of the run of two Linears or
+// more that begins at a child of a FusedSequential, and the position after it;
+// None if no run begins there.
+PyObject* call_run(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (count != 3 || !may_serve()) {
+    return not_implemented();
+  }
+  const at::Tensor* x = plain_tensor(arguments[2]);
+  if (!x || !serves_device(*x) || !is_dtype_served(x->scalar_type())) {
+    return not_implemented();
+  }
+  auto run = run_of_children(arguments[0], PyLong_AsSsize_t(arguments[1]));
+  if (!run) {
+    return not_implemented();
+  }
+  auto& [call, end] = *run;
+  if (call.weights.size() < 2) {
+    Py_RETURN_NONE;
+  }
+  call.x = *x;
+  if (!is_ordinary(call)) {
+    return not_implemented();
+  }
+  return Py_BuildValue("(Nn)", run_without_gil(call), end);
   END_HANDLE_TH_ERRORS
 }
 
@@ -318,6 +352,9 @@ PyMethodDef methods[] = {
      METH_FASTCALL, nullptr},
     {"call_module",
      reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call_module)),
+     METH_FASTCALL, nullptr},
+    {"call_run",
+     reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call_run)),
      METH_FASTCALL, nullptr},
     {"relu_mlp",
      reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call_function)),

@@ -4,6 +4,7 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
+#include <c10/core/impl/alloc_cpu.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/variable.h>
 
@@ -25,32 +26,32 @@ bool is_recording() {
   return at::GradMode::is_enabled();
 }
 
-// Zeros that only say that a mask has been passed. They share one element, by
-// which they are recognized.
-const at::Tensor& zero_of(at::ScalarType dtype) {
-  const auto make = [](at::ScalarType type) {
-    const c10::InferenceMode guard(false);
-    at::Tensor zero(at::detail::empty_cpu({1}, type));
-    std::memset(zero.data_ptr(), 0, zero.nbytes());
-    return zero;
-  };
-  static const at::Tensor zeros[] = {
-      make(at::kFloat), make(at::kDouble), make(at::kBFloat16),
-      make(at::kHalf)};
-  return zeros
-      [dtype == at::kFloat          ? 0
-           : dtype == at::kDouble   ? 1
-           : dtype == at::kBFloat16 ? 2
-                                    : 3];
+// Frees the memory of symbolic zeros, which are recognized by it.
+void free_symbolic_zeros(void* data) {
+  c10::free_cpu(data);
 }
 
-bool is_symbolic_zero(const at::Tensor& tensor) {
-  return tensor.defined() && tensor.has_storage() &&
-      tensor.is_alias_of(zero_of(tensor.scalar_type()));
-}
-
+// Zeros that only say that a mask has been passed. They have their own memory,
+// because autograd may add to them in place.
 at::Tensor symbolic_zeros_like(const at::Tensor& tensor) {
-  return zero_of(tensor.scalar_type()).expand(tensor.sizes());
+  if (!tensor.is_cpu() || !is_plain(tensor)) {
+    return at::zeros_like(tensor);
+  }
+  const std::size_t size = tensor.numel() * tensor.itemsize();
+  void* data = c10::alloc_cpu(size);
+  std::memset(data, 0, size);
+  return at::for_blob(data, tensor.sizes())
+      .context(data, free_symbolic_zeros)
+      .options(tensor.options())
+      .make_tensor();
+}
+
+// Whether a tensor comes from `symbolic_zeros_like` and is unchanged. If
+// autograd adds to it in place, or a hook changes it, its version increases.
+bool is_symbolic_zero(const at::Tensor& tensor) {
+  return tensor.defined() && tensor.is_cpu() && is_plain(tensor) &&
+      !tensor.is_inference() && tensor._version() == 0 &&
+      tensor.storage().data_ptr().get_deleter() == free_symbolic_zeros;
 }
 
 } // namespace
@@ -341,11 +342,12 @@ class GradientBackward : public torch::autograd::Node {
   }
 };
 
-// The gradients that reach the outputs of a network. `grad_hidden` is empty if
-// nothing but masks' zeros reaches the hidden activations.
+// The gradients that reach the outputs of a network.
 struct Reached {
   at::Tensor grad_output;
+  // Empty if nothing but masks' zeros reaches the hidden activations.
   std::vector<at::Tensor> grad_hidden;
+  bool are_zero; // whether nothing but masks' zeros reaches any output
 };
 
 // std::nullopt if no gradient reaches any output.
@@ -358,7 +360,7 @@ std::optional<Reached> reached_of(
   if (first == grads.end()) {
     return std::nullopt;
   }
-  Reached reached{grads[0], {}};
+  Reached reached{grads[0], {}, !grads[0].defined()};
   if (!reached.grad_output.defined()) {
     reached.grad_output = at::zeros_symint(y_sizes, first->options());
   }
@@ -369,6 +371,7 @@ std::optional<Reached> reached_of(
       reached.grad_hidden.push_back(
           is_symbolic_zero(*grad) ? at::Tensor() : *grad);
     }
+    reached.are_zero = false;
   }
   return reached;
 }
@@ -387,13 +390,17 @@ class MLPBackward : public torch::autograd::Node {
     if (!reached || needs.find('1') == std::string::npos) {
       return variable_list(num_outputs());
     }
-    const auto& [grad_output, grad_hidden] = *reached;
-    const bool is_differentiable =
-        is_recording() || carries_tangent(grad_output) || !is_thread_plain();
+    const auto& [grad_output, grad_hidden, are_zero] = *reached;
+    const bool is_differentiable = is_recording() ||
+        carries_tangent(grad_output) || is_under_a_transform();
     if (!recompute_) {
+      const std::vector<at::Tensor> saved = unpacked(needs, is_differentiable);
+      if (are_zero && !is_differentiable && is_thread_plain() &&
+          std::all_of(saved.begin(), saved.end(), is_finite)) {
+        return zeros(needs);
+      }
       return backward(
-          grad_output, unpacked(needs, is_differentiable), needs, grad_hidden,
-          is_differentiable);
+          grad_output, saved, needs, grad_hidden, is_differentiable);
     }
     const Call call =
         call_of(unpack_all(saved_, nullptr), layers_, activation_);
@@ -496,6 +503,19 @@ class MLPBackward : public torch::autograd::Node {
     return needs;
   }
 
+  // The gradients if those of the outputs are 0. That is so unless an operand
+  // is infinite or NaN.
+  variable_list zeros(const std::string& needs) const {
+    variable_list gradients(num_outputs());
+    for (std::size_t n = 0; n < needs.size(); ++n) {
+      if (needs[n] == '1') {
+        const auto& [node, input] = next_edge(n);
+        gradients[n] = node->input_metadata(input).zeros_like();
+      }
+    }
+    return gradients;
+  }
+
   // Those of `saved` that these needs depend on.
   std::vector<at::Tensor> wanted_of(
       std::vector<at::Tensor> saved,
@@ -549,6 +569,14 @@ class MLPBackward : public torch::autograd::Node {
       return run_backward(
           grad_output, saved, activation_, needs, grad_hidden, num_outputs());
     }
+    if (grad_hidden.empty() && is_thread_plain() &&
+        needs_gradient(grad_output, saved) && !carries_tangent(grad_output) &&
+        std::none_of(saved.begin(), saved.end(), carries_tangent)) {
+      return at_their_places(
+          recorded_backward(grad_output, saved, activation_, needs), needs,
+          num_outputs());
+    }
+    const python::UsingExtension guard; // as in the forward pass
     return at_their_places(
         grad_hidden.empty()
             ? operators::backward(grad_output, saved, activation_, needs)
@@ -578,6 +606,7 @@ class MLPBackward : public torch::autograd::Node {
   static std::vector<at::Tensor> computed_again(
       const Call& call,
       const std::string& needs) {
+    const python::UsingExtension guard;
     auto [y, hidden] = operators::forward(call, true);
     std::vector<at::Tensor> all{call.x, y};
     all.insert(all.end(), call.weights.begin(), call.weights.end());
@@ -621,7 +650,7 @@ class MLPBackward : public torch::autograd::Node {
     if (!reached || needs.find('1') == std::string::npos) {
       return variable_list(outputs);
     }
-    const auto& [grad_output, grad_hidden] = *reached;
+    const auto& [grad_output, grad_hidden, are_zero] = *reached;
     std::vector<at::Tensor> gradients;
     if (recompute && grad_hidden.empty()) {
       gradients = operators::recompute_backward(

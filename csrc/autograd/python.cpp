@@ -48,6 +48,17 @@ void set_kernels(PyObject* dict) {
   kernels = dict;
 }
 
+UsingExtension::UsingExtension() {
+  const pybind11::gil_scoped_acquire gil;
+  outer_ = call<pybind11::object>("set_backend", "extension").release().ptr();
+}
+
+UsingExtension::~UsingExtension() {
+  const pybind11::gil_scoped_acquire gil;
+  call<pybind11::object>(
+      "set_backend", pybind11::reinterpret_steal<pybind11::object>(outer_));
+}
+
 bool has_batching_rules() {
   return PyDict_GetItemString(kernels, "batched_relu_mlp") != nullptr;
 }

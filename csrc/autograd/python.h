@@ -16,6 +16,17 @@ bool has_batching_rules();
 // tensors on the device of x.
 bool is_extension_in_force(const at::Tensor& x);
 
+// Puts the extension in force in this thread, as ops/backend.py: using does.
+class UsingExtension {
+ public:
+  UsingExtension();
+  UsingExtension(const UsingExtension&) = delete;
+  ~UsingExtension();
+
+ private:
+  PyObject* outer_; // the name of the backend that was in force
+};
+
 at::Tensor relu_mlp(const Call& call);
 std::tuple<at::Tensor, std::vector<at::Tensor>> forward(
     const Call& call,

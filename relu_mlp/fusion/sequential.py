@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import functional, interception
@@ -12,9 +13,12 @@ from .._torch_private import children_of, copy_to_script_wrapper, is_scripting
 from ..functional import call_operators, is_served, leaves_python
 from ..interception import are_layers_replaced
 from ..modules import slice_or_child
+from ..ops import node
 from ..run import Run, find_run
 from ..scripting import Scriptable
 from .conditions import does_nothing
+
+_is_compiling = torch.compiler.is_compiling
 
 
 class FusedSequential(Scriptable):
@@ -28,7 +32,7 @@ class FusedSequential(Scriptable):
         As for the `nn.Sequential`.
 
     Raises:
-        The errors of the `nn.Sequential`, or those of `relu_mlp` for a run.
+        TypeError, RuntimeError: as the `nn.Sequential` does, or for a run as in `relu_mlp`.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -42,17 +46,32 @@ class FusedSequential(Scriptable):
             children = list(children_of(self).values())
             position = 0
             while position < len(children):
-                run = None
-                if is_served(input) and not are_layers_replaced():
-                    run, end = run_at(children, position, does_nothing)
-                if run is not None:
-                    functional.check_empty_biases(run.weights, run.biases)
-                    input = call_operators(input, run.weights, run.biases, run.activation, False)
-                    position = end
-                else:
+                found = self._call_run(children, position, input)
+                if found is None:
                     input = children[position](input)
                     position += 1
+                else:
+                    input, position = found
             return input
+
+    def _call_run(
+        self, children: list[nn.Module], position: int, input: Tensor
+    ) -> tuple[Tensor, int] | None:
+        """The output of the run that begins at a position, and the position after it.
+
+        None if no run begins there.
+        """
+        if node is not None and not _is_compiling():
+            found: Any = node.call_run(self, position, input)
+            if found is not NotImplemented:
+                return found
+        if not is_served(input) or are_layers_replaced():
+            return None
+        run, end = run_at(children, position, does_nothing)
+        if run is None:
+            return None
+        functional.check_empty_biases(run.weights, run.biases)
+        return call_operators(input, run.weights, run.biases, run.activation, False), end
 
     def _find_runs(self) -> list[tuple[int, Run]]:
         children = list(children_of(self).values())

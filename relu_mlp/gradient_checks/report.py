@@ -238,7 +238,14 @@ class GradientReport:
         return max((parameter.max_error for parameter in self.parameters), default=0.0)
 
     def worst(self, count: int = 8) -> list[Element]:
-        """The elements in which by hand and autograd differ most, the worst first."""
+        """The elements in which by hand and autograd differ most, the worst first.
+
+        Args:
+            count: how many at most, over all parameters.
+
+        Returns:
+            A list of `Element`.
+        """
         elements = [e for parameter in self.parameters for e in parameter.worst(count)]
         return sorted(elements, key=lambda e: -abs(e.difference))[:count]
 

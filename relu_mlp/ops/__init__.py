@@ -23,6 +23,7 @@ from .backend import (
     extension,
     implementation_for,
     raising_out_of_memory,
+    set_backend,
     using,
 )
 from .library import (
@@ -62,6 +63,7 @@ __all__ = [
     "library_info",
     "node",
     "raising_out_of_memory",
+    "set_backend",
     "stand_ins",
     "this_thread",
     "using",

@@ -160,17 +160,20 @@ def implementation_for(x: Tensor) -> Implementation:
     return reference
 
 
+def set_backend(name: str) -> str:
+    """Sets the backend of this thread, without a check, and returns the one before."""
+    outer, this_thread.backend = this_thread.backend, name
+    return outer
+
+
 @contextmanager
 def using(implementation: Implementation) -> Iterator[None]:
     """`backend` for an implementation instead of a name, for a call through the dispatcher."""
-    outer, this_thread.backend = (
-        this_thread.backend,
-        "reference" if implementation is reference else "extension",
-    )
+    outer = set_backend("reference" if implementation is reference else "extension")
     try:
         yield
     finally:
-        this_thread.backend = outer
+        set_backend(outer)
 
 
 def _warn_that_library_is_missing() -> None:

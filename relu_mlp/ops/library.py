@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -57,40 +58,64 @@ OPERATORS = tuple(text.partition("(")[0] for text in SCHEMAS if not text.startsw
 #: Those that have a derivative (autograd.py). guards.py makes the others refuse one.
 DIFFERENTIABLE = ("relu_mlp", "forward", "backward")
 
-REMEDY = (
+#: Remedies for a missing library.
+BUILD_IT = (
     "Build it where PyTorch 2.11 or newer and a C++20 compiler are installed: "
     "`pip install --no-build-isolation .` in a checkout of relu_mlp, "
     "or `python setup.py build_ext --inplace` to use the checkout itself."
+)
+START_ELSEWHERE = (
+    "Start Python in another folder, and without this one in PYTHONPATH. Or build the extension "
+    "here too: `python setup.py build_ext --inplace`."
 )
 
 
 # -- Loading ----------------------------------------------------------------
 
 
-def _load_library() -> tuple[Path | None, str | None]:
-    """The library's path and None, or None and the reason why there is no library.
+def _libraries(folder: Path) -> list[Path]:
+    return sorted(folder.glob("_C*.so")) + sorted(folder.glob("_C*.pyd"))
+
+
+def _why_missing(folder: Path) -> tuple[str, str]:
+    """The reason why this copy of the package has no library, and the remedy."""
+    for entry in sys.path:
+        other = Path(entry, folder.name)
+        if _libraries(other) and not other.samefile(folder):
+            return (
+                f"there is no _C.abi3.so in {folder}, and Python finds this copy of the package "
+                f"before the one that is installed in {other} and has it",
+                START_ELSEWHERE,
+            )
+    return f"it was not built: there is no _C.abi3.so in {folder}", BUILD_IT
+
+
+def _load_library() -> tuple[Path | None, str | None, str]:
+    """The library's path, or the reason why there is none, and the remedy.
 
     If the process already has the operators, this copy of the library registers nothing
     (csrc/registration.h). The package then uses the existing operators, if their schemas are equal.
     """
     if LIBRARY_OBSTACLE is not None:
-        return None, LIBRARY_OBSTACLE
+        return None, LIBRARY_OBSTACLE, BUILD_IT
     folder = Path(__file__).parent.parent
-    found = sorted(folder.glob("_C*.so")) + sorted(folder.glob("_C*.pyd"))
-    problem = f"it was not built: there is no _C.abi3.so in {folder}"
+    found = _libraries(folder)
+    remedy = BUILD_IT
     if found:
         try:
             torch.ops.load_library(found[0])
             problem = "its operators were defined in this process before it could be loaded"
         except (OSError, RuntimeError) as error:
             problem = f"{found[0].name} could not be loaded: {error}"
+    else:
+        problem, remedy = _why_missing(folder)
     if _is_defined("forward"):
         for text in SCHEMAS if CAN_COMPARE_SCHEMAS else ():
             _check_schema(normal_schema(f"relu_mlp::{text}"), folder)
         if found and has_kernel("relu_mlp::forward", "CPU"):
             _check_activations(folder)
-            return found[0], None
-    return None, problem
+            return found[0], None, remedy
+    return None, problem, remedy
 
 
 def library_info() -> dict[str, str]:
@@ -140,7 +165,8 @@ def _check_schema(expected: str, folder: Path) -> None:
     )
 
 
-LIBRARY_PATH, LIBRARY_PROBLEM = _load_library()
+#: Without the library, its path is None. With it, the problem is None.
+LIBRARY_PATH, LIBRARY_PROBLEM, REMEDY = _load_library()
 
 #: Whether the library has kernels for CUDA.
 HAS_CUDA = LIBRARY_PATH is not None and has_kernel("relu_mlp::forward", "CUDA")

@@ -24,9 +24,12 @@ def load_node() -> tuple[ModuleType | None, str | None]:
         return None, "RELU_MLP_NODE is 0. Unset it."
     if LIBRARY_PATH is None:
         return None, "it calls the extension, which is missing."
-    name = node_build.file_name()
+    try:
+        name = node_build.file_name()
+    except OSError:
+        name = None
     if name is None:
-        return None, f"its sources are not in {node_build.SOURCE}. Install relu_mlp again."
+        return None, f"its sources can't be read in {node_build.SOURCE}. Install relu_mlp again."
     if process.node is not None:
         if Path(str(process.node.__file__)).name == name:
             return process.node, None

@@ -44,7 +44,8 @@ class NotBuilt(Exception):
 
 def sources() -> list[Path]:
     """What the node is compiled from; empty if there are no sources."""
-    found = sorted(path for pattern in PATTERNS for path in SOURCE.glob(pattern))
+    matches = (path for pattern in PATTERNS for path in SOURCE.glob(pattern))
+    found = sorted(path for path in matches if path.is_file())  # and no link of an editor's lock
     return found if any(path.suffix == ".cpp" for path in found) else []
 
 
@@ -137,8 +138,8 @@ def _compile(workspace: Path, show: bool) -> Path:
         errors="replace",
     )
     if done.returncode:
-        output = (done.stdout or "the output above says why").replace(f"{workspace}/source/", "")
-        lines = [line.strip() for line in output.splitlines() if line.strip()]
+        output = done.stdout or f"setup.py ended with status {done.returncode}"
+        lines = output.replace(f"{workspace}/source/", "").strip().splitlines()
         reason = next((line for line in lines if "error:" in line.lower()), lines[-1])
         raise NotBuilt(f"the native autograd node can't be built: {reason}")
     return next((workspace / "lib").rglob("_node*"))

@@ -708,10 +708,10 @@ def cases(processes):
     """(backend, name) of all cases for this number of processes."""
     return [
         (backend, name)
-        for backend in support.BACKENDS
+        for backend in support.WITH_NODE
         for name in CASES
         if (processes == 2 or name in WITH_FOUR)
-        and (backend == support.BACKENDS[0] or name not in ON_ONE_BACKEND)
+        and (backend == support.WITH_NODE[0] or name not in ON_ONE_BACKEND)
     ]
 
 
@@ -723,7 +723,7 @@ def main():
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("all",))
     for backend, name in cases(mesh.size()):
         torch.manual_seed(0)
-        with relu_mlp.backend(backend):
+        with support.backend(backend):
             CASES[name](mesh)
         with open(folder / f"rank{dist.get_rank()}", "a", encoding="utf-8") as report:
             print(backend, name, file=report)

@@ -3,6 +3,7 @@ defaults or in another thread.
 """
 
 import json
+import os
 import subprocess
 import sys
 
@@ -154,3 +155,37 @@ def test_where_the_first_import_happens_does_not_matter():
     outcomes = dict(map(json.loads, result.stdout.splitlines()))
     assert len(outcomes) == 21
     assert not {name: problem for name, problem in outcomes.items() if problem}
+
+
+LOADED = """
+import sys
+import torch
+before = set(sys.modules)
+import relu_mlp
+print(*sorted(set(sys.modules) - before))
+"""
+
+
+def test_it_loads_no_compiler():
+    """Dynamo and SymPy would take longer than everything else."""
+    result = subprocess.run(
+        [sys.executable, "-c", LOADED], capture_output=True, text=True, check=True
+    )
+    loaded = result.stdout.split()
+    assert "relu_mlp.modules" in loaded
+    compilers = ("torch._dynamo", "torch._inductor", "torch._functorch", "torch._export", "sympy")
+    assert [name for name in loaded if name.startswith(compilers)] == []
+
+
+def test_a_missing_numpy_is_not_mentioned(tmp_path):
+    """PyTorch warns of it, also before the output of a command that needs no NumPy."""
+    (tmp_path / "numpy.py").write_text("raise ModuleNotFoundError(\"No module named 'numpy'\")")
+    paths = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    said = subprocess.run(
+        [sys.executable, "-m", "relu_mlp", "info"],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert said.stderr == ""

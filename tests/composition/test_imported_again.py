@@ -14,6 +14,7 @@ import pytest
 
 import relu_mlp
 from relu_mlp import ops
+from relu_mlp.ops import node_build
 
 pytestmark = [pytest.mark.slow, pytest.mark.installation]
 
@@ -44,6 +45,7 @@ CHECK = """
         return package.ReluMLP(3, [4], 2, output_activation="tanh", dtype=torch.float64)
 
     def check(package, net):
+        assert (package.ops.node is not None) == HAS_NODE
         native = nn.Sequential(*net.children())
         x = torch.randn(5, 3, dtype=torch.float64)
         transforms = [
@@ -73,28 +75,50 @@ CHECK = """
 """
 
 
-def run(script, path=PACKAGE.parent, package=PACKAGE):
+def run(script, folder, package=PACKAGE):
+    """Runs a script in an empty folder: Python looks for packages in the current one first."""
+    (folder / "empty").mkdir()
     has_library = bool(list(package.glob("_C*.so")) + list(package.glob("_C*.pyd")))
-    code = f"HAS_LIBRARY = {has_library}\n" + textwrap.dedent(CHECK) + textwrap.dedent(script)
-    environment = {**os.environ, "PYTHONPATH": str(path), "RELU_MLP_BACKEND": "auto"}
+    is_copy = package != PACKAGE
+    has_node = (package / "_source").exists() if is_copy else ops.node is not None
+    known = f"HAS_LIBRARY, HAS_NODE = {has_library}, {has_node}\n"
+    code = known + textwrap.dedent(CHECK) + textwrap.dedent(script)
+    environment = {**os.environ, "PYTHONPATH": str(package.parent), "RELU_MLP_BACKEND": "auto"}
     if not has_library:
         environment["RELU_MLP_BACKEND"] = "reference"  # or it says that there is none
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+        [sys.executable, "-c", code],
+        cwd=folder / "empty",
+        capture_output=True,
+        text=True,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
 
-def copy_of_package(folder, name="relu_mlp", library=True):
-    left_out = ["__pycache__"] + ([] if library else ["_C*.so", "_C*.pyd"])
-    return Path(shutil.copytree(PACKAGE, folder / name, ignore=shutil.ignore_patterns(*left_out)))
+#: What was built, as the arguments of `copy_of_package`.
+BUILT = {"nothing": (False, False)}
+if ops.LIBRARY_PATH is not None:
+    BUILT["library"] = (True, False)
+if ops.node is not None:
+    BUILT["library and node"] = (True, True)
 
 
-@pytest.mark.parametrize("library", sorted({False, ops.LIBRARY_PATH is not None}))
-def test_after_it_left_sys_modules(tmp_path, library):
+def copy_of_package(folder, library, node, name="relu_mlp"):
+    left_out = ["__pycache__", "_node-*", "_source"] + ([] if library else ["_C*.so", "_C*.pyd"])
+    package = folder / name
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns(*left_out))
+    if node:
+        shutil.copy(ops.node.__file__, package)
+        node_build.copy_sources(package / "_source")  # it serves only a package with its sources
+    return package
+
+
+@pytest.mark.parametrize("built", BUILT)
+def test_after_it_left_sys_modules(tmp_path, built):
     """Also after its library was loaded from elsewhere, which then serves nothing."""
-    package = copy_of_package(tmp_path, library=library)
+    package = copy_of_package(tmp_path, *BUILT[built])
     load = f"torch.ops.load_library({str(ops.LIBRARY_PATH)!r})" if ops.LIBRARY_PATH else ""
     script = f"""
         import relu_mlp
@@ -122,17 +146,18 @@ def test_after_it_left_sys_modules(tmp_path, library):
         assert counter.get_total_flops() == 2 * 5 * (3 * 4 + 4 * 2)
 
         import importlib
-        for name in ("library", "fake", "fallback", "guards", "cpp_graphs"):
+        for name in ("library", "native_node", "fake", "fallback", "guards", "cpp_graphs"):
             importlib.reload(sys.modules["relu_mlp.ops." + name])
         check(relu_mlp, new)
     """
     assert run(script, tmp_path, package).stderr == ""
 
 
-def test_another_copy_of_the_package(tmp_path):
+@pytest.mark.parametrize("built", BUILT)
+def test_another_copy_of_the_package(tmp_path, built):
     """As with two installations, or with one that was copied and renamed."""
-    package = copy_of_package(tmp_path)
-    copy_of_package(tmp_path, "another")
+    package = copy_of_package(tmp_path, *BUILT[built])
+    copy_of_package(tmp_path, *BUILT[built], name="another")
     script = """
         import another, relu_mlp
         nets = make(another), make(relu_mlp)
@@ -153,10 +178,10 @@ def test_another_copy_of_the_library_comes_first(tmp_path):
         ctypes.CDLL({copies[1]!r})
         check(relu_mlp, make(relu_mlp))
     """
-    run(script)
+    run(script, tmp_path)
 
 
-def test_operators_of_another_version():
+def test_operators_of_another_version(tmp_path):
     script = """
         other = torch.library.Library("relu_mlp", "DEF")
         other.define("forward(Tensor x) -> Tensor")
@@ -169,4 +194,4 @@ def test_operators_of_another_version():
         else:
             raise AssertionError("it was imported")
     """
-    run(script)
+    run(script, tmp_path)

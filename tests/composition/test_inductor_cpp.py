@@ -32,7 +32,6 @@ QUICK = {
     "aot_inductor.compile_wrapper_opt_level": "O0",
     "cpp_cache_precompile_headers": False,
 }
-OPERATORS = ("relu_mlp", "forward", "backward", "recompute_backward", "loss_and_grads")
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +66,13 @@ class Everything(nn.Module):
         weights, biases = [self.w0, self.w1], [self.b0, self.b1]
         y, hidden = call.forward(x, weights, biases, "relu", True)
         grads = call.backward(y, [x, y, self.w0, self.w1, *hidden], "relu", "11111")
+        vjp = call.backward_vjp(
+            y, [x, y, self.w0, self.w1, *hidden], "relu", "11111", grads[1:3], "01100", "1" * 6
+        )
         again = call.recompute_backward(y, x, weights, biases, "relu", "11111")
         loss, of_parameters = call.loss_and_grads(x, y + 1, weights, biases, "sse", "none")
         z = call.relu_mlp(x, weights, biases)
-        return (2 * y + 1, *grads, *again, loss, *of_parameters, z.relu() + 1)
+        return (2 * y + 1, *grads, *vjp, *again, loss, *of_parameters, z.relu() + 1)
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +197,7 @@ def test_one_operator_each_way(graphs, fresh, activation, recompute):
     ]
 
 
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", ops.OPERATORS)
 def test_inductor_has_c_plus_plus_for_what_they_return(name):
     returned = getattr(torch.ops.relu_mlp, f"_{name}_in_cpp").default._schema.returns
     assert [str(value.type) for value in returned] in (["Tensor"], ["List[Tensor]"])

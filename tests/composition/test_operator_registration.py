@@ -26,7 +26,7 @@ pytestmark = [
 ]
 
 R = torch.ops.relu_mlp
-RAW = ["forward", "backward", "loss_and_grads"]
+RAW = ["forward", "backward", "backward_vjp", "loss_and_grads"]
 NETWORKS = [  # sizes, leading sizes of x, bias, activation
     ([3, 2], [5], "none", "none"),
     ([3, 2], [], "all", "sigmoid"),
@@ -64,8 +64,13 @@ def raw_arguments(operator, x, weights, biases, activation, needs=None):
     if needs is None:
         has_bias = "".join("01"[bool(b.numel())] for b in biases) or "0" * len(weights)
         needs = "1" * (1 + len(weights)) + has_bias
-    kept = zip(reference.is_kept(activation, needs), [x, y, *weights, *hidden], strict=False)
-    return target, [tensor for is_kept, tensor in kept if is_kept], activation, needs
+    saved = reference.pack(x, y, weights, hidden, activation, needs)
+    call = target, saved, activation, needs
+    if operator == "backward":
+        return call
+    cotangents = reference.backward(*call)[::2]  # of every other result
+    given = ("10" * len(needs))[: needs.count("1")]
+    return *call, cotangents, given, "1" * (1 + len(saved))
 
 
 def flat(result):
@@ -84,7 +89,10 @@ def test_schemas():
     }
     assert registered == {schema.split("(")[0] for schema in ops.SCHEMAS}
     public = {name for name in registered if not name.startswith("_")}
-    assert public == {"relu_mlp", "forward", "backward", "recompute_backward", "loss_and_grads"}
+    assert public == {
+        *("relu_mlp", "forward", "backward", "backward_vjp", "recompute_backward"),
+        "loss_and_grads",
+    }
     for schema in ops.SCHEMAS:
         operator = getattr(R, schema.split("(")[0]).default
         assert str(torch._C.parse_schema(f"relu_mlp::{schema}")) == str(operator._schema)
@@ -151,7 +159,7 @@ def test_fake_kernels(network, dtype, layout, operator):
     # every gradient, and some random choices
     r = random.Random(0)
     patterns = [None] + ["".join(r.choices("01", k=1 + 2 * layers)) for _ in range(5)]
-    for needs in patterns if operator == "backward" else [None]:
+    for needs in patterns if operator.startswith("backward") else [None]:
         call = raw_arguments(operator, *arguments, needs)
 
         def convert(argument, to):
@@ -311,7 +319,7 @@ def positions(call):
 REMEDY = r"(?s)relu_mlp::{}.*torch\.ops\.relu_mlp\.relu_mlp or relu_mlp\.relu_mlp.*detach"
 
 
-@pytest.mark.parametrize("operator", ["loss_and_grads", "recompute_backward"])
+@pytest.mark.parametrize("operator", ["loss_and_grads", "recompute_backward", "backward_vjp"])
 @pytest.mark.parametrize("network", NETWORKS[:4], ids=str)
 def test_raw_operators_refuse_what_they_cannot_differentiate(network, operator):
     arguments = make_arguments(*network)
@@ -348,7 +356,7 @@ def test_raw_operators_refuse_what_they_cannot_differentiate(network, operator):
 # -- torch.func: right or refused, never wrong in silence ------------------------------
 #
 # Small integers make every sum exact, so "right" is `torch.equal`. The operators with
-# derivatives must be right; loss_and_grads, which has none, may refuse.
+# derivatives must be right; those that have none may refuse.
 
 
 def integers(*sizes):
@@ -371,6 +379,12 @@ def functions_of_x(operator, weights, biases):
         "backward": (
             lambda x: R.backward(target, [x, weights[1], mask], "none", "01111")[0],
             lambda x: (target @ weights[1]).T @ x,
+        ),
+        "backward_vjp": (
+            lambda x: R.backward_vjp(
+                target, [x, weights[1], mask], "none", "01111", weights[:1], "1000", "1000"
+            )[0],
+            lambda x: (x @ weights[0].T) @ weights[1].T,
         ),
         "loss_and_grads": (
             lambda x: R.loss_and_grads(x, target, weights, biases, "sse", "none")[0],
@@ -407,7 +421,7 @@ def right_or_refused(function, expected, operator="relu_mlp"):
     try:
         result = function()
     except RuntimeError:  # NotImplementedError is one
-        if operator != "loss_and_grads":
+        if operator in ops.DIFFERENTIABLE:
             raise
         return
     assert isinstance(result, torch.Tensor)
@@ -759,13 +773,14 @@ def test_lists_of_wrong_length(layers, biases, words, requires_grad):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """A growing list of the questions that the Autograd kernels have asked."""
+    """A growing list of the questions that the Autograd kernels in Python have asked."""
     calls = []
     asks = ops.is_differentiated
     monkeypatch.setattr(
         ops, "is_differentiated", lambda *arguments: calls.append(1) or asks(*arguments)
     )
-    return calls
+    with support.node_enabled(False):  # its kernels ask in C++
+        yield calls
 
 
 OPERATORS = ["relu_mlp", "forward", "backward"]

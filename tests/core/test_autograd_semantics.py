@@ -4,7 +4,9 @@ computed, what is saved, where an in-place change raises, hooks, accumulation.
 The networks have small integers, so both paths must give the same bits.
 """
 
+import warnings
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +21,6 @@ from support import (
     assert_within,
     first_order_bounds,
     gradients,
-    implementation_of,
     integer_network,
     integers,
     leaves,
@@ -78,19 +79,8 @@ class CountProducts(TorchDispatchMode):
 
 @RECOMPUTE
 @ACTIVATION
-def test_every_pattern_of_needs(backend, activation, recompute, monkeypatch):
+def test_every_pattern_of_needs(backend, activation, recompute):
     """Compares with the native gradients. No gradient of a frozen tensor is computed."""
-    implementation = implementation_of(backend)
-    name, asked = "recompute_backward" if recompute else "backward", []
-    backward = getattr(implementation, name)
-
-    def spy(*arguments):
-        grads = backward(*arguments)
-        needs = arguments[5] if recompute else arguments[3]
-        asked.append((needs, len(grads)))
-        return grads
-
-    monkeypatch.setattr(implementation, name, spy)
     for needs in patterns(len(NAMES)):
         x, weights, biases = network(needs)
         named = leaves(x, weights, biases)
@@ -99,10 +89,12 @@ def test_every_pattern_of_needs(backend, activation, recompute, monkeypatch):
         if not any(needs):
             assert y.grad_fn is None
             continue
-        asked.clear()
-        with CountProducts() as products:
-            actual = gradients(y, named)
-        assert asked == [("".join("01"[need] for need in needs), sum(needs))]
+        with support.backward_passes() as passes, CountProducts() as products:
+            under_a_mode = gradients(y, named, retain_graph=True)
+        assert passes[-1:] == [("".join("01"[need] for need in needs), sum(needs))]
+        assert len(passes) == (2 if recompute and backend == "reference" else 1)
+        actual = gradients(y, named)
+        assert_same(actual, under_a_mode, f"needs {needs}")
 
         native_y = native_mlp(x, weights, biases, output_activation=activation)
         with CountProducts() as native_products:
@@ -442,6 +434,84 @@ def test_hooks(backend, recompute):
     assert set(result["seen"]) == {"x", "weights[1]", "biases[2]"}
 
 
+@RECOMPUTE
+def test_hooks_of_the_node(backend, recompute):
+    """A hook before the node changes what reaches it, a hook after it what leaves it."""
+    x, weights, biases = network()
+    named = leaves(x, weights, biases)
+
+    def grads(*hooks):
+        y = relu_mlp(x, weights, biases, recompute=recompute)
+        handles = [getattr(y.grad_fn, register)(hook) for register, hook in hooks]
+        handles.pop().remove()
+        return gradients(y, named)
+
+    def unused(*arguments):
+        raise AssertionError("was removed")
+
+    def before(reached):
+        of_y, *of_hidden = reached
+        assert of_y.shape == y.shape and not any(grad is not None for grad in of_hidden)
+        return (2 * of_y, *of_hidden)
+
+    def after(left, reached):
+        assert [grad.shape for grad in left] == [tensor.shape for tensor in named.values()]
+        assert torch.equal(reached[0], 2 * torch.ones_like(y))
+        return (3 * left[0], *left[1:])
+
+    y = native_mlp(x, weights, biases)
+    expected = {name: 2 * grad for name, grad in gradients(y, named).items()}
+    removed = ("register_hook", unused)
+    hooked = grads(("register_prehook", before), ("register_hook", after), removed)
+    assert_same(hooked, expected | {"x": 3 * expected["x"]})
+
+
+@RECOMPUTE
+def test_an_exception_in_a_hook_passes_through(backend, recompute):
+    class Ours(Exception):
+        pass
+
+    def fail(*arguments):
+        raise Ours
+
+    x, weights, biases = network()
+    with pytest.raises(Ours), saved_tensors_hooks(fail, lambda tensor: tensor):
+        relu_mlp(x, weights, biases, recompute=recompute)
+    with saved_tensors_hooks(lambda tensor: tensor, fail):
+        y = relu_mlp(x, weights, biases, recompute=recompute)
+    with pytest.raises(Ours):
+        y.sum().backward()
+    for register in ("register_hook", "register_prehook"):
+        y = relu_mlp(x, weights, biases, recompute=recompute)
+        getattr(y.grad_fn, register)(fail)
+        with pytest.raises(Ours):
+            y.sum().backward()
+
+
+@RECOMPUTE
+@pytest.mark.parametrize("order", [1, 2])
+def test_anomaly_mode_finds_the_call(backend, order, recompute):
+    """It names the node that gives NaN, and shows where its forward pass was called."""
+    x, weights, biases = network()
+    with torch.no_grad():
+        weights[0][0, 0] = float("nan")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with torch.autograd.detect_anomaly(check_nan=order == 1):
+            y = relu_mlp(x, weights, biases, recompute=recompute)
+            if order == 2:
+                (by_x,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        with (
+            torch.autograd.detect_anomaly(),
+            pytest.raises(
+                RuntimeError, match="MLPBackward' ret" if order == 1 else "GradientBackward' ret"
+            ),
+        ):
+            (y if order == 1 else by_x).sum().backward()
+    shown = str(caught[-1].message)
+    assert "Traceback of forward call" in shown and Path(__file__).name in shown
+
+
 def test_saved_tensors_hooks_replace_what_is_saved(backend):
     """Packed as another object, and unpacked to a copy."""
     packed = []
@@ -592,13 +662,21 @@ def test_graph_is_released(backend):
     import gc
     import weakref
 
+    class Hook:
+        def __call__(self, *grads):
+            pass
+
     x, weights, biases = network()
     gc.collect()
     gc.disable()
     try:
         y = relu_mlp(x, weights, biases, output_activation="relu")
-        node, tensor = weakref.ref(y.grad_fn), weakref.ref(y)
+        hook = Hook()  # lives as long as the node, which may have no weak references itself
+        y.grad_fn.register_hook(hook)
+        node, tensor = weakref.ref(hook), weakref.ref(y)
+        del hook
         y.sum().backward()
+        assert node() is not None
         del y
         assert node() is None and tensor() is None
     finally:
@@ -636,18 +714,8 @@ def test_what_a_second_derivative_reaches(backend, activation, penalized, recomp
 @RECOMPUTE
 @pytest.mark.parametrize("leaf", [True, False], ids=["leaf", "not a leaf"])
 @pytest.mark.parametrize("asked", NAMES)
-def test_only_requested_gradients_are_computed(backend, asked, leaf, recompute, monkeypatch):
+def test_only_requested_gradients_are_computed(backend, asked, leaf, recompute):
     """A first derivative with create_graph, of one input, although all require gradients."""
-    from relu_mlp import autograd
-
-    needs = []
-    once_more = autograd._differentiable_backward
-
-    def recording(*arguments):
-        needs.append(arguments[4])
-        return once_more(*arguments)
-
-    monkeypatch.setattr(autograd, "_differentiable_backward", recording)
     x, weights, biases = network()
     named = leaves(x, weights, biases)
     if not leaf:
@@ -656,8 +724,8 @@ def test_only_requested_gradients_are_computed(backend, asked, leaf, recompute, 
     biases = [named[f"biases[{n}]"] for n in range(LAYERS)]
     y = relu_mlp(named["x"], weights, biases, recompute=recompute)
     expected = native_mlp(named["x"], weights, biases)
-    grad, native = (
-        torch.autograd.grad(z.sum(), named[asked], create_graph=True)[0] for z in (y, expected)
-    )
+    with support.backward_passes() as passes:
+        (grad,) = torch.autograd.grad(y.sum(), named[asked], create_graph=True)
+    (native,) = torch.autograd.grad(expected.sum(), named[asked])
     assert torch.equal(grad, native)
-    assert needs == ["".join("01"[name == asked] for name in NAMES)]
+    assert passes == [("".join("01"[name == asked] for name in NAMES), 1)]

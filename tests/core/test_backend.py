@@ -34,21 +34,12 @@ def auto():
 
 
 @contextmanager
-def watched():
-    """A list of this thread's calls: ("extension" or "reference", operator)."""
+def references():
+    """A list of the calls of the reference: ("reference", operator)."""
     seen = []
     originals = {
         name: getattr(reference, name) for name in ("forward", "backward", "loss_and_grads")
     }
-
-    class Mode(TorchDispatchMode):
-        understands_relu_mlp = True
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            namespace, name = func._schema.name.split("::")
-            if namespace == "relu_mlp":
-                seen.append(("extension", name))
-            return func(*args, **(kwargs or {}))
 
     def spy(name):
         def function(*args, **kwargs):
@@ -60,11 +51,27 @@ def watched():
     for name in originals:
         setattr(reference, name, spy(name))
     try:
-        with Mode():
-            yield seen
+        yield seen
     finally:
         for name, function in originals.items():
             setattr(reference, name, function)
+
+
+@contextmanager
+def watched():
+    """A list of this thread's calls: ("extension" or "reference", operator)."""
+
+    class Mode(TorchDispatchMode):
+        understands_relu_mlp = True
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            namespace, name = func._schema.name.split("::")
+            if namespace == "relu_mlp":
+                seen.append(("extension", name))
+            return func(*args, **(kwargs or {}))
+
+    with references() as seen, Mode():
+        yield seen
 
 
 def integer_case(seed=0):
@@ -208,6 +215,25 @@ def test_a_backward_uses_the_implementation_of_its_forward(forward, backward, re
     assert seen == [(forward, name) for name in expected]
     assert torch.equal(out, y)
     assert all(torch.equal(p.grad, g) for p, g in zip(net.parameters(), grads, strict=True))
+
+
+@pytest.mark.parametrize(("forward", "backward"), TURNS)
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("watch", [watched, references], ids=["under a mode", "by itself"])
+def test_so_does_a_backward_that_is_differentiated(forward, backward, recompute, watch):
+    net, x, *_ = integer_case()
+    net.recompute = recompute
+    x.requires_grad_()
+    native = torch.nn.Sequential(*net)
+    (expected,) = torch.autograd.grad(native(x).square().sum(), x)
+    with relu_mlp.backend(forward):
+        out = net(x)
+    with watch() as seen, relu_mlp.backend(backward):
+        (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    assert torch.equal(grad, expected)
+    names = ["forward", "backward"] if recompute else ["backward"]
+    is_seen = forward == "reference" or watch is watched
+    assert seen == [(forward, name) for name in names if is_seen]
 
 
 def test_extension_raises_where_it_cannot_serve():
@@ -479,6 +505,33 @@ def test_the_reference_by_choice_is_silent(without_library):
     assert "relu_mlp" not in err
     with_warning = run_python(USE_IT, without_library, without_library)[1]
     assert with_warning.count("UserWarning") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.installation
+@pytest.mark.skipif(not HAS_LIBRARY, reason="needs a copy of the package that was built")
+def test_a_checkout_that_hides_the_installed_package(without_library):
+    """As after `pip install .`, in the folder of the checkout."""
+    script = """
+        import sys
+        sys.path.append(PACKAGE)
+        import relu_mlp
+        print(relu_mlp.build_info().problem)
+        print(relu_mlp.build_info().runs_on_cpu)
+    """.replace("PACKAGE", repr(str(PACKAGE.parent)))
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        cwd=without_library,
+        env={k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "RELU_MLP_BACKEND")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    problem, runs = done.stdout.splitlines()
+    assert f"no _C.abi3.so in {without_library / 'relu_mlp'}" in problem
+    assert f"installed in {PACKAGE}" in problem and "not built" not in problem
+    assert "Start Python in another folder" in problem and "pip install" not in problem
+    assert runs == "reference"
 
 
 @pytest.mark.slow

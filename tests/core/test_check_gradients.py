@@ -29,6 +29,9 @@ from support.bad_arguments import (
     under_every_backend,
 )
 
+#: Nothing here depends on whether the native node records a graph.
+backend = support.backend_fixture(support.BACKENDS)
+
 STEP = torch.finfo(torch.float64).eps ** (1 / 3)
 
 

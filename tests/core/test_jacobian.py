@@ -32,6 +32,9 @@ from support.bad_arguments import (
     under_every_backend,
 )
 
+#: Nothing here depends on whether the native node records a graph.
+backend = support.backend_fixture(support.BACKENDS)
+
 SIZES = [[3, 2], [1, 1], [3, 4, 2], [2, 1, 1, 3], [5, 7, 6, 4, 3]]
 
 # torch.jit is deprecated, and torch.func.jvp loads it.

@@ -36,6 +36,9 @@ from support.bad_arguments import (
     under_every_backend,
 )
 
+#: Nothing here depends on whether the native node records a graph.
+backend = support.backend_fixture(support.BACKENDS)
+
 # torch.jit is deprecated, and forward-mode differentiation loads it.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 

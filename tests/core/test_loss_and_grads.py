@@ -10,6 +10,9 @@ import support
 from relu_mlp import LossAndGrads, loss_and_grads, ops, reference, relu_mlp
 from support import Bounded, make_case_with_target
 
+#: Nothing here depends on whether the native node records a graph.
+backend = support.backend_fixture(support.BACKENDS)
+
 LOSSES = {
     "sse": lambda y, t: (y - t).square().sum(),
     "half_sse": lambda y, t: (y - t).square().sum() / 2,

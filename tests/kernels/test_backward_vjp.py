@@ -9,13 +9,17 @@ import random
 
 import pytest
 import torch
-from kernels import test_cpu_kernels as kernels
-from support.covering import covering
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import relu_mlp
 import support
-from relu_mlp import ops, reference, second_order
+from kernels import test_cpu_kernels as kernels
+from relu_mlp import reference, second_order
 from support import gamma
+from support.covering import covering
+
+#: Nothing here depends on whether the native node records a graph.
+backend = support.backend_fixture(support.BACKENDS)
 
 R = torch.ops.relu_mlp
 __test__ = kernels.__test__  # without the library there is nothing to test here
@@ -210,9 +214,11 @@ def test_leading_sizes():
         call, wanted = whole_call(0, rows, [3, 8, 2], "tanh")
         shaped = changed(
             call,
-            lambda t, rows=rows, leading=leading: t.reshape(*leading, t.shape[1])
-            if t.dim() == 2 and t.shape[0] == rows and t.shape[1] in (3, 2)
-            else t,
+            lambda t, rows=rows, leading=leading: (
+                t.reshape(*leading, t.shape[1])
+                if t.dim() == 2 and t.shape[0] == rows and t.shape[1] in (3, 2)
+                else t
+            ),
         )
         if rows in (2, 3, 8):
             continue  # a weight could pass for x
@@ -246,7 +252,9 @@ def bounds_of(call, wanted, dtype):
     that is the call of a network without an output activation, whose gradients at grad_output and
     y are multiplied by bounds of phi' and of its derivative.
     """
-    grad_output, saved, activation, needs, cotangents, given = changed(call, lambda t: t.double().abs())
+    grad_output, saved, activation, needs, cotangents, given = changed(
+        call, lambda t: t.double().abs()
+    )
     y, weights, inputs = reference.unpack(saved, activation, needs)
     steep = torch.ones_like(grad_output) if y is None else (1 + y).square()
     without_y = reference.pack(inputs[0], None, weights, inputs[1:], "none", needs)
@@ -337,9 +345,7 @@ def good_call():
     """grad_output, (x, y, W_1, a_1), the cotangents of dW_1, dW_2 and db_2, and what is wanted."""
     call = exact_call(0, 5, [3, 6, 2], "sigmoid", "01111", "1101")
     return {
-        **dict(
-            zip(("grad_output", "saved", "activation", "needs", "cotangents", "given"), call)
-        ),
+        **dict(zip(("grad_output", "saved", "activation", "needs", "cotangents", "given"), call)),
         "wanted": "11111",
     }
 
@@ -453,19 +459,43 @@ def test_a_second_derivative_calls_it(backend, activation):
     torch.testing.assert_close(found, recorded)
 
 
-def test_a_penalty_on_x_leaves_out_what_is_not_needed(monkeypatch):
+def test_a_penalty_on_x_leaves_out_what_is_not_needed():
     """Only the weights get numbers, and nothing is computed for grad_output."""
-    net = relu_mlp.ReluMLP(3, [6, 5], 2)
+
+    class Mode(TorchDispatchMode):
+        understands_relu_mlp = True
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is R.backward_vjp.default:
+                asked.append((args[3], *args[5:]))
+            return function(*args, **(kwargs or {}))
+
+    net, asked = relu_mlp.ReluMLP(3, [6, 5], 2), []
     x = torch.randn(4, 3, requires_grad=True)
-    asked = []
-    operator = ops.extension.backward_vjp
-    monkeypatch.setattr(
-        type(ops.extension),
-        "backward_vjp",
-        staticmethod(lambda *call: asked.append(call[3:4] + call[5:]) or operator(*call)),
-    )
-    of_penalty(net, x)
+    with Mode():
+        of_penalty(net, x)
     assert asked == [("1000000", "1", "0" + "111" + "00")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_second_derivatives_of_small_integers(instruction_set, activation, dtype):
+    """The bits of the native path. Here gradients reach the hidden activations too."""
+    for rows, sizes in [(6, [5, 33, 17, 3]), (40, [16, 9, 4]), (300, [3, 20, 2]), (0, [3, 4, 2])]:
+        weights, biases = support.integer_network(sizes, dtype=dtype, largest=1)
+        x = support.integers(rows, sizes[0], dtype=dtype, largest=1).requires_grad_()
+        named = support.leaves(x, weights, biases)
+        directions = [support.integers(*t.shape, dtype=dtype, largest=1) for t in named.values()]
+        ends = support.integers(rows, sizes[-1], dtype=dtype, largest=1).requires_grad_()
+        found = []
+        for mlp in (relu_mlp.relu_mlp, support.native_mlp):
+            y = mlp(x, weights, biases, output_activation=activation)
+            grads = torch.autograd.grad(y, named.values(), ends, create_graph=True)
+            of_grads = torch.autograd.grad(
+                grads, [*named.values(), ends], directions, materialize_grads=True
+            )
+            found.append(dict(zip([*named, "grad_output"], of_grads, strict=True)))
+        support.assert_same(*found)
 
 
 def test_batched_gradients(backend):

@@ -1,5 +1,6 @@
 """How setup.py handles the compilers, the user's flags and the folder that it finds."""
 
+import platform
 import re
 import runpy
 import shutil
@@ -151,7 +152,7 @@ def test_a_failure_stops_the_build_if_the_node_is_required(
     script, no_luck, tmp_path, monkeypatch, capfd
 ):
     monkeypatch.setenv("RELU_MLP_NODE", "1")
-    with pytest.raises(SystemExit, match=r"RELU_MLP_NODE=1, but .* the output above says why"):
+    with pytest.raises(SystemExit, match=r"RELU_MLP_NODE=1, but .* setup.py ended with status 1"):
         script["build_node"](tmp_path / "package")
     assert "fatal error: no luck" in "".join(capfd.readouterr())
 
@@ -244,6 +245,87 @@ def test_what_comes_from_elsewhere_is_overridden(unsafe, script):
     command = ["c++", unsafe, *script["FLAGS"], *script["SAFE"], "-dM", "-E", "-xc++", "/dev/null"]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "__FAST_MATH__" not in said and "__FINITE_MATH_ONLY__ 1" not in said
+
+
+# -- A compiler that fails on an instruction set --------------------------------
+
+
+class FakeBuild:
+    """PyTorch's build_ext, whose compiler fails on the files in `failing`."""
+
+    failing = ()
+    build_temp = "build"
+    compiler = property(lambda self: self)
+
+    def compile(self, sources, **_):
+        if any(Path(source).stem in self.failing for source in sources):
+            raise RuntimeError("Error compiling objects for extension")
+
+    def build_extension(self, extension):
+        self.compile(extension.sources)
+        self.built = [Path(source).stem for source in extension.sources]
+
+
+def build_where(failing, script, monkeypatch):
+    monkeypatch.setattr("torch.utils.cpp_extension.BuildExtension", FakeBuild)
+    arguments = script["extension_arguments"]()
+    (extension,) = arguments["ext_modules"]
+    build = arguments["cmdclass"]["build_ext"]()
+    build.failing = failing
+    build.build_extension(extension)
+    return build.built
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="without a compiler nothing is built")
+def test_a_failing_instruction_set_is_left_out(script, monkeypatch, capsys):
+    everything = build_where([], script, monkeypatch)
+    assert {"avx2", "avx512", "avx512_bf16", "amx", "baseline", "operators"} <= {*everything}
+    capsys.readouterr()
+    built = build_where(["avx512_bf16", "amx"], script, monkeypatch)
+    assert {*everything} - {*built} == {"avx512_bf16", "amx"}
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "without" in line]
+    assert line == (
+        "relu_mlp: instruction sets: without amx and avx512_bf16, for which the compiler fails"
+    )
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="without a compiler nothing is built")
+@pytest.mark.parametrize("failing", [["baseline"], ["operators", "amx"], ["isa"]])
+def test_any_other_failure_stops_the_build(failing, script, monkeypatch):
+    with pytest.raises(RuntimeError, match="Error compiling"):
+        build_where(failing, script, monkeypatch)
+
+
+MAIN = """
+#include <cstdio>
+#include "csrc/cpu/isa/isa.h"
+int main() {
+  for (const auto& name : relu_mlp::cpu::compiled_instruction_sets()) {
+    std::puts(name.c_str());
+  }
+}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a compiler")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the sets are those of x86")
+@pytest.mark.parametrize("sets", [[], ["avx2"], ["avx2", "amx"], ["avx512", "amx"]])
+def test_a_library_without_some_instruction_sets(sets, tmp_path):
+    """Their files hold tables of kernels, here empty ones."""
+    source = MAIN + "namespace relu_mlp::cpu {\n"
+    for name in ["baseline", *sets]:
+        if name == "amx":
+            source += "extern const Bf16Kernels amx_kernels{};\n"
+        else:
+            source += f'extern const InstructionSet {name}_set{{"{name}"}};\n'
+    (tmp_path / "main.cpp").write_text(source + "}\n")
+    command = ["c++", "-std=c++20", "-fPIC", f"-I{ROOT}", "-o", tmp_path / "main"]
+    command += [tmp_path / "main.cpp", ROOT / "csrc/cpu/isa/isa.cpp", ROOT / "csrc/cpu/tuning.cpp"]
+    subprocess.run(command, check=True)
+    said = subprocess.run([tmp_path / "main"], capture_output=True, text=True, check=True)
+    with_avx512 = sets if "avx512" in sets else [name for name in sets if name != "amx"]
+    assert said.stdout.split() == ["baseline", *with_avx512]
 
 
 # -- The folder ------------------------------------------------------------------

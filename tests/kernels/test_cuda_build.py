@@ -40,23 +40,47 @@ def test_a_bad_value_of_force_cuda():
     assert said.stderr.splitlines()[-1] == "relu_mlp: FORCE_CUDA must be 0 or 1, got 'yes'"
 
 
-def test_a_toolkit_without_headers(tmp_path, monkeypatch):
-    """nvcc in PATH is a wrapper. The build goes on for the CPU instead of failing."""
+@pytest.fixture
+def why_not_cuda(tmp_path, monkeypatch):
+    """why_not_cuda(release, error=None): what setup.py says with a PyTorch for CUDA 13.0.
+
+    `tmp_path` is the toolkit. Its nvcc is of that release, and fails to compile with that error.
+    """
     source = (ROOT / "setup.py").read_text(encoding="utf-8").split("\nos.chdir(")[0]
     names = {"__name__": "setup"}
     exec(compile(source, "setup.py", "exec"), names)
-    nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.parent.mkdir()
-    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.88'\n")
-    nvcc.chmod(0o755)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", str(tmp_path))
-    assert names["why_not_cuda"]() == (
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+
+    def ask(release, error=None):
+        version = f"echo 'Cuda compilation tools, release {release}, V{release}.88'"
+        other = f"echo 'probe.cu' >&2; echo '{error}' >&2; exit 1" if error else "exit 0"
+        nvcc.write_text(f'#!/bin/sh\nif [ "$1" = --version ]; then {version}; else {other}; fi\n')
+        nvcc.chmod(0o755)
+        return names["why_not_cuda"]()
+
+    return ask
+
+
+def test_a_toolkit_without_headers(why_not_cuda, tmp_path):
+    """nvcc in PATH is a wrapper. The build goes on for the CPU instead of failing."""
+    assert why_not_cuda("13.0") == (
         f"{tmp_path} has no include/cuda_runtime.h; CUDA_HOME names the toolkit"
     )
+
+
+def test_a_toolkit_that_fits(why_not_cuda, tmp_path):
     (tmp_path / "include").mkdir()
     (tmp_path / "include" / "cuda_runtime.h").touch()
-    assert names["why_not_cuda"]() is None
+    assert why_not_cuda("13.0") is None
+    assert why_not_cuda("13.2") is None
+    assert why_not_cuda("12.8") == (
+        f"{tmp_path}/bin/nvcc is release 12.8, and PyTorch is built for CUDA 13.0"
+    )
+    refusal = "host_config.h:137:2: error: -- unsupported GNU version!"
+    assert why_not_cuda("13.0", refusal) == f"{tmp_path}/bin/nvcc compiles nothing: {refusal}"
 
 
 PTXAS = """

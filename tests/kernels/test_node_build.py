@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -28,9 +29,19 @@ pytestmark = [
 
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="compiles")
 
+#: It has every function that the package may call: one that returns its last argument if that can
+#: be called, and None otherwise.
 NODE = """\
 #include <Python.h>
-static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_node", nullptr, -1, nullptr};
+static PyObject* function(PyObject*, PyObject* arguments) {
+  const Py_ssize_t count = PyTuple_GET_SIZE(arguments);
+  PyObject* last = count ? PyTuple_GET_ITEM(arguments, count - 1) : Py_None;
+  return Py_NewRef(PyCallable_Check(last) ? last : Py_None);
+}
+static PyMethodDef any = {"any", function, METH_VARARGS, nullptr};
+static PyObject* get(PyObject*, PyObject*) { return PyCFunction_New(&any, nullptr); }
+static PyMethodDef methods[] = {{"__getattr__", get, METH_O, nullptr}, {}};
+static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_node", nullptr, -1, methods};
 PyMODINIT_FUNC PyInit__node() { return PyModule_Create(&definition); }
 """
 
@@ -195,6 +206,16 @@ def test_a_file_that_is_no_library(start, source):
     assert problem.endswith("Run `relu-mlp build`.")
 
 
+def test_a_node_that_does_not_fit_the_extension(source, monkeypatch):
+    path = node_build.cache_folder() / node_build.file_name()
+    path.parent.mkdir()
+    path.write_bytes(node_build.END)
+    module = types.SimpleNamespace(connect=lambda path: f"it does not fit {path}")
+    monkeypatch.setattr(native_node, "_import", lambda path: module)
+    problem = f"it does not fit {ops.LIBRARY_PATH}. Run `relu-mlp build`."
+    assert native_node.load_node() == (None, problem)
+
+
 @needs_compiler
 @pytest.mark.slow
 def test_is_not_loaded_by_request(cached, monkeypatch):
@@ -213,11 +234,18 @@ def test_a_later_import_takes_the_node_of_the_first(cached, source):
     assert again is None and "the node of another version of relu_mlp" in problem
 
 
-def test_without_sources(tmp_path, source, monkeypatch):
-    monkeypatch.setattr(node_build, "SOURCE", tmp_path / "nowhere")
-    node, problem = native_node.load_node()
-    assert node is None
-    assert problem == f"its sources are not in {tmp_path / 'nowhere'}. Install relu_mlp again."
+def test_without_sources(source, monkeypatch, capsys):
+    name = node_build.file_name()
+    (source / "csrc/.#mlp.h").symlink_to("the lock of an editor")
+    assert node_build.file_name() == name
+
+    problem = f"its sources can't be read in {source}. Install relu_mlp again."
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", lambda _: os.stat("/nowhere"))
+        assert native_node.load_node() == (None, problem)
+    shutil.rmtree(source)
+    assert native_node.load_node() == (None, problem)
+    assert f"the sources of the native autograd node are not in {source}" in failure(capsys)
 
 
 def test_without_the_extension(source, monkeypatch, capsys):

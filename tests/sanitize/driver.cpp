@@ -156,6 +156,7 @@ struct ReferenceNetwork {
   Numbers x, grad; // of y
   std::vector<Numbers> weights, biases; // a bias without elements is missing
   std::vector<Numbers> a; // x, the hidden activations, y
+  std::vector<Numbers> grad_hidden; // what else reaches the a_l, or nothing
   Numbers grad_x, of_squares;
   std::vector<Numbers> grad_weights, grad_biases;
   double largest = 0;
@@ -208,12 +209,96 @@ struct ReferenceNetwork {
         }
       }
       for (std::size_t n = 0; n < below.size(); ++n) {
+        below[n] += grad_hidden.empty() || l == 0 ? 0 : grad_hidden[l - 1][n];
         below[n] = l > 0 && !(a[l][n] > 0) ? 0 : below[n];
         largest = std::max(largest, std::abs(below[n]));
       }
       delta = below;
     }
     grad_x = delta;
+  }
+};
+
+// Tangents W_l' and b_l' and x' of a network, or no elements for 0, and what a
+// VjpPass makes of them.
+struct ReferenceVjp {
+  const ReferenceNetwork& net;
+  Numbers x_tangent;
+  std::vector<Numbers> weight_tangents, bias_tangents;
+  Numbers of_grad_output;
+  std::vector<Numbers> of_weights, of_inputs;
+  double largest = 0;
+
+  // m (rows, out) W^T (in, out) + ..., where W has no elements if it is 0.
+  Numbers product(
+      const Numbers& m,
+      const Numbers& w,
+      int64_t out,
+      int64_t in,
+      bool is_transposed) {
+    const int64_t k = is_transposed ? in : out, cols = is_transposed ? out : in;
+    Numbers result(net.rows * cols);
+    for (int64_t r = 0; !w.empty() && r < net.rows; ++r) {
+      for (int64_t c = 0; c < cols; ++c) {
+        for (int64_t i = 0; i < k; ++i) {
+          result[r * cols + c] +=
+              m[r * k + i] * w[is_transposed ? c * in + i : i * in + c];
+        }
+      }
+    }
+    for (const double n : result) {
+      largest = std::max(largest, std::abs(n));
+    }
+    return result;
+  }
+
+  void run() {
+    const std::size_t layers = net.layers();
+    const auto mask = [](Numbers& m, const Numbers& a) {
+      for (std::size_t n = 0; n < m.size(); ++n) {
+        m[n] = a[n] > 0 ? m[n] : 0;
+      }
+    };
+    std::vector<Numbers> deltas(layers);
+    deltas[layers - 1] = net.grad;
+    if (net.activation == Activation::relu) {
+      mask(deltas[layers - 1], net.a.back());
+    }
+    for (std::size_t l = layers; l-- > 1;) {
+      deltas[l - 1] = product(
+          deltas[l], net.weights[l], net.sizes[l + 1], net.sizes[l], false);
+      mask(deltas[l - 1], net.a[l]);
+    }
+    Numbers tangent = x_tangent;
+    tangent.resize(net.x.size());
+    for (std::size_t l = 0; l < layers; ++l) {
+      const int64_t in = net.sizes[l], out = net.sizes[l + 1];
+      of_inputs.push_back(
+          product(deltas[l], weight_tangents[l], out, in, false));
+      Numbers& of_weight = of_weights.emplace_back(out * in);
+      for (int64_t r = 0; r < net.rows; ++r) {
+        for (int64_t i = 0; i < out; ++i) {
+          for (int64_t j = 0; j < in; ++j) {
+            of_weight[i * in + j] +=
+                deltas[l][r * out + i] * tangent[r * in + j];
+          }
+        }
+      }
+      Numbers z = product(tangent, net.weights[l], out, in, true);
+      const Numbers more = product(net.a[l], weight_tangents[l], out, in, true);
+      for (std::size_t n = 0; n < z.size(); ++n) {
+        const double bias =
+            bias_tangents[l].empty() ? 0 : bias_tangents[l][n % out];
+        largest = std::max(largest, std::abs(more[n] + bias));
+        z[n] += more[n] + bias;
+        largest = std::max(largest, std::abs(z[n]));
+      }
+      if (l + 1 < layers || net.activation == Activation::relu) {
+        mask(z, net.a[l + 1]);
+      }
+      tangent = z;
+    }
+    of_grad_output = tangent;
   }
 };
 
@@ -356,6 +441,10 @@ class Case {
     backward(false, false);
     backward(true, false);
     backward(true, true);
+    if (reference_.layers() > 1) {
+      backward_with_grad_hidden();
+    }
+    vjp();
   }
 
  private:
@@ -363,11 +452,12 @@ class Case {
       const char* what,
       std::size_t l,
       const T* found,
-      const Numbers& expected) {
+      const Numbers& expected,
+      bool is_exact = true) {
     for (std::size_t n = 0; n < expected.size(); ++n) {
       const double wanted = number(as<T>(expected[n]));
-      if (is_exact_ ? number(found[n]) != wanted
-                    : std::isnan(number(found[n]))) {
+      if (is_exact_ && is_exact ? number(found[n]) != wanted
+                                : std::isnan(number(found[n]))) {
         const std::lock_guard lock(output_mutex);
         std::fprintf(
             stderr, "%s: %s %zu, number %zu is %g, not %g\n", name_.c_str(),
@@ -409,6 +499,103 @@ class Case {
     }
   }
 
+  // The backward pass that gradients reach at the hidden activations too.
+  void backward_with_grad_hidden() {
+    ReferenceNetwork with_more = reference_;
+    for (std::size_t l = 1; l < reference_.layers(); ++l) {
+      with_more.grad_hidden.push_back(
+          random_.integers(int64_t(reference_.a[l].size()), 0.2));
+    }
+    with_more.run();
+    Case<T> other(with_more, random_, name_ + ", with grad_hidden");
+    other.backward(false, false);
+  }
+
+  // a_1 ... a_{L-1} and y as a pass reads them.
+  std::vector<Placed<T>> place_activations() {
+    std::vector<Placed<T>> placed;
+    for (std::size_t l = 1; l <= reference_.layers(); ++l) {
+      const bool is_y = l == reference_.layers();
+      placed.emplace_back(
+          reference_.a[l], reference_.rows, reference_.sizes[l],
+          is_y ? random_.below(3) : 0);
+    }
+    return placed;
+  }
+
+  void vjp() {
+    const std::size_t layers = reference_.layers();
+    const int64_t rows = reference_.rows;
+    const auto some = [&](std::size_t count, double density) {
+      return random_.one_in(3) ? Numbers{}
+                               : random_.integers(int64_t(count), density);
+    };
+    ReferenceVjp expected{reference_, some(reference_.x.size(), 1)};
+    for (std::size_t l = 0; l < layers; ++l) {
+      const int64_t in = reference_.sizes[l], out = reference_.sizes[l + 1];
+      expected.weight_tangents.push_back(
+          some(out * in, 6.0 / double(std::max<int64_t>({6, in, out}))));
+      expected.bias_tangents.push_back(some(out, 1));
+    }
+    expected.run();
+
+    Network<T> network = network_;
+    VjpPass<T> pass;
+    const std::vector<Placed<T>> saved = place_activations();
+    pass.y = saved.back().matrix;
+    const Placed<T> grad(
+        reference_.grad, rows, reference_.sizes.back(), random_.below(3),
+        random_.one_in(3));
+    pass.grad_output = grad.matrix;
+    std::vector<Placed<T>> tangents; // x', then W_l' and b_l' by turns
+    const auto placed = [&](const Numbers& numbers, int64_t m, int64_t n) {
+      tangents.emplace_back(
+          numbers.empty() ? Numbers(m * n) : numbers, m, n, 0);
+      Matrix<const T> matrix = tangents.back().matrix;
+      matrix.data = numbers.empty() ? nullptr : matrix.data;
+      return matrix;
+    };
+    pass.tangents = network_;
+    pass.tangents.x = placed(expected.x_tangent, rows, reference_.sizes[0]);
+    for (std::size_t l = 0; l < layers; ++l) {
+      const int64_t in = reference_.sizes[l], out = reference_.sizes[l + 1];
+      network.layers[l].bias = nullptr;
+      pass.tangents.layers[l] = {
+          placed(expected.weight_tangents[l], out, in),
+          placed(expected.bias_tangents[l], 1, out).data};
+      if (l > 0) {
+        pass.hidden.push_back(saved[l - 1].matrix);
+      }
+    }
+    std::vector<Array<T>> results; // then of W_l and of a_l by turns
+    const auto result = [&](const Numbers& numbers) {
+      results.emplace_back(int64_t(numbers.size()));
+      return random_.one_in(3) ? nullptr : results.back().data;
+    };
+    pass.of_grad_output = result(expected.of_grad_output);
+    pass.of_y = result(expected.of_grad_output);
+    for (std::size_t l = 0; l < layers; ++l) {
+      pass.of_weights.push_back(result(expected.of_weights[l]));
+      pass.of_inputs.push_back(result(expected.of_inputs[l]));
+    }
+    with_layers([&]<typename L>() { walk_vjp<L>(network, plan_, pass); });
+    const auto check_if_wanted = [&](const char* what, std::size_t l,
+                                     const T* found, const Numbers& numbers) {
+      if (found) {
+        check(what, l, found, numbers, expected.largest < 256);
+      }
+    };
+    check_if_wanted("vjp of y", 0, pass.of_y, Numbers(reference_.grad.size()));
+    check_if_wanted(
+        "vjp of grad_output", 0, pass.of_grad_output, expected.of_grad_output);
+    for (std::size_t l = 0; l < layers; ++l) {
+      check_if_wanted(
+          "vjp of weight", l, pass.of_weights[l], expected.of_weights[l]);
+      check_if_wanted(
+          "vjp of input", l, pass.of_inputs[l], expected.of_inputs[l]);
+    }
+  }
+
   void backward(bool recompute, bool by_loss) {
     const std::size_t layers = reference_.layers();
     std::string flags;
@@ -442,6 +629,13 @@ class Case {
       saved.emplace_back(
           reference_.a.back(), rows, reference_.sizes.back(), random_.below(3));
       pass.y = saved.back().matrix;
+    }
+    std::vector<Placed<T>> more;
+    more.reserve(reference_.grad_hidden.size());
+    for (std::size_t l = 0; l < reference_.grad_hidden.size(); ++l) {
+      more.emplace_back(
+          reference_.grad_hidden[l], rows, reference_.sizes[l + 1], 0);
+      pass.grad_hidden.push_back(more.back().matrix);
     }
     // The target of 1/2 sum (y - target)^2, whose gradient is grad.
     Numbers target = reference_.a.back();
@@ -522,7 +716,7 @@ int main(int argc, char** argv) {
     run_cases(0, 2, count, set);
     other.join();
     std::printf(
-        "%s: %lld networks, each in 4 dtypes and 5 passes\n", set.c_str(),
+        "%s: %lld networks, each in 4 dtypes and 7 passes\n", set.c_str(),
         static_cast<long long>(count));
     std::fflush(stdout);
   }

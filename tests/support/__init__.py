@@ -1,5 +1,6 @@
 """Helpers that several tests share.
 
+`backends`      the backends under which a test runs
 `networks`      networks with random numbers or integers, and the same with PyTorch's own layers
 `bounds`        bounds on the difference that rounding causes between two computations
 `comparison`    comparisons of bits
@@ -14,6 +15,13 @@
 `classes`       makes classes of modules from source text
 """
 
+from .backends import (
+    BACKENDS,
+    WITH_NODE,
+    backend,
+    backend_fixture,
+    node_enabled,
+)
 from .bounds import (
     ACTIVATION_TERMS,
     SMOOTH,
@@ -40,6 +48,7 @@ from .comparison import (
 )
 from .counting import (
     PRODUCTS,
+    backward_passes,
     count_calls,
     dispatched,
     saved_tensors,
@@ -55,7 +64,6 @@ from .layouts import (
 )
 from .networks import (
     ACTIVATIONS,
-    BACKENDS,
     BIASES,
     DTYPES,
     THAT_SAVE_Y,

@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-import relu_mlp
-
-from .networks import BACKENDS, native_mlp
+from .backends import WITH_NODE, backend
+from .networks import native_mlp
 
 W0, W1 = torch.ones(4, 3), torch.ones(2, 4)
 
@@ -144,8 +143,8 @@ def raised(function, error, words):
 def under_every_backend(function, error, words):
     """Checks that every backend raises with the same message."""
     messages = set()
-    for name in BACKENDS:
-        with relu_mlp.backend(name):
+    for name in WITH_NODE:
+        with backend(name):
             messages.add(raised(function, error, words))
     assert len(messages) == 1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -73,6 +74,38 @@ def count_calls() -> Iterator[dict[str, int]]:
     finally:
         for name, function in originals.items():
             setattr(reference, name, function)
+
+
+@contextmanager
+def backward_passes() -> Iterator[list[tuple[str, int]]]:
+    """Collects the backward passes: the needs, and the number of gradients that were computed.
+
+    A mode sees the operators, whoever calls them. Without them the reference is called.
+    """
+    names = ("backward", "recompute_backward")
+    passes: list[tuple[str, int]] = []
+
+    class Mode(TorchDispatchMode):
+        understands_relu_mlp = True
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if func._schema.name in [f"relu_mlp::{name}" for name in names]:
+                passes.append((args[-1], len(result)))
+            return result
+
+    def recorded(function):
+        def call(*args):
+            result = function(*args)
+            passes.append((args[-1], len(result)))
+            return result
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch, Mode():
+        for name in names:
+            patch.setattr(reference, name, recorded(getattr(reference, name)))
+        yield passes
 
 
 @contextmanager

@@ -11,9 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import relu_mlp
-from relu_mlp import activations, ops
-
-BACKENDS = ["reference"] if ops.LIBRARY_PATH is None else ["extension", "reference"]
+from relu_mlp import activations
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -118,12 +116,12 @@ def by_name(of_parameters) -> dict[str, Tensor]:
     return named
 
 
-def gradients(y, named: dict[str, Tensor], grad_output=None) -> dict[str, Tensor]:
+def gradients(y, named: dict[str, Tensor], grad_output=None, **settings) -> dict[str, Tensor]:
     """The gradient of every tensor that requires one, by name."""
     wanted = {name: tensor for name, tensor in named.items() if tensor.requires_grad}
     if grad_output is None:
         grad_output = torch.ones_like(y)
-    grads = torch.autograd.grad(y, list(wanted.values()), grad_output)
+    grads = torch.autograd.grad(y, list(wanted.values()), grad_output, **settings)
     return dict(zip(wanted, grads, strict=True))
 
 

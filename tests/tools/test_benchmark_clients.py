@@ -51,6 +51,7 @@ def test_missing_libraries(clients, capsys, tmp_path):
     assert not path.exists()
 
 
+@pytest.mark.slow  # starting the profiler
 def test_measure(clients, monkeypatch):
     """Measures small programs, correct and wrong."""
 

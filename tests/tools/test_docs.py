@@ -13,10 +13,13 @@ In every Markdown file of the repository:
   module that they give with its module, such as `functional.is_served`.
 - README.md and docs/architecture.md keep to their length, and the figures in README.md are those of
   docs/performance.md.
+- docs/api.md has every public name, and the docstring of each describes every argument, the result
+  and the errors. `make docs` builds the site, in which a broken link is an error.
 """
 
 import contextlib
 import importlib
+import inspect
 import io
 import linecache
 import re
@@ -26,8 +29,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 import relu_mlp
+import relu_mlp.parallel
 from relu_mlp import cli
 
 ROOT = Path(__file__).parents[2]
@@ -192,6 +197,104 @@ def test_links_lead_somewhere(page):
             assert anchor in anchors_of(path), f"{target} has no heading #{anchor}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_what_is_nested_in_a_list_is_indented_by_four_spaces(page):
+    """GitHub needs two or three, and Python-Markdown, which builds the site, needs four."""
+    text = page.read_text(encoding="utf-8")
+    assert re.findall(r"^ {1,3}(?:```|[-*] |\d+\. ).*", text, re.MULTILINE) == []
+
+
+OF_PARALLEL = relu_mlp.parallel.__all__
+PUBLIC = {f"relu_mlp.{name}": getattr(relu_mlp, name) for name in relu_mlp.__all__}
+PUBLIC |= {f"relu_mlp.parallel.{n}": getattr(relu_mlp.parallel, n) for n in OF_PARALLEL}
+del PUBLIC["relu_mlp.__version__"]
+CLASSES = {name: value for name, value in PUBLIC.items() if inspect.isclass(value)}
+#: The classes that users construct. Functions of this package make the others.
+CONSTRUCTED = ["relu_mlp.ReluMLP", "relu_mlp.backend", "relu_mlp.parallel.ReluMLPParallel"]
+CALLED = [name for name in PUBLIC if name not in CLASSES or name in CONSTRUCTED]
+
+
+def methods_of(cls):
+    """The public methods and properties. The docstring of a module describes its forward."""
+    for name, value in vars(cls).items():
+        function = getattr(value, "__func__", getattr(value, "fget", value))
+        if inspect.isfunction(function) and name[0] != "_" and name != "forward":
+            yield name, function
+
+
+METHODS = {
+    f"{name}.{method}": function
+    for name, cls in CLASSES.items()
+    for method, function in methods_of(cls)
+}
+
+
+def sections_of(docstring):
+    """The sections of a docstring, such as Args, as lists of their lines."""
+    sections, lines = {}, []
+    for line in inspect.cleandoc(docstring).splitlines():
+        if title := re.fullmatch(r"(Args|Returns|Raises|Shape):", line):
+            lines = sections.setdefault(title[1], [])
+        elif line and line[0] != " ":
+            lines = []
+        else:
+            lines.append(line)
+    return sections
+
+
+def undescribed(function):
+    """What the docstring of a function does not describe."""
+    sections, signature = sections_of(function.__doc__ or ""), inspect.signature(function)
+    entries = [re.match(r" {4}(\w+(?:, \w+)*): \S", line) for line in sections.get("Args", [])]
+    described = {name for entry in entries if entry for name in entry[1].split(", ")}
+    missing = signature.parameters.keys() - described - {"self", "cls"}
+    # The docstring of a property, or of a method without arguments, is about the result.
+    is_about_result = inspect.isclass(function) or list(signature.parameters) == ["self"]
+    if not is_about_result and signature.return_annotation not in ("None", None):
+        missing |= {"Returns"} - sections.keys()
+    return missing if function.__doc__ else {"everything"}
+
+
+@pytest.mark.parametrize("name", [*CALLED, *METHODS])
+def test_public_docstrings_describe_arguments_and_results(name):
+    assert undescribed(PUBLIC.get(name) or METHODS[name]) == set()
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_public_docstrings_name_the_errors(name):
+    assert "Raises" in sections_of(PUBLIC[name].__doc__)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_public_classes_describe_fields_and_shapes(name):
+    """A module gives shapes. A field has a comment for Sphinx, on its line or on the one above."""
+    cls = CLASSES[name]
+    lines = inspect.getsource(cls).splitlines()
+    fields = [n for n, line in enumerate(lines) if re.match(r" {4}[a-z]\w*: ", line)]
+    assert [lines[n] for n in fields if "#: " not in lines[n] + lines[n - 1]] == []
+    assert cls.__doc__
+    if issubclass(cls, nn.Module):
+        assert {"Shape", "Raises"} <= sections_of(cls.__doc__).keys()
+
+
+def test_what_a_docstring_lacks_is_found():
+    def add(x, y) -> float:
+        """Adds.
+
+        Args:
+            x: a number.
+        """
+
+    assert undescribed(add) == {"y", "Returns"}
+    assert undescribed(lambda x: x) == {"everything"}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_the_reference_has_every_public_name(name):
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    assert re.search(rf"^(:::|      heading:) {re.escape(name)}$", text, re.MULTILINE)
+
+
 NAMES_FILES = ["docs/architecture.md", "docs/adding.md"]
 FILE = re.compile(
     r"(?<![\w./])((?:[\w-]+/)*[\w-]+\.(?:py|h|cpp|cu|cuh|md|ipynb)|(?:[\w-]+/)+)(?![\w*])"
@@ -270,6 +373,12 @@ def test_every_program_is_named_in_the_documentation(program):
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_the_guide_names_every_command(command):
     assert f"\nrelu-mlp {command} " in (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+
+
+def test_the_changelog_begins_with_this_version():
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    first = re.search(r"^## (\S+) - \d{4}-\d\d-\d\d$", text, re.MULTILINE)
+    assert first and first[1] == relu_mlp.__version__
 
 
 def test_compatibility_names_tests_that_exist():

@@ -14,7 +14,13 @@ from .functions import (
     public_relu_mlp,
 )
 from .modules import from_sequential, fuse, module
-from .operators import op_backward, op_forward, op_loss_and_grads, op_recompute_backward
+from .operators import (
+    op_backward,
+    op_backward_vjp,
+    op_forward,
+    op_loss_and_grads,
+    op_recompute_backward,
+)
 from .transforms import fake, transforms
 from .verdict import Wrong
 
@@ -22,6 +28,7 @@ from .verdict import Wrong
 KINDS: dict[Callable[[Case], str], int] = {
     op_forward: 6,
     op_backward: 6,
+    op_backward_vjp: 4,
     op_recompute_backward: 4,
     op_loss_and_grads: 4,
     public_relu_mlp: 8,

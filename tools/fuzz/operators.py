@@ -92,7 +92,8 @@ def random_needs(case: Case, net: Network) -> str:
     return "".join(case.r.choice("011") for _ in range(1 + 2 * len(net.weights)))
 
 
-def op_backward(case: Case) -> str:
+def backward_arguments(case: Case) -> tuple[Network, list[Any], bool]:
+    """A network, the arguments of its backward pass, and whether all sums in it are exact."""
     net = Network(case)
     with torch.no_grad():
         y, hidden = OPERATORS.forward(*net.operands(), net.name, True)
@@ -107,7 +108,29 @@ def op_backward(case: Case) -> str:
         for t in hidden
         if t.numel()
     )
-    return judged(case, net, "backward", [net.grad, saved, net.name, needs], exact)
+    return net, [net.grad, saved, net.name, needs], exact
+
+
+def op_backward(case: Case) -> str:
+    net, arguments, exact = backward_arguments(case)
+    return judged(case, net, "backward", arguments, exact)
+
+
+def op_backward_vjp(case: Case) -> str:
+    net, arguments, exact = backward_arguments(case)
+    with torch.no_grad():
+        results = OPERATORS.backward(*arguments)
+    given = "".join(case.r.choice("011") for _ in results)
+    wanted = "".join(case.r.choice("011") for _ in range(1 + len(arguments[1])))
+    cotangents = [
+        case.placed(t.clone().clamp_(-1, 1))
+        for t, flag in zip(results, given, strict=True)
+        if flag == "1"
+    ]
+    case.note("cotangents, given, wanted", (cotangents, given, wanted))
+    # The products have more factors than in the backward pass. float64 holds their sums.
+    exact = exact and net.values == "integers" and net.dtype == torch.float64
+    return judged(case, net, "backward_vjp", [*arguments, cotangents, given, wanted], exact)
 
 
 def op_recompute_backward(case: Case) -> str:

@@ -18,8 +18,13 @@ namespace relu_mlp::cpu {
 
 extern const InstructionSet baseline_set;
 #ifdef RELU_MLP_X86
-extern const InstructionSet avx2_set, avx512_set;
-extern const Bf16Kernels avx512_bf16_kernels, amx_kernels;
+// Weak: setup.py leaves out the file of a set if the compiler fails on it, and
+// then the address is null.
+#define RELU_MLP_MAYBE __attribute__((weak, visibility("hidden")))
+extern const InstructionSet avx2_set RELU_MLP_MAYBE;
+extern const InstructionSet avx512_set RELU_MLP_MAYBE;
+extern const Bf16Kernels avx512_bf16_kernels RELU_MLP_MAYBE;
+extern const Bf16Kernels amx_kernels RELU_MLP_MAYBE;
 #endif
 
 namespace {
@@ -67,13 +72,22 @@ void add_x86(std::vector<CompiledSet>& all) {
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
 
-  const CompiledSet plain{avx512_set, avx512};
-  const CompiledSet dpbf16{with_bf16("avx512_bf16", avx512_bf16_kernels), bf16};
-  const bool is_dpbf16_faster = processor_tuning().prefers_dpbf16;
-  all.push_back({avx2_set, avx2});
-  all.push_back(is_dpbf16_faster ? plain : dpbf16);
-  all.push_back(is_dpbf16_faster ? dpbf16 : plain);
-  all.push_back({with_bf16("amx", amx_kernels), bf16 && has_amx()});
+  if (&avx2_set) {
+    all.push_back({avx2_set, avx2});
+  }
+  if (!&avx512_set) {
+    return; // the others contain it
+  }
+  all.push_back({avx512_set, avx512});
+  if (&avx512_bf16_kernels) {
+    const auto plain = all.end() - 1;
+    all.insert(
+        processor_tuning().prefers_dpbf16 ? all.end() : plain,
+        {with_bf16("avx512_bf16", avx512_bf16_kernels), bf16});
+  }
+  if (&amx_kernels) {
+    all.push_back({with_bf16("amx", amx_kernels), bf16 && has_amx()});
+  }
 }
 #endif
 
