@@ -286,7 +286,10 @@ bool add_parameters(PyObject* parameters, Call& call) {
   if (!parameters || !PyDict_CheckExact(parameters)) {
     return false;
   }
-  static const at::Tensor missing(at::detail::empty_cpu({0}, at::kFloat));
+  static const at::Tensor missing = [] {
+    const c10::InferenceMode guard(false); // so that it can be saved
+    return at::Tensor(at::detail::empty_cpu({0}, at::kFloat));
+  }();
   const at::Tensor* weight = parameter(parameters, known->weight);
   const at::Tensor* bias =
       PyDict_GetItemWithError(parameters, known->bias) == Py_None

@@ -4,7 +4,9 @@ That it behaves like the Functions in Python is shown by all tests that run on t
 """
 
 import os
+import subprocess
 import sys
+import textwrap
 import threading
 import time
 import warnings
@@ -602,6 +604,26 @@ def test_no_memory_is_lost(name):
     # None and NotImplemented are used by others too.
     for o, count in zip(objects, references):
         assert sys.getrefcount(o) - count < 40, type(o)
+
+
+# -- What it makes once ---------------------------------------------------------------------------
+
+
+def test_the_first_call_may_be_in_inference_mode():
+    """A tensor that stands for missing biases is made in the first call, and saved in others."""
+    script = """
+        import torch, relu_mlp
+        net = relu_mlp.ReluMLP(3, [4, 5], 2, output_activation="tanh", recompute=True)
+        net[0].bias = None
+        x = torch.randn(5, 3, requires_grad=True)
+        with torch.inference_mode():
+            assert relu_mlp.ops.node.call_module(net, x.detach()) is not NotImplemented
+        (by_x,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
+        by_x.square().sum().backward()
+    """
+    root = str(Path(relu_mlp.__file__).parent.parent)
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    subprocess.run(command, env={**os.environ, "PYTHONPATH": root}, check=True)
 
 
 # -- Errors in what the node calls -----------------------------------------------------------------
