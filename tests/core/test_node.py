@@ -482,6 +482,58 @@ def test_the_node_serves_what_the_operators_may_serve(name):
             support.assert_same(found, expected)
 
 
+#: Changes of children that do nothing.
+DO_NOTHING = {
+    "nothing": nothing,
+    "training": lambda model: model.train(),
+    "a hook of the Dropout": lambda model: hooked(model[1]),
+    "a hook of the Identity": lambda model: hooked(model[3]),
+    "p": lambda model: setattr(model[1], "p", 0.0) or model.train(),
+    "p out of range": lambda model: setattr(model[1], "p", 1.5),
+    "p of another kind": lambda model: setattr(model[1], "p", torch.tensor(0.5)),
+    "forward of Dropout": lambda model: replaced(nn.Dropout, "forward", lambda self, x: 2 * x),
+    "F.dropout": lambda model: replaced(nn.functional, "dropout", lambda x, *a: 2 * x),
+    "forward of Identity": lambda model: replaced(nn.Identity, "forward", lambda self, x: 2 * x),
+    "__call__ of Identity": lambda model: replaced(nn.Identity, "__call__", lambda self, x: 2 * x),
+    "a class of its own": lambda model: setattr(model[3], "__class__", OwnIdentity),
+    "forward of the instance": lambda model: setattr(model[3], "forward", torch.neg),
+}
+
+
+class OwnIdentity(nn.Identity):
+    def forward(self, x):
+        return 2 * x
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # at the first tangent
+@pytest.mark.parametrize(
+    "name", [*CHANGES, *(f"{name}, which does nothing" for name in DO_NOTHING)]
+)
+def test_a_fused_sequential_is_read_as_in_python(name):
+    """The same output with the node and without it, or the same error."""
+    change = {**CHANGES, **{f"{n}, which does nothing": DO_NOTHING[n] for n in DO_NOTHING}}[name]
+    model = nn.Sequential(*test_children.pair()[1], nn.Softshrink())
+    if change in DO_NOTHING.values():
+        model.insert(1, nn.Dropout(0.5))
+        model.insert(3, nn.Identity())
+        model.eval()
+    model, x = relu_mlp.fuse(model), test_children.integers(7, 3)
+    undone = change(model)
+
+    def call():
+        torch.manual_seed(0)
+        return model(x)
+
+    with undone if hasattr(undone, "__exit__") else nullcontext():
+        found = outcome(call)
+        with support.node_enabled(False):
+            expected = outcome(call)
+    if isinstance(expected, torch.Tensor) and not expected.is_meta:
+        support.assert_same(found, expected)
+    else:
+        assert isinstance(expected, torch.Tensor) or found == expected
+
+
 # -- Threads ---------------------------------------------------------------------------------------
 
 
