@@ -275,7 +275,10 @@ def node_arguments() -> dict:
     flags = [flag for flag in FLAGS if not flag.startswith("-DTORCH_TARGET_VERSION")]
     flags += [*SAFE, *MISTAKES, "-g0", "-fvisibility=hidden", *without_builders_paths()]
     sources = sorted(map(str, Path("csrc/autograd").glob("*.cpp")))
-    node = CppExtension("relu_mlp._node", sources, extra_compile_args={"cxx": flags})
+    include = str(Path("csrc/autograd/include").resolve())  # ninja runs in another folder
+    node = CppExtension(
+        "relu_mlp._node", sources, include_dirs=[include], extra_compile_args={"cxx": flags}
+    )
     return {"ext_modules": [node], "cmdclass": {"build_ext": BuildExtension}}
 
 

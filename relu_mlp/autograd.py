@@ -28,6 +28,7 @@ from ._torch_private import (
     FORWARD_HOOKS,
     FORWARD_PRE_HOOKS,
     HAS_LEVELS,
+    HAS_VMAP_TOOLS,
     LEVEL,
     MODULES,
     PARAMETERS,
@@ -444,6 +445,11 @@ _KERNELS: dict[str, Callable[..., Any]] = {
     "forward": _forward_kernel,
     "backward": _backward_kernel,
 }
+#: The batching rules that the node replaces, and calls for what it can't serve.
+_BATCHING_KERNELS = {
+    f"batched_{_name}": batching.kernel_of(_name, getattr(batching, _name))
+    for _name in (ops.DIFFERENTIABLE if ops.node is not None and HAS_VMAP_TOOLS else ())
+}
 if ops.node is None:
     for _name in ops.DIFFERENTIABLE:
         _library.impl(_name, _KERNELS[_name], "Autograd")
@@ -471,6 +477,7 @@ else:
         },
         {
             **_KERNELS,
+            **_BATCHING_KERNELS,
             "is_extension_in_force": lambda x: implementation_for(x) is ops.extension,
             "set_backend": ops.set_backend,
             "reference_backward": reference.backward,
@@ -478,4 +485,5 @@ else:
         },
     )
 for _name in ("relu_mlp", "forward", "backward", "recompute_backward"):
-    batching.register_rule(_library, _name, getattr(batching, _name))
+    if f"batched_{_name}" not in _BATCHING_KERNELS:
+        batching.register_rule(_library, _name, getattr(batching, _name))

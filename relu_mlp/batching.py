@@ -51,8 +51,7 @@ def register_rule(library: torch.library.Library, name: str, rule: Rule) -> None
             tensor that all examples share, and for an argument that is not a tensor.
     """
     if HAS_VMAP_TOOLS:
-        kernel = _kernel_of(getattr(torch.ops.relu_mlp, name).default, rule)
-        library.impl(name, kernel, "FuncTorchBatched")
+        library.impl(name, kernel_of(name, rule), "FuncTorchBatched")
     else:
         torch.library.register_vmap(
             f"relu_mlp::{name}",
@@ -61,8 +60,9 @@ def register_rule(library: torch.library.Library, name: str, rule: Rule) -> None
         )
 
 
-def _kernel_of(operator: Callable[..., Any], rule: Rule) -> Callable[..., Any]:
+def kernel_of(name: str, rule: Rule) -> Callable[..., Any]:
     """A kernel for vmap: the rule, or the operator itself if no argument is batched."""
+    operator = getattr(torch.ops.relu_mlp, name).default
 
     def kernel(*arguments: Any) -> Any:
         interpreter: Any = current_interpreter()

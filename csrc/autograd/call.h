@@ -70,6 +70,37 @@ inline bool is_plain(const at::Tensor& tensor) {
       keys == inference_cuda;
 }
 
+// Whether this is such a tensor, or one that a transform has made of it.
+inline bool is_plain_or_wrapped(const at::Tensor& tensor) {
+  using c10::DispatchKey;
+  static const c10::DispatchKeySet wrappers(
+      {DispatchKey::FuncTorchGradWrapper, DispatchKey::FuncTorchBatched}),
+      others(
+          {DispatchKey::Python, DispatchKey::Functionalize,
+           DispatchKey::BatchedNestedTensor});
+  return is_plain(tensor) ||
+      (tensor.key_set().has_any(wrappers) &&
+       !tensor.key_set().has_any(others) && tensor.layout() == at::kStrided);
+}
+
+// Whether functorch transforms are active in this thread.
+inline bool is_under_a_transform() {
+  return c10::impl::tls_is_dispatch_key_included(
+      c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
+}
+
+// Whether no mode, autocast, tracer or guard is active in this thread, apart
+// from functorch transforms.
+inline bool is_thread_plain_but_for_transforms() {
+  using c10::DispatchKey;
+  static const c10::DispatchKeySet transforms(
+      {DispatchKey::FuncTorchDynamicLayerFrontMode,
+       DispatchKey::FuncTorchDynamicLayerBackMode});
+  const auto state = c10::impl::tls_local_dispatch_key_set();
+  return (state.included_ - transforms) == c10::default_included_set &&
+      state.excluded_ == c10::default_excluded_set;
+}
+
 // Whether no transform, mode, autocast, tracer or guard is active in this
 // thread, except inference mode.
 inline bool is_thread_plain() {
@@ -87,12 +118,6 @@ inline bool is_thread_plain() {
   }
   return state.included_ == in_inference_mode.included_ &&
       state.excluded_ == in_inference_mode.excluded_;
-}
-
-// Whether a functorch transform is active in this thread.
-inline bool is_under_a_transform() {
-  return c10::impl::tls_is_dispatch_key_included(
-      c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
 }
 
 // Whether the profiler, or another observer, wants to see each operator.

@@ -106,13 +106,18 @@ bool is_unchanged(PyObject* dict) {
 }
 
 // A parameter of a plain type and layout.
-const at::Tensor* parameter(PyObject* parameters, PyObject* name) {
+const at::Tensor* parameter(
+    PyObject* parameters,
+    PyObject* name,
+    bool is_transformed) {
   PyObject* object = PyDict_GetItemWithError(parameters, name);
   if (!object || !THPVariable_CheckExact(object)) {
     return nullptr;
   }
   const at::Tensor& tensor = THPVariable_Unpack(object);
-  return is_plain(tensor) ? &tensor : nullptr;
+  return (is_transformed ? is_plain_or_wrapped(tensor) : is_plain(tensor))
+      ? &tensor
+      : nullptr;
 }
 
 // The dict of an object; `owner` keeps it.
@@ -245,17 +250,30 @@ struct Run {
   bool is_certain = true;
 };
 
+// Whether a class that was changed may compute something else. A class may also
+// get attributes that do not matter; Python decides.
+bool is_changed(PyTypeObject* type) {
+  if (type == known->identity) {
+    return !known->identity_originals.are_in_place();
+  }
+  if (type == known->dropout) {
+    return !known->dropout_originals.are_in_place();
+  }
+  for (const OutputActivation& candidate : known->output_activations) {
+    if (candidate.type == type) {
+      return !candidate.originals.are_in_place();
+    }
+  }
+  return false;
+}
+
 // Whether a call of a child returns its input (fusion/conditions.py:
 // does_nothing): Identity, and Dropout in eval mode or with p = 0.
 bool does_nothing(PyTypeObject* type, PyObject* dict) {
-  if (type == known->identity) {
-    return known->identity_originals.are_in_place();
-  }
   PyObject* p = PyDict_GetItemWithError(dict, known->p);
   PyObject* training = PyDict_GetItemWithError(dict, known->training);
-  if (type != known->dropout || !p || !training ||
-      !known->dropout_originals.are_in_place()) {
-    return false;
+  if (type != known->dropout || !p || !training) {
+    return type == known->identity;
   }
   const double rate = PyFloat_AsDouble(p);
   if (PyErr_Occurred()) {
@@ -266,14 +284,14 @@ bool does_nothing(PyTypeObject* type, PyObject* dict) {
   return !drops && rate >= 0 && rate <= 1; // otherwise the call raises
 }
 
-// The output activation that an unchanged child computes; null if none.
+// The output activation that a child computes; null if none.
 const std::string* activation_of(PyTypeObject* type) {
   static const std::string relu = "relu";
   if (type == known->relu) {
     return &relu;
   }
   for (const OutputActivation& candidate : known->output_activations) {
-    if (candidate.type == type && candidate.originals.are_in_place()) {
+    if (candidate.type == type) {
       return &candidate.name;
     }
   }
@@ -290,11 +308,13 @@ bool add_parameters(PyObject* parameters, Call& call) {
     const c10::InferenceMode guard(false); // so that it can be saved
     return at::Tensor(at::detail::empty_cpu({0}, at::kFloat));
   }();
-  const at::Tensor* weight = parameter(parameters, known->weight);
+  const bool is_transformed = is_under_a_transform();
+  const at::Tensor* weight =
+      parameter(parameters, known->weight, is_transformed);
   const at::Tensor* bias =
       PyDict_GetItemWithError(parameters, known->bias) == Py_None
       ? &missing
-      : parameter(parameters, known->bias);
+      : parameter(parameters, known->bias, is_transformed);
   if (!weight || !bias || (bias != &missing && bias->numel() == 0)) {
     return false;
   }
@@ -320,6 +340,10 @@ Run run_at(PyObject* children, Py_ssize_t start, bool skips) {
       break;
     }
     PyTypeObject* type = Py_TYPE(child);
+    if (is_changed(type)) {
+      run.is_certain = false;
+      break;
+    }
     if (skips && does_nothing(type, own.dict)) {
       continue;
     }

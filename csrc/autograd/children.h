@@ -17,7 +17,8 @@ bool set_known(PyObject* known);
 
 // The weights, biases and activation of a module whose children are Linear,
 // ReLU, ..., Linear and perhaps an output activation, and were not changed in
-// any way; std::nullopt where Python has to look closer.
+// any way; std::nullopt where Python has to look closer. Under a transform the
+// parameters may be its wrappers.
 std::optional<Call> network_of_children(PyObject* module);
 
 // The run of children that begins at the position `start` (fusion/sequential.py:

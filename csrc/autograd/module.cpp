@@ -9,6 +9,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "batching.h"
 #include "children.h"
 #include "kernels.h"
 #include "nodes.h"
@@ -23,15 +24,20 @@ PyObject* not_implemented() {
   return Py_NotImplemented;
 }
 
-// Whether the nodes may look at this call: nothing is active in this thread
-// that PyTorch's dispatcher has to serve, or that has to see the native layers.
+// Whether the nodes may look at this call: nothing but a transform is active in
+// this thread that has to see the native layers.
 bool may_serve() {
-  return is_enabled && is_thread_plain() &&
+  return is_enabled &&
+      (is_thread_plain() || is_thread_plain_but_for_transforms()) &&
       !at::impl::torch_function_mode_enabled() && is_backend_extension();
 }
 
-// A call with plain tensors.
+// A call with plain tensors, or with wrapped ones under a transform.
 at::Tensor run(const Call& call) {
+  if (is_under_a_transform()) {
+    // Through the dispatcher, which runs one level after the other.
+    return operators::relu_mlp(call);
+  }
   if (needs_gradient(call)) {
     return recorded_relu_mlp(call);
   }
@@ -58,6 +64,9 @@ const at::Tensor* plain_tensor(PyObject* object) {
     return nullptr;
   }
   const at::Tensor& tensor = THPVariable_Unpack(object);
+  if (is_under_a_transform()) {
+    return is_plain_or_wrapped(tensor) ? &tensor : nullptr;
+  }
   return is_plain(tensor) && !carries_tangent(tensor) ? &tensor : nullptr;
 }
 
@@ -80,7 +89,7 @@ bool plain_tensors(PyObject* list, std::vector<at::Tensor>& tensors) {
 // Whether a network has one dtype and device, as far as the first layer shows,
 // and no tangents.
 bool is_ordinary(const Call& call) {
-  return !call.any(carries_tangent) &&
+  return (is_under_a_transform() || !call.any(carries_tangent)) &&
       call.x.device() == call.weights[0].device() &&
       call.x.scalar_type() == call.weights[0].scalar_type();
 }
@@ -321,6 +330,9 @@ PyObject* serve(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   }
   python::set_kernels(arguments[1]);
   register_kernels();
+  if (python::has_batching_rules()) {
+    register_batching_rules();
+  }
   Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
 }

@@ -54,8 +54,8 @@ bool is_symbolic_zero(const at::Tensor& tensor) {
       tensor.storage().data_ptr().get_deleter() == free_symbolic_zeros;
 }
 
-// Which of (x, y, *weights, *hidden) are saved, in this order
-// (reference.is_kept).
+} // namespace
+
 std::vector<bool> is_kept(const Needs& needs, bool has_activation) {
   const std::size_t layers = needs.layers();
   std::vector<bool> kept(1 + 1 + layers + (layers - 1));
@@ -69,6 +69,8 @@ std::vector<bool> is_kept(const Needs& needs, bool has_activation) {
   }
   return kept;
 }
+
+namespace {
 
 // One for x, every weight and every bias; a missing bias has none.
 std::string needs_of(const Call& call) {

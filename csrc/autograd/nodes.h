@@ -27,6 +27,10 @@ std::vector<at::Tensor> recorded_backward(
     const std::string& activation,
     const std::string& needs);
 
+// Which of (x, y, *weights, *hidden) are saved, in this order
+// (reference.is_kept).
+std::vector<bool> is_kept(const Needs& needs, bool has_activation);
+
 // Whether gradients are enabled and one of the tensors requires one.
 bool needs_gradient(const Call& call);
 bool needs_gradient(

@@ -1,5 +1,7 @@
 #include "python.h"
 
+#include "children.h"
+
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
@@ -57,8 +59,15 @@ UsingExtension::~UsingExtension() {
       "set_backend", pybind11::reinterpret_steal<pybind11::object>(outer_));
 }
 
+bool has_batching_rules() {
+  return PyDict_GetItemString(kernels, "batched_relu_mlp") != nullptr;
+}
+
 bool is_extension_in_force(const at::Tensor& x) {
-  return call<bool>("is_extension_in_force", x);
+  const pybind11::gil_scoped_acquire gil;
+  // Python knows what to say where it is not.
+  return (serves_device(x) && is_backend_extension()) ||
+      call<bool>("is_extension_in_force", x);
 }
 
 at::Tensor relu_mlp(const Call& c) {
@@ -80,6 +89,31 @@ std::vector<at::Tensor> backward(
   return call<std::vector<at::Tensor>>(
       "backward", grad_output, saved, activation, needs);
 }
+
+namespace batched {
+
+at::Tensor relu_mlp(const Call& c) {
+  return call<at::Tensor>(
+      "batched_relu_mlp", c.x, c.weights, c.biases, c.activation);
+}
+
+std::tuple<at::Tensor, std::vector<at::Tensor>> forward(
+    const Call& c,
+    bool save_hidden) {
+  return call<std::tuple<at::Tensor, std::vector<at::Tensor>>>(
+      "batched_forward", c.x, c.weights, c.biases, c.activation, save_hidden);
+}
+
+std::vector<at::Tensor> backward(
+    const at::Tensor& grad_output,
+    const std::vector<at::Tensor>& saved,
+    const std::string& activation,
+    const std::string& needs) {
+  return call<std::vector<at::Tensor>>(
+      "batched_backward", grad_output, saved, activation, needs);
+}
+
+} // namespace batched
 
 std::vector<at::Tensor> reference_backward(
     const at::Tensor& grad_output,

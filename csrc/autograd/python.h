@@ -10,6 +10,7 @@ namespace relu_mlp::node::python {
 
 // Replaces the functions below, by their names in a dict.
 void set_kernels(PyObject* kernels);
+bool has_batching_rules();
 
 // Whether the backend that is in force in this thread is the extension, for
 // tensors on the device of x.
@@ -35,6 +36,21 @@ std::vector<at::Tensor> backward(
     const std::vector<at::Tensor>& saved,
     const std::string& activation,
     const std::string& needs);
+
+// The batching rules of relu_mlp/batching.py.
+namespace batched {
+
+at::Tensor relu_mlp(const Call& call);
+std::tuple<at::Tensor, std::vector<at::Tensor>> forward(
+    const Call& call,
+    bool save_hidden);
+std::vector<at::Tensor> backward(
+    const at::Tensor& grad_output,
+    const std::vector<at::Tensor>& saved,
+    const std::string& activation,
+    const std::string& needs);
+
+} // namespace batched
 
 // reference.backward: with gradients that reach the hidden activations.
 std::vector<at::Tensor> reference_backward(

@@ -26,7 +26,13 @@ SOURCE = PACKAGE / "_source" if (PACKAGE / "_source").exists() else PACKAGE.pare
 
 #: What the node is compiled from. It is compiled in a copy of these files, so it can include no
 #: others.
-PATTERNS = ("setup.py", "csrc/*.h", "csrc/autograd/*.h", "csrc/autograd/*.cpp")
+PATTERNS = (
+    "setup.py",
+    "csrc/*.h",
+    "csrc/autograd/*.h",
+    "csrc/autograd/*.cpp",
+    "csrc/autograd/include/*/*.hpp",
+)
 
 #: The end of every complete file. A loader that maps a file which was cut off may crash.
 END = b"\nrelu_mlp: the file is complete\n"
