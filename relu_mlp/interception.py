@@ -210,6 +210,7 @@ def originals() -> dict[str, Any]:
         "iter": "__iter__",
         "iterate": iterate,
         "are_layers_replaced": are_layers_replaced,
+        "is_output_activation_replaced": is_output_activation_replaced,
         "global_hooks": (
             GLOBAL_FORWARD_HOOKS,
             GLOBAL_FORWARD_PRE_HOOKS,

@@ -37,7 +37,7 @@ struct Known {
   PyObject *iter, *iterate; // Sequential.__iter__
   PyObject *thread, *backend; // thread.backend is the name of the backend
   PyObject *automatic, *extension; // the names of backends
-  PyObject* are_layers_replaced;
+  PyObject *are_layers_replaced, *is_output_activation_replaced; // functions
   bool has_cuda; // whether the extension has kernels for CUDA
   std::vector<PyObject*> hooks; // keys of a module's dict; its values are empty
   std::vector<PyObject*> overrides; // keys that a module's dict has not
@@ -188,6 +188,7 @@ bool set_known(PyObject* given) {
   result->extension = get("extension");
   result->has_cuda = get("has_cuda") == Py_True;
   result->are_layers_replaced = get("are_layers_replaced");
+  result->is_output_activation_replaced = get("is_output_activation_replaced");
   result->hooks = items("hooks");
   result->overrides = items("overrides");
   result->global_hooks = items("global_hooks");
@@ -260,8 +261,14 @@ bool is_changed(PyTypeObject* type) {
     return !known->dropout_originals.are_in_place();
   }
   for (const OutputActivation& candidate : known->output_activations) {
-    if (candidate.type == type) {
-      return !candidate.originals.are_in_place();
+    if (candidate.type == type && !candidate.originals.are_in_place()) {
+      PyObject* replaced = PyObject_CallOneArg(
+          known->is_output_activation_replaced,
+          reinterpret_cast<PyObject*>(type));
+      const bool is_original = replaced == Py_False;
+      Py_XDECREF(replaced);
+      PyErr_Clear();
+      return !is_original;
     }
   }
   return false;

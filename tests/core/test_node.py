@@ -849,7 +849,7 @@ def test_an_exception_in_a_kernel_passes_through(monkeypatch):
     )
     monkeypatch.setattr(autograd, "implementation_for", failing)
     with relu_mlp.backend("reference"), pytest.raises(Ours, match="in Python"):
-        R.relu_mlp(x, weights, biases, "none")
+        R.relu_mlp(x, weights, biases, "none")  # the kernel in Python serves the reference
     monkeypatch.setattr(second_order, "backward_vjp", failing)
     with pytest.raises(Ours, match="in Python") as caught:
         torch.autograd.grad(by_x.sum(), x, create_graph=True)
