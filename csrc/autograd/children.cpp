@@ -311,7 +311,10 @@ bool add_parameters(PyObject* parameters, Call& call) {
   if (!parameters || !PyDict_CheckExact(parameters)) {
     return false;
   }
-  static const at::Tensor missing(at::detail::empty_cpu({0}, at::kFloat));
+  static const at::Tensor missing = [] {
+    const c10::InferenceMode guard(false); // so that it can be saved
+    return at::Tensor(at::detail::empty_cpu({0}, at::kFloat));
+  }();
   const bool is_transformed = is_under_a_transform();
   const at::Tensor* weight =
       parameter(parameters, known->weight, is_transformed);

@@ -23,6 +23,9 @@ from relu_mlp import FusedSequential, fuse, register_fusion, unfuse
 from relu_mlp.fusion import rules
 from support.fusing import compiled, fused_like, make_exact, run, same
 
+#: Nothing here depends on whether the native node records a graph.
+backend = support.backend_fixture(support.BACKENDS)
+
 # -- nn.Transformer -------------------------------------------------------------------------
 
 

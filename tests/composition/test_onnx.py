@@ -16,6 +16,9 @@ import relu_mlp
 import support
 from relu_mlp import ReluMLP, fuse, reference
 
+#: Nothing here depends on whether the native node records a graph.
+backend = support.backend_fixture(support.BACKENDS)
+
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")

@@ -3,8 +3,11 @@
 That it behaves like the Functions in Python is shown by all tests that run on the backend "node".
 """
 
+import copy
 import os
+import subprocess
 import sys
+import textwrap
 import threading
 import time
 import warnings
@@ -17,9 +20,15 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.autograd.graph import (
+    allow_mutation_on_saved_tensors,
+    disable_saved_tensors_hooks,
+    saved_tensors_hooks,
+)
 from torch.nn.utils import prune
 from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 import relu_mlp
 import support
@@ -320,6 +329,151 @@ def test_the_same_errors_of_the_operator(needs, saved):
                     assert found == outcome(partial(R.backward, *arguments))
 
 
+# -- The same behavior as without the node ---------------------------------------------------------
+
+
+class OwnTensor(torch.Tensor):
+    pass
+
+
+def with_saved(unpack, pack=lambda tensor: tensor):
+    """Differentiates with hooks of the saved tensors."""
+
+    def call(net, x):
+        with saved_tensors_hooks(pack, unpack):
+            y = net(x)
+        return torch.autograd.grad(y.sum(), x)
+
+    return call
+
+
+def with_prehook(hook):
+    def call(net, x):
+        y = net(x)
+        y.grad_fn.register_prehook(hook)
+        return torch.autograd.grad(y.sum(), x, allow_unused=True)
+
+    return call
+
+
+def with_a_change_of_x(net, x):
+    with allow_mutation_on_saved_tensors():
+        y = net(x)
+        with torch.no_grad():
+            x.add_(1)
+        return torch.autograd.grad(y.sum(), [x, net[0].weight])
+
+
+def differentiated_in(context):
+    def call(net, x):
+        loss = net(x).square().sum()
+        with context():
+            (by_x,) = torch.autograd.grad(loss, x)
+        return by_x, by_x.is_inference()
+
+    return call
+
+
+def of_one_parameter(net, x):
+    (by_x,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
+    by_x.sum().backward(inputs=[net[0].weight])
+    return [parameter.grad for parameter in net.parameters()]
+
+
+def changed_partly(net, x):
+    y = net(x)
+    y[0].mul_(2)
+    return y, torch.autograd.grad(y.sum(), x), y.grad_fn.name()
+
+
+def retained(net, x):
+    y = net(x)
+    y.retain_grad()
+    y.sum().backward()
+    return y.grad, x.grad
+
+
+def with_a_new_class(net, x):
+    class Own(ReluMLP):
+        @property
+        def recompute(self):
+            raise KeyError("recompute")
+
+    net.__class__ = Own
+    return net(x)
+
+
+def deterministic(net, x):
+    torch.use_deterministic_algorithms(True)
+    try:
+        return net(x)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+BEHAVIOR = {
+    "a change of what was saved": with_a_change_of_x,
+    "unpacked as a subclass": with_saved(lambda tensor: tensor.as_subclass(OwnTensor)),
+    "unpacked with other shapes": with_saved(lambda tensor: tensor[:1]),
+    "unpacked with other dtypes": with_saved(lambda tensor: tensor.float()),
+    "unpacked as None": with_saved(lambda tensor: None),
+    "packed as a number": with_saved(torch.tensor, pack=lambda tensor: tensor.tolist()),
+    "no hooks allowed": lambda net, x: disable_saved_tensors_hooks("none")(lambda: net(x))(),
+    "all gradients lost": with_prehook(lambda grads: (None,) * len(grads)),
+    "a gradient lost": with_prehook(lambda grads: grads[:1]),
+    "a gradient more": with_prehook(lambda grads: (grads[0], *[torch.ones(4, 5)] * 2)),
+    "a sparse gradient": lambda net, x: torch.autograd.grad(
+        net(x), x, torch.ones(4, 2, dtype=x.dtype).to_sparse()
+    ),
+    "several gradients at once": lambda net, x: torch.autograd.grad(
+        net(x), x, torch.ones(3, 4, 2, dtype=x.dtype), is_grads_batched=True
+    ),
+    "differentiated in inference mode": differentiated_in(torch.inference_mode),
+    "differentiated under autocast": differentiated_in(partial(torch.autocast, "cpu")),
+    "differentiated in a dual level": differentiated_in(forward_ad.dual_level),
+    "one parameter": of_one_parameter,
+    "a change of a row of y": changed_partly,
+    "a retained gradient": retained,
+    "detached in place": lambda net, x: net(x).detach_().requires_grad,
+    "gradients turned off": lambda net, x: net(x).requires_grad_(False),
+    "a copy": lambda net, x: copy.deepcopy(net(x)),
+    "shown": lambda net, x: repr(net(x)),
+    "by keyword": lambda net, x: net(input=x),
+    "a scalar": lambda net, x: net(x.sum()),
+    "many dimensions": lambda net, x: net(x.reshape(2, 1, 2, 1, 3)),
+    "a nested tensor": lambda net, x: net(
+        torch.nested.nested_tensor([x[:1].detach(), x[1:].detach()], layout=torch.jagged)
+    ).values(),
+    "deterministic": deterministic,
+    "an attribute that raises": with_a_new_class,
+    "the metadata of the node": lambda net, x: [
+        (tuple(entry.shape), entry.dtype) for entry in net(x).grad_fn._input_metadata
+    ],
+    "the nodes below": lambda net, x: [
+        (None if node is None else node.name(), n) for node, n in net(x).grad_fn.next_functions
+    ],
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # at the first tangent
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", BEHAVIOR)
+def test_the_same_behavior(name, recompute):
+    outcomes = []
+    for flag in (True, False):
+        with support.node_enabled(flag):
+            net, x = network(recompute=recompute, output_activation="tanh"), integers(4, 3)
+            outcomes.append(outcome(partial(BEHAVIOR[name], net, x.requires_grad_())))
+    found, expected = (tree_flatten(one) for one in outcomes)
+    assert found[1] == expected[1]
+    for n, pair in enumerate(zip(found[0], expected[0], strict=True)):
+        if isinstance(pair[1], torch.Tensor):
+            support.assert_same(*pair, f"result {n}")
+            assert type(pair[0]) is type(pair[1])
+        else:
+            assert pair[0] == pair[1]
+
+
 # -- Children that were changed --------------------------------------------------------------------
 
 
@@ -480,6 +634,58 @@ def test_the_node_serves_what_the_operators_may_serve(name):
             support.assert_same(found, expected)
 
 
+#: Changes of children that do nothing.
+DO_NOTHING = {
+    "nothing": nothing,
+    "training": lambda model: model.train(),
+    "a hook of the Dropout": lambda model: hooked(model[1]),
+    "a hook of the Identity": lambda model: hooked(model[3]),
+    "p": lambda model: setattr(model[1], "p", 0.0) or model.train(),
+    "p out of range": lambda model: setattr(model[1], "p", 1.5),
+    "p of another kind": lambda model: setattr(model[1], "p", torch.tensor(0.5)),
+    "forward of Dropout": lambda model: replaced(nn.Dropout, "forward", lambda self, x: 2 * x),
+    "F.dropout": lambda model: replaced(nn.functional, "dropout", lambda x, *a: 2 * x),
+    "forward of Identity": lambda model: replaced(nn.Identity, "forward", lambda self, x: 2 * x),
+    "__call__ of Identity": lambda model: replaced(nn.Identity, "__call__", lambda self, x: 2 * x),
+    "a class of its own": lambda model: setattr(model[3], "__class__", OwnIdentity),
+    "forward of the instance": lambda model: setattr(model[3], "forward", torch.neg),
+}
+
+
+class OwnIdentity(nn.Identity):
+    def forward(self, x):
+        return 2 * x
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # at the first tangent
+@pytest.mark.parametrize(
+    "name", [*CHANGES, *(f"{name}, which does nothing" for name in DO_NOTHING)]
+)
+def test_a_fused_sequential_is_read_as_in_python(name):
+    """The same output with the node and without it, or the same error."""
+    change = {**CHANGES, **{f"{n}, which does nothing": DO_NOTHING[n] for n in DO_NOTHING}}[name]
+    model = nn.Sequential(*test_children.pair()[1], nn.Softshrink())
+    if change in DO_NOTHING.values():
+        model.insert(1, nn.Dropout(0.5))
+        model.insert(3, nn.Identity())
+        model.eval()
+    model, x = relu_mlp.fuse(model), test_children.integers(7, 3)
+    undone = change(model)
+
+    def call():
+        torch.manual_seed(0)
+        return model(x)
+
+    with undone if hasattr(undone, "__exit__") else nullcontext():
+        found = outcome(call)
+        with support.node_enabled(False):
+            expected = outcome(call)
+    if isinstance(expected, torch.Tensor) and not expected.is_meta:
+        support.assert_same(found, expected)
+    else:
+        assert isinstance(expected, torch.Tensor) or found == expected
+
+
 # -- Threads ---------------------------------------------------------------------------------------
 
 
@@ -602,6 +808,26 @@ def test_no_memory_is_lost(name):
     # None and NotImplemented are used by others too.
     for o, count in zip(objects, references):
         assert sys.getrefcount(o) - count < 40, type(o)
+
+
+# -- What it makes once ---------------------------------------------------------------------------
+
+
+def test_the_first_call_may_be_in_inference_mode():
+    """A tensor that stands for missing biases is made in the first call, and saved in others."""
+    script = """
+        import torch, relu_mlp
+        net = relu_mlp.ReluMLP(3, [4, 5], 2, output_activation="tanh", recompute=True)
+        net[0].bias = None
+        x = torch.randn(5, 3, requires_grad=True)
+        with torch.inference_mode():
+            assert relu_mlp.ops.node.call_module(net, x.detach()) is not NotImplemented
+        (by_x,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
+        by_x.square().sum().backward()
+    """
+    root = str(Path(relu_mlp.__file__).parent.parent)
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    subprocess.run(command, env={**os.environ, "PYTHONPATH": root}, check=True)
 
 
 # -- Errors in what the node calls -----------------------------------------------------------------
