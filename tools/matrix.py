@@ -202,9 +202,10 @@ def rows_of(wheel: Path) -> Iterator[Row]:
             except Missing as reason:
                 row = missing_row(python, torch or "newest", str(reason))
             yield row
-        newest = newest or release(row["torch"])
-        if release(row["torch"]) != newest:
-            yield missing_row(python, newest, "the registry has none for this CPython")
+        if "missing" not in row:
+            newest = newest or release(row["torch"])
+            if release(row["torch"]) != newest:
+                yield missing_row(python, newest, "the registry has none for this CPython")
 
 
 def missing_row(python: str, torch: str, reason: str) -> Row:
