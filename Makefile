@@ -13,7 +13,7 @@ OTHERS ?=
 CROSS ?= aarch64-linux-gnu-g++
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast torch-suite lint format warnings docs bench overhead bench-clients abi fuzz sanitize cross cuda-check gpu-wheel build wheel clean FORCE
+.PHONY: help demo test test-fast torch-suite lint format warnings docs bench overhead bench-clients abi fuzz sanitize cross cuda-check gpu-wheel build wheel matrix clean FORCE
 .NOTPARALLEL:
 # ninja would look there for a jobserver that nobody passes on to it.
 unexport MAKEFLAGS
@@ -140,6 +140,10 @@ build: $(call needs,torch)  ## build the extension in place, even if it seems up
 
 wheel: $(call needs,wheel)  ## an sdist and a manylinux wheel in dist/, checked; ARGS=--twice compares two builds
 	$(PYTHON) tools/wheel.py $(ARGS)
+
+# Minutes to install each PyTorch, and about two to test it.
+matrix: $(call needs,matrix)  ## run the wheel in dist/ on several PyTorches and CPythons; writes docs/matrix.json
+	$(PYTHON) tools/matrix.py $(ARGS)
 
 clean:  ## remove all that was made, except .venv
 	rm -rf build demo dist *.egg-info relu_mlp/_C*.so relu_mlp/_node*.so
