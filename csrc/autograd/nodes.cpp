@@ -4,10 +4,10 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
-#include <c10/core/impl/alloc_cpu.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/variable.h>
 
+#include <cstdlib>
 #include <mutex>
 
 #include "compiled_autograd.h"
@@ -28,7 +28,7 @@ bool is_recording() {
 
 // Frees the memory of symbolic zeros, which are recognized by it.
 void free_symbolic_zeros(void* data) {
-  c10::free_cpu(data);
+  std::free(data);
 }
 
 // Zeros that only say that a mask has been passed. They have their own memory,
@@ -37,9 +37,9 @@ at::Tensor symbolic_zeros_like(const at::Tensor& tensor) {
   if (!tensor.is_cpu() || !is_plain(tensor)) {
     return at::zeros_like(tensor);
   }
-  const std::size_t size = tensor.numel() * tensor.itemsize();
-  void* data = c10::alloc_cpu(size);
-  std::memset(data, 0, size);
+  // The system gives large memory as zeros, which nobody reads.
+  void* data = std::calloc(tensor.numel() + 1, tensor.itemsize());
+  TORCH_CHECK(data, "DefaultCPUAllocator: can't allocate memory");
   return at::for_blob(data, tensor.sizes())
       .context(data, free_symbolic_zeros)
       .options(tensor.options())
