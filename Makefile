@@ -10,10 +10,13 @@ ARGS ?=
 # The Pythons of environments with another PyTorch, pytest and numpy, for make abi.
 OTHERS ?=
 
+# The compiler for AArch64, and what runs its programs: an emulator of the oldest processor of that
+# kind. On AArch64 itself: CROSS=g++ EMULATOR=
 CROSS ?= aarch64-linux-gnu-g++
+EMULATOR ?= qemu-aarch64 -cpu cortex-a72
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast torch-suite lint format warnings docs bench overhead bench-clients abi fuzz sanitize cross cuda-check gpu-wheel build wheel matrix clean FORCE
+.PHONY: help demo test test-fast torch-suite lint format warnings docs bench overhead bench-clients abi fuzz sanitize cross test-aarch64 cuda-check gpu-wheel build wheel matrix clean FORCE
 .NOTPARALLEL:
 # ninja would look there for a jobserver that nobody passes on to it.
 unexport MAKEFLAGS
@@ -113,13 +116,19 @@ fuzz: $(call needs,torch) build/extension  ## random calls against float64, 5 mi
 sanitize: $(call needs,torch)  ## kernels and operators under the address, undefined behaviour and thread sanitizers
 	$(PYTHON) tools/sanitize.py $(ARGS)
 
-# What has no x86 in it, for AArch64. Nothing runs.
-cross: $(call needs,torch)  ## compile the plain kernels for AArch64 with CROSS, by default aarch64-linux-gnu-g++
-	@mkdir -p build
+# The kernels, the plans, and a driver that runs the passes without PyTorch. Nothing runs here.
+AARCH64 = $(wildcard csrc/cpu/isa/*.cpp tests/sanitize/*.cpp) csrc/cpu/plan.cpp csrc/cpu/packing.cpp csrc/cpu/tuning.cpp
+cross: $(call needs,torch)  ## compile the kernels for AArch64 with CROSS, by default aarch64-linux-gnu-g++
+	@mkdir -p build/aarch64
 	set -e; include=$$($(PYTHON) -c 'import torch.utils.cpp_extension as e; print(e.include_paths()[0])'); \
-	for file in csrc/cpu/isa/*.cpp csrc/cpu/plan.cpp csrc/cpu/packing.cpp csrc/cpu/tuning.cpp; do \
-	    $(CROSS) -std=c++20 -O3 -Wall -Werror -I$$include -c $$file -o build/$$(basename $$file .cpp).aarch64.o; \
+	for file in $(AARCH64); do \
+	    $(CROSS) -std=c++20 -O3 -Wall -Werror -DTORCH_TARGET_VERSION=0x020b000000000000 -isystem$$include \
+	        -c $$file -o build/aarch64/$$(basename $$file .cpp).o; \
 	done
+	$(CROSS) -static build/aarch64/*.o -o build/aarch64/driver
+
+test-aarch64: cross  ## run them under EMULATOR, by default qemu-aarch64, against float64; ARGS=100 runs fewer networks
+	$(EMULATOR) build/aarch64/driver $(ARGS)
 
 # MAX_JOBS compilers at once, 2 if it is not set. Nothing runs on a GPU.
 cuda-check: $(call needs,torch)  ## compile the CUDA kernels with nvcc for sm_80, sm_90 and PTX, link and load them; no GPU needed

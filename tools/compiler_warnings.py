@@ -1,4 +1,5 @@
-"""Compiles all C++ with -Wall -Wextra -Werror by g++ and clang++: `make warnings`.
+"""Compiles all C++ with -Wall -Wextra -Werror by g++ and clang++: `make warnings`. clang++ reads
+GCC's standard library, and for csrc LLVM's (libc++) too, where that is installed.
 
 Nothing is linked or run, and no object file is written (-fsyntax-only). The flags are those of
 setup.py. csrc/cuda and tests/cuda_on_host are compiled for the host, as
@@ -23,7 +24,10 @@ from pathlib import Path
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parent.parent
-COMPILERS = ("g++", "clang++")
+#: With LLVM's standard library instead of GCC's. It checks csrc alone: the programs in examples are
+#: linked with LibTorch, which has GCC's.
+LIBCXX = "clang++ -stdlib=libc++"
+COMPILERS = ("g++", "clang++", LIBCXX)
 
 WARNINGS = [
     "-Wall",
@@ -57,8 +61,6 @@ def flags_of(name: str) -> list[str]:
     flags = [*flags_of_setup(), "-fvisibility=hidden"]
     if name.startswith(("csrc/autograd/", "examples/")):  # for the whole of LibTorch
         flags = [flag for flag in flags if not flag.startswith("-DTORCH_TARGET_VERSION")]
-    if name.startswith("tests/sanitize/"):
-        flags += [f"-I{ROOT}/tests/sanitize/include"]
     if name.startswith(("csrc/cuda/", "tests/cuda_on_host/")):
         flags += ["-DRELU_MLP_CUDA_ON_HOST", f"-I{ROOT}", f"-I{ROOT}/tests/cuda_on_host"]
     # Warnings in the headers of PyTorch and Python are suppressed.
@@ -66,26 +68,40 @@ def flags_of(name: str) -> list[str]:
     return [*flags, *(f"-isystem{path}" for path in folders)]
 
 
+def is_installed(compiler: str) -> bool:
+    """Whether the compiler is there, with the standard library that it is to read."""
+    command = compiler.split()
+    if not shutil.which(command[0]):
+        return False
+    probe = [*command, "-fsyntax-only", "-x", "c++", "-include", "vector", "/dev/null"]
+    return subprocess.run(probe, capture_output=True).returncode == 0
+
+
 def complaint(compiler: str, name: str) -> str | None:
     """A compiler's output for a file, or None if it accepts the file."""
-    command = [compiler, *flags_of(name), *WARNINGS, "-fsyntax-only", "-x", "c++", name]
+    command = [*compiler.split(), *flags_of(name), *WARNINGS, "-fsyntax-only", "-x", "c++", name]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return done.stderr if done.returncode else None
 
 
 def main(names: list[str]) -> int:
-    compilers = [compiler for compiler in COMPILERS if shutil.which(compiler)]
+    compilers = [compiler for compiler in COMPILERS if is_installed(compiler)]
     if not compilers:
         print("tools/compiler_warnings.py: neither g++ nor clang++ was found", file=sys.stderr)
         return 2
-    pairs = [(compiler, name) for compiler in compilers for name in names or files()]
+    pairs = [
+        (compiler, name)
+        for compiler in compilers
+        for name in names or files()
+        if compiler != LIBCXX or name.startswith("csrc/")
+    ]
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:
         complaints = list(pool.map(lambda pair: complaint(*pair), pairs))
     failed = [(*pair, text) for pair, text in zip(pairs, complaints, strict=True) if text]
     for compiler, name, text in failed:
         print(f"{compiler} {name}\n{text}")
     clean = len(pairs) - len(failed)
-    print(f"{' and '.join(compilers)}: {clean} of {len(pairs)} compilations without a warning")
+    print(f"{', '.join(compilers)}: {clean} of {len(pairs)} compilations without a warning")
     return 1 if failed else 0
 
 

@@ -55,6 +55,7 @@ KERNELS = [
     "csrc/cpu/tuning.cpp",
     *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/isa/*.cpp")),
 ]
+DRIVER = ["tests/sanitize/driver.cpp", "tests/sanitize/pytorch.cpp"]
 OPTIONS = {
     # Python and PyTorch do not free all memory at the end.
     "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
@@ -74,7 +75,8 @@ def run(*command: str | Path, **variables: str) -> None:
 
 def objects(sources: Iterable[str], flags: Sequence[str], kind: str) -> list[Path]:
     """The object files of the sources. Files that are newer than all of csrc are reused."""
-    newest = max(path.stat().st_mtime for path in [*ROOT.glob("csrc/**/*"), Path(__file__)])
+    headers = [*ROOT.glob("csrc/**/*"), *ROOT.glob("tests/sanitize/*.h")]
+    newest = max(path.stat().st_mtime for path in [*headers, Path(__file__)])
     folder = OUT / kind
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -126,10 +128,8 @@ def fuzz(arguments: Sequence[str]) -> None:
 
 
 def drive(kind: str, flags: Sequence[str], networks: int) -> None:
-    """Builds and runs the driver, with a small replacement for PyTorch's threads."""
-    compiled = objects(KERNELS, [*flags, *includes()], kind)
-    own = ["-Itests/sanitize/include", *includes()]
-    compiled += objects(["tests/sanitize/driver.cpp"], [*flags, *own], kind)
+    """Builds and runs the driver, with a small replacement for PyTorch."""
+    compiled = objects([*KERNELS, *DRIVER], [*flags, *includes()], kind)
     driver = OUT / f"driver-{kind}"
     run(*COMPILER, *flags, *compiled, "-lpthread", "-o", driver)
     run(driver, str(networks))

@@ -1,10 +1,11 @@
-// The CPU passes on plain data, without PyTorch, for the sanitizers: `make
-// sanitize`.
+// The CPU passes on plain data, without PyTorch: under the sanitizers (`make
+// sanitize`) and on an emulated AArch64 (`make test-aarch64`).
 //
-// Networks of small integers, whose sums are exact, go through all passes in
-// every dtype on every instruction set. The results must have the bits of plain
-// loops in double precision. PyTorch's own products are not tested; where the
-// plan chooses them, this package's products are used instead.
+// Networks go through all passes in every dtype on every instruction set, by
+// each way of multiplying and packing that a plan can choose. The results must
+// lie within the bounds of rounding around a reference in double precision
+// (reference.h). For networks of small integers, whose sums are exact, they
+// must have its bits. PyTorch's own products are plain loops here (pytorch.cpp).
 //
 // Every operand, result and workspace ends at a page that must not be touched,
 // is surrounded by a pattern, and holds NaN before it is written. This finds
@@ -12,10 +13,13 @@
 
 #include <sys/mman.h>
 
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
+#include <map>
 #include <mutex>
 #include <random>
 #include <string>
@@ -23,8 +27,10 @@
 
 #include "../../csrc/cpu/bf16_layers.h"
 #include "../../csrc/cpu/call.h"
+#include "../../csrc/cpu/library_layers.h"
 #include "../../csrc/cpu/packed_layers.h"
 #include "../../csrc/cpu/walk.h"
+#include "reference.h"
 
 // -- Memory ------------------------------------------------------------------
 
@@ -144,165 +150,28 @@ template <typename T>
 double number(T value) {
   return double(compute_t<T>(value));
 }
+// The numbers at `data`.
+template <typename T>
+Numbers numbers_of(const T* data, std::size_t count) {
+  Numbers all(count);
+  std::transform(data, data + count, all.begin(), number<T>);
+  return all;
+}
 
-// -- A network in double precision -------------------------------------------
+template <typename T>
+Rounding rounding_of() {
+  // This reference rounds as much as the passes do in double.
+  return std::is_same_v<T, double> ? Rounding{0x2p-53, 0x2p-53, 0}
+      : std::is_same_v<T, float>   ? Rounding{0x1p-24, 0x1p-24, 0x1p-149}
+      : std::is_same_v<T, Half>    ? Rounding{0x1p-24, 0x1p-11, 0x1p-24}
+                                   : Rounding{0x1p-24, 0x1p-8, 0x1p-126};
+}
+template <typename T>
+double largest_finite() {
+  return std::is_same_v<T, Half> ? 65504.0 : 3e38;
+}
 
-using Numbers = std::vector<double>;
-
-struct ReferenceNetwork {
-  int64_t rows;
-  std::vector<int64_t> sizes;
-  Activation activation;
-  Numbers x, grad; // of y
-  std::vector<Numbers> weights, biases; // a bias without elements is missing
-  std::vector<Numbers> a; // x, the hidden activations, y
-  std::vector<Numbers> grad_hidden; // what else reaches the a_l, or nothing
-  Numbers grad_x, of_squares;
-  std::vector<Numbers> grad_weights, grad_biases;
-  double largest = 0;
-
-  std::size_t layers() const {
-    return weights.size();
-  }
-
-  void run() {
-    a = {x};
-    for (std::size_t l = 0; l < layers(); ++l) {
-      const int64_t in = sizes[l], out = sizes[l + 1];
-      Numbers z(rows * out);
-      for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t i = 0; i < out; ++i) {
-          double sum = biases[l].empty() ? 0 : biases[l][i];
-          for (int64_t j = 0; j < in; ++j) {
-            sum += a[l][r * in + j] * weights[l][i * in + j];
-          }
-          largest = std::max(largest, std::abs(sum));
-          const bool relu = l + 1 < layers() || activation == Activation::relu;
-          z[r * out + i] = relu && sum < 0 ? 0 : sum;
-        }
-      }
-      a.push_back(z);
-    }
-    Numbers delta = grad;
-    for (std::size_t n = 0; activation == Activation::relu && n < delta.size();
-         ++n) {
-      delta[n] = a.back()[n] > 0 ? delta[n] : 0;
-    }
-    grad_weights.resize(layers());
-    grad_biases.resize(layers());
-    for (std::size_t l = layers(); l-- > 0;) {
-      const int64_t in = sizes[l], out = sizes[l + 1];
-      grad_weights[l].assign(out * in, 0);
-      grad_biases[l].assign(out, 0);
-      Numbers below(rows * in);
-      for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t i = 0; i < out; ++i) {
-          const double d = delta[r * out + i];
-          if (d == 0) {
-            continue;
-          }
-          grad_biases[l][i] += d;
-          for (int64_t j = 0; j < in; ++j) {
-            grad_weights[l][i * in + j] += d * a[l][r * in + j];
-            below[r * in + j] += d * weights[l][i * in + j];
-          }
-        }
-      }
-      for (std::size_t n = 0; n < below.size(); ++n) {
-        below[n] += grad_hidden.empty() || l == 0 ? 0 : grad_hidden[l - 1][n];
-        below[n] = l > 0 && !(a[l][n] > 0) ? 0 : below[n];
-        largest = std::max(largest, std::abs(below[n]));
-      }
-      delta = below;
-    }
-    grad_x = delta;
-  }
-};
-
-// Tangents W_l' and b_l' and x' of a network, or no elements for 0, and what a
-// VjpPass makes of them.
-struct ReferenceVjp {
-  const ReferenceNetwork& net;
-  Numbers x_tangent;
-  std::vector<Numbers> weight_tangents, bias_tangents;
-  Numbers of_grad_output;
-  std::vector<Numbers> of_weights, of_inputs;
-  double largest = 0;
-
-  // m (rows, out) W^T (in, out) + ..., where W has no elements if it is 0.
-  Numbers product(
-      const Numbers& m,
-      const Numbers& w,
-      int64_t out,
-      int64_t in,
-      bool is_transposed) {
-    const int64_t k = is_transposed ? in : out, cols = is_transposed ? out : in;
-    Numbers result(net.rows * cols);
-    for (int64_t r = 0; !w.empty() && r < net.rows; ++r) {
-      for (int64_t c = 0; c < cols; ++c) {
-        for (int64_t i = 0; i < k; ++i) {
-          result[r * cols + c] +=
-              m[r * k + i] * w[is_transposed ? c * in + i : i * in + c];
-        }
-      }
-    }
-    for (const double n : result) {
-      largest = std::max(largest, std::abs(n));
-    }
-    return result;
-  }
-
-  void run() {
-    const std::size_t layers = net.layers();
-    const auto mask = [](Numbers& m, const Numbers& a) {
-      for (std::size_t n = 0; n < m.size(); ++n) {
-        m[n] = a[n] > 0 ? m[n] : 0;
-      }
-    };
-    std::vector<Numbers> deltas(layers);
-    deltas[layers - 1] = net.grad;
-    if (net.activation == Activation::relu) {
-      mask(deltas[layers - 1], net.a.back());
-    }
-    for (std::size_t l = layers; l-- > 1;) {
-      deltas[l - 1] = product(
-          deltas[l], net.weights[l], net.sizes[l + 1], net.sizes[l], false);
-      mask(deltas[l - 1], net.a[l]);
-    }
-    Numbers tangent = x_tangent;
-    tangent.resize(net.x.size());
-    for (std::size_t l = 0; l < layers; ++l) {
-      const int64_t in = net.sizes[l], out = net.sizes[l + 1];
-      of_inputs.push_back(
-          product(deltas[l], weight_tangents[l], out, in, false));
-      Numbers& of_weight = of_weights.emplace_back(out * in);
-      for (int64_t r = 0; r < net.rows; ++r) {
-        for (int64_t i = 0; i < out; ++i) {
-          for (int64_t j = 0; j < in; ++j) {
-            of_weight[i * in + j] +=
-                deltas[l][r * out + i] * tangent[r * in + j];
-          }
-        }
-      }
-      Numbers z = product(tangent, net.weights[l], out, in, true);
-      const Numbers more = product(net.a[l], weight_tangents[l], out, in, true);
-      for (std::size_t n = 0; n < z.size(); ++n) {
-        const double bias =
-            bias_tangents[l].empty() ? 0 : bias_tangents[l][n % out];
-        largest = std::max(largest, std::abs(more[n] + bias));
-        z[n] += more[n] + bias;
-        largest = std::max(largest, std::abs(z[n]));
-      }
-      if (l + 1 < layers || net.activation == Activation::relu) {
-        mask(z, net.a[l + 1]);
-      }
-      tangent = z;
-    }
-    of_grad_output = tangent;
-  }
-};
-
-// -- One case ----------------------------------------------------------------
+// -- Random networks ---------------------------------------------------------
 
 struct Random {
   std::mt19937_64 engine;
@@ -315,53 +184,107 @@ struct Random {
   int64_t of(const std::vector<int64_t>& from) {
     return from[below(int64_t(from.size()))];
   }
-  Numbers integers(int64_t count, double density) {
-    Numbers numbers(count);
-    for (double& n : numbers) {
-      const bool is_there = double(engine() % 1000) < 1000 * density;
-      n = is_there ? double(below(3) - 1) : 0;
-    }
-    return numbers;
+};
+
+// -1, 0 and 1 have exact sums. Other numbers are multiples of 1/64 of less than
+// 2, which every dtype holds.
+enum class Values { integers, finite, any };
+
+Numbers random_numbers(
+    Values values,
+    int64_t count,
+    double density,
+    Random& random) {
+  Numbers numbers(count);
+  for (double& n : numbers) {
+    const bool is_there = double(random.below(1000)) < 1000 * density;
+    const double some = values == Values::integers
+        ? double(random.below(3) - 1)
+        : double(random.below(255) - 127) / 64;
+    n = is_there ? some : 0;
+  }
+  if (values == Values::any && count > 0) {
+    constexpr double infinity = std::numeric_limits<double>::infinity();
+    const double nan = std::nan("");
+    const double special[] = {infinity, -infinity, nan, -nan, -0.0};
+    numbers[random.below(count)] = special[random.below(5)];
+  }
+  return numbers;
+}
+
+struct RandomNetwork : NetworkNumbers {
+  Values values;
+  bool has_equal_grads; // in all rows
+
+  bool has_exact_sums() const { // if no delta is too large: see `largest`
+    return values == Values::integers;
   }
 };
 
-ReferenceNetwork random_network(int64_t number, Random& random) {
-  ReferenceNetwork net;
+// So many that few numbers of a row or column are not 0.
+double density_of_weights(int64_t in, int64_t out) {
+  return 6.0 / double(std::max<int64_t>({6, in, out}));
+}
+
+RandomNetwork random_network(int64_t case_number, Random& random) {
+  RandomNetwork net;
+  const Values values = std::array{
+      Values::integers, Values::integers, Values::finite,
+      Values::any}[random.below(4)];
   const std::vector<int64_t> edges = {0, 1, 3},
                              few = {0, 1, 2, 3, 5, 7, 8, 9, 15, 16, 17},
                              more = {31, 32, 33, 47,  49,  63,  64,
                                      65, 96, 97, 130, 200, 256, 300};
-  if (number < 108) { // every network of two layers with these sizes
-    net.rows = std::vector<int64_t>{0, 1, 3, 97}[number % 4];
-    for (int64_t rest = number / 4, l = 0; l < 3; ++l, rest /= 3) {
+  if (case_number < 108) { // every network of two layers with these sizes
+    net.rows = std::vector<int64_t>{0, 1, 3, 97}[case_number % 4];
+    for (int64_t rest = case_number / 4, l = 0; l < 3; ++l, rest /= 3) {
       net.sizes.push_back(edges[rest % 3]);
     }
   } else {
-    for (int64_t l = 0, layers = 1 + random.below(4); l <= layers; ++l) {
-      net.sizes.push_back(random.one_in(3) ? random.of(more) : random.of(few));
+    // Rows of 256 numbers map to the same cache sets.
+    const bool is_square = random.one_in(6);
+    const int64_t layers = 1 + random.below(is_square ? 2 : 4);
+    for (int64_t l = 0; l <= layers; ++l) {
+      net.sizes.push_back(
+          is_square              ? 256
+              : random.one_in(3) ? random.of(more)
+                                 : random.of(few));
     }
     const int64_t widest =
         *std::max_element(net.sizes.begin(), net.sizes.end());
+    // Zeros are skipped in the reference of integers alone.
+    const int64_t most = values == Values::integers ? 45'000 : 8'000;
     do {
-      net.rows = random.one_in(2) ? random.of(few)
-                                  : random.of({24, 25, 48, 97, 200, 241, 500});
-    } while (net.rows * widest > 45'000);
+      net.rows = is_square   ? random.of({15, 16, 40})
+          : random.one_in(2) ? random.of(few)
+                             : random.of({24, 25, 48, 97, 200, 241, 500});
+    } while (net.rows * widest > most);
   }
-  net.activation = random.one_in(2) ? Activation::none : Activation::relu;
-  net.x = random.integers(net.rows * net.sizes[0], 1);
+  net.activation = std::array{
+      Activation::none, Activation::relu, Activation::sigmoid,
+      Activation::tanh}[random.below(values == Values::integers ? 2 : 4)];
+  net.is_finite = values != Values::any;
+  net.values = values;
+  net.has_equal_grads = random.one_in(6);
+  net.x = random_numbers(values, net.rows * net.sizes[0], 1, random);
   for (std::size_t l = 0; l + 1 < net.sizes.size(); ++l) {
     const int64_t in = net.sizes[l], out = net.sizes[l + 1];
-    net.weights.push_back(random.integers(
-        out * in, 6.0 / double(std::max<int64_t>({6, in, out}))));
+    net.weights.push_back(
+        random_numbers(values, out * in, density_of_weights(in, out), random));
     net.biases.push_back(
-        random.one_in(3) ? Numbers{} : random.integers(out, 1));
+        random.one_in(3) ? Numbers{} : random_numbers(values, out, 1, random));
   }
-  net.grad = random.integers(
-      net.rows * net.sizes.back(),
-      std::min(1.0, 300.0 / double(std::max<int64_t>(1, net.rows))));
-  net.run();
+  const int64_t out = net.sizes.back();
+  const double density =
+      std::min(1.0, 300.0 / double(std::max<int64_t>(1, net.rows)));
+  net.grad = random_numbers(values, net.rows * out, density, random);
+  for (int64_t n = out; net.has_equal_grads && n < net.rows * out; ++n) {
+    net.grad[n] = net.grad[n - out];
+  }
   return net;
 }
+
+// -- One case ----------------------------------------------------------------
 
 // A matrix in its own memory, with NaN between its rows.
 template <typename T>
@@ -391,83 +314,136 @@ struct Placed {
   }
 };
 
+// What has run, by name, on an instruction set.
+class Tally {
+ public:
+  void add(const std::string& what) {
+    const std::lock_guard lock(mutex_);
+    ++counts_[what];
+  }
+  // Prints the counts. Returns whether each of `names` has run.
+  bool covers(const std::vector<std::string>& names) {
+    bool has_all = true;
+    const char* separator = "  ";
+    for (const std::string& name : names) {
+      std::printf("%s%s %d", separator, name.c_str(), counts_[name]);
+      separator = ", ";
+      has_all = has_all && counts_[name] > 0;
+    }
+    std::printf("\n");
+    counts_.clear();
+    return has_all;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<std::string, int> counts_;
+};
+
+Tally tally;
 std::mutex output_mutex;
+
+constexpr const char* kinds[] = {"packed", "bf16", "bf16_one_block", "library"};
+constexpr const char* packs[] = {"none", "view", "once", "per_use", "left"};
 
 template <typename T>
 class Case {
  public:
-  Case(
-      const ReferenceNetwork& reference,
-      Random& random,
-      const std::string& name)
-      : reference_(reference),
-        random_(random),
-        name_(name),
-        is_exact_(reference.largest < 256) {
+  Case(const RandomNetwork& numbers, Random& random, const std::string& name)
+      : numbers_(numbers), random_(random), name_(name) {
     const auto gap = [&] { return random.one_in(2) ? 0 : random.below(9); };
-    const int64_t rows = reference.rows;
-    x_.emplace_back(reference.x, rows, reference.sizes[0], gap());
-    network_ = {x_[0].matrix, {}, reference.activation, nullptr};
-    for (std::size_t l = 0; l < reference.layers(); ++l) {
-      const int64_t in = reference.sizes[l], out = reference.sizes[l + 1];
-      const Numbers& bias = reference.biases[l];
-      weights_.emplace_back(reference.weights[l], out, in, gap());
+    const int64_t rows = numbers.rows;
+    x_.emplace_back(numbers.x, rows, numbers.sizes[0], gap());
+    network_ = {x_[0].matrix, {}, numbers.activation, activate};
+    for (std::size_t l = 0; l < numbers.layers(); ++l) {
+      const int64_t in = numbers.sizes[l], out = numbers.sizes[l + 1];
+      const Numbers& bias = numbers.biases[l];
+      weights_.emplace_back(numbers.weights[l], out, in, gap());
       biases_.emplace_back(bias, 1, int64_t(bias.size()), 0);
       network_.layers.push_back(
           {weights_[l].matrix, bias.empty() ? nullptr : biases_[l].array.data});
     }
-    const Call call = call_of(network_);
-    plan_ = make_plan(call);
-    if (plan_.layers == LayersKind::library) {
-      plan_.layers = LayersKind::packed;
-    }
-    if (random.one_in(2)) { // small blocks and many chunks, so threads interact
-      const int64_t chunks = 1 + random.below(5),
-                    some = std::max<int64_t>(1, rows);
-      plan_.chunk = ceil_div(some, chunks);
-      plan_.chunks = ceil_div(some, plan_.chunk);
-      plan_.block = 1 + random.below(plan_.chunk);
-      if (plan_.layers != LayersKind::packed) {
-        plan_.layers =
-            rows <= plan_.block ? LayersKind::bf16_one_block : LayersKind::bf16;
-      }
-    }
-    plan_.packing = plan_packing(call, plan_);
+    choose_plan();
   }
 
   void run() {
     forward(true);
     forward(false);
     backward(false, false);
+    vjp();
     backward(true, false);
     backward(true, true);
-    if (reference_.layers() > 1) {
-      backward_with_grad_hidden();
+    if (numbers_.layers() > 1) {
+      backward(false, false, random_grad_hidden());
     }
-    vjp();
   }
 
  private:
+  static void activate(Activation phi, T* z, int64_t count) {
+    for (int64_t n = 0; n < count; ++n) {
+      z[n] = as<T>(activated(phi, number(z[n])));
+    }
+  }
+
+  // The plan of the call; or small blocks and many chunks, so threads interact;
+  // or the library's products.
+  void choose_plan() {
+    const int64_t some = std::max<int64_t>(1, numbers_.rows);
+    const Call call = call_of(network_);
+    plan_ = make_plan(call);
+    const int64_t choice = random_.below(3);
+    if (choice == 1) {
+      const int64_t chunks = 1 + random_.below(5);
+      plan_.chunk = ceil_div(some, chunks);
+      plan_.chunks = ceil_div(some, plan_.chunk);
+      plan_.block = 1 + random_.below(plan_.chunk);
+      const bool multiplies_bf16 = plan_.layers == LayersKind::bf16 ||
+          plan_.layers == LayersKind::bf16_one_block;
+      plan_.layers = !multiplies_bf16 ? LayersKind::packed
+          : some <= plan_.block       ? LayersKind::bf16_one_block
+                                      : LayersKind::bf16;
+    } else if (choice == 2) {
+      plan_.layers = LayersKind::library;
+      plan_.chunk = some;
+      plan_.chunks = 1;
+      plan_.block = is_16bit<T> ? some : 1 + random_.below(some);
+    }
+    plan_.packing = plan_packing(call, plan_);
+    tally.add(kinds[int(plan_.layers)]);
+    if (plan_.layers == LayersKind::packed) {
+      for (const LayerPacking& layer : plan_.packing) {
+        tally.add(std::string("forward ") + packs[int(layer.forward)]);
+        tally.add(std::string("grad_input ") + packs[int(layer.grad_input)]);
+        tally.add(std::string("grad_weight ") + packs[int(layer.grad_weight)]);
+      }
+    }
+  }
+
   void check(
-      const char* what,
-      std::size_t l,
+      const std::string& what,
       const T* found,
-      const Numbers& expected,
-      bool is_exact = true) {
-    for (std::size_t n = 0; n < expected.size(); ++n) {
-      const double wanted = number(as<T>(expected[n]));
-      if (is_exact_ && is_exact ? number(found[n]) != wanted
-                                : std::isnan(number(found[n]))) {
+      const Bounded& expected,
+      bool is_exact) const {
+    for (std::size_t n = 0; n < expected.value.size(); ++n) {
+      const double value = expected.value[n], error = expected.error[n];
+      const double is = number(found[n]), rounded = number(as<T>(value));
+      const bool may_overflow =
+          std::abs(value) + error > largest_finite<T>() && !std::isnan(is);
+      const bool is_right = is_exact || !std::isfinite(value)
+          ? is == rounded || (std::isnan(is) && std::isnan(rounded))
+          : std::abs(is - value) <= error || may_overflow;
+      if (!is_right) {
         const std::lock_guard lock(output_mutex);
         std::fprintf(
-            stderr, "%s: %s %zu, number %zu is %g, not %g\n", name_.c_str(),
-            what, l, n, number(found[n]), wanted);
+            stderr, "%s, %s: %s, number %zu is %.17g, not %.17g +- %g\n",
+            name_.c_str(), kinds[int(plan_.layers)], what.c_str(), n, is, value,
+            is_exact ? 0 : error);
         std::exit(1);
       }
     }
   }
 
-  // The same as in csrc/cpu/passes.cpp, except for the library.
+  // The same as in csrc/cpu/passes.cpp.
   template <typename F>
   void with_layers(const F& f) {
     if constexpr (std::is_same_v<T, BFloat16>) {
@@ -478,126 +454,73 @@ class Case {
         return f.template operator()<Bf16Layers<float>>();
       }
     }
+    if (plan_.layers == LayersKind::library) {
+      return f.template operator()<LibraryLayers<T>>();
+    }
     f.template operator()<PackedLayers<T>>();
   }
 
+  // Every layer is checked for the input that it has got.
   void forward(bool saves) {
+    const std::size_t layers = numbers_.layers();
     std::vector<Array<T>> results;
     std::vector<T*> hidden;
-    for (std::size_t l = 1; l <= reference_.layers(); ++l) {
-      results.emplace_back(int64_t(reference_.a[l].size()));
-      if (saves && l < reference_.layers()) {
+    for (std::size_t l = 1; l <= layers; ++l) {
+      results.emplace_back(numbers_.rows * numbers_.sizes[l]);
+      if (saves && l < layers) {
         hidden.push_back(results.back().data);
       }
     }
-    with_layers([&]<typename L>() {
-      walk_forward<L>(network_, plan_, hidden, results.back().data);
-    });
-    check("y", 0, results.back().data, reference_.a.back());
-    for (std::size_t l = 0; l < hidden.size(); ++l) {
-      check("hidden", l, hidden[l], reference_.a[l + 1]);
+    T* const y = results.back().data;
+    with_layers(
+        [&]<typename L>() { walk_forward<L>(network_, plan_, hidden, y); });
+    if (!saves) { // the same bits, or NaN
+      check("y of inference", y, a_.back(), true);
+      return;
+    }
+    a_ = {numbers_.x};
+    for (std::size_t l = 0; l < layers; ++l) {
+      const Bounded expected =
+          forward_reference(numbers_, l, a_[l], rounding_of<T>());
+      check(
+          "activation " + std::to_string(l + 1), results[l].data, expected,
+          numbers_.has_exact_sums());
+      a_.push_back(numbers_of(results[l].data, expected.value.size()));
     }
   }
 
-  // The backward pass that gradients reach at the hidden activations too.
-  void backward_with_grad_hidden() {
-    ReferenceNetwork with_more = reference_;
-    for (std::size_t l = 1; l < reference_.layers(); ++l) {
-      with_more.grad_hidden.push_back(
-          random_.integers(int64_t(reference_.a[l].size()), 0.2));
-    }
-    with_more.run();
-    Case<T> other(with_more, random_, name_ + ", with grad_hidden");
-    other.backward(false, false);
+  // Numbers like those of the network, or none.
+  Numbers some(int64_t count, double density) {
+    return random_.one_in(3)
+        ? Numbers{}
+        : random_numbers(numbers_.values, count, density, random_);
   }
 
-  // a_1 ... a_{L-1} and y as a pass reads them.
-  std::vector<Placed<T>> place_activations() {
-    std::vector<Placed<T>> placed;
-    for (std::size_t l = 1; l <= reference_.layers(); ++l) {
-      const bool is_y = l == reference_.layers();
-      placed.emplace_back(
-          reference_.a[l], reference_.rows, reference_.sizes[l],
-          is_y ? random_.below(3) : 0);
+  std::vector<Numbers> random_grad_hidden() {
+    std::vector<Numbers> grads;
+    for (std::size_t l = 1; l < numbers_.layers(); ++l) {
+      grads.push_back(some(numbers_.rows * numbers_.sizes[l], 0.2));
+    }
+    return grads;
+  }
+
+  // The gradient of y, with any strides.
+  Placed<T> place_grad() {
+    const bool is_transposed = random_.one_in(3);
+    Placed<T> placed(
+        numbers_.grad, numbers_.rows, numbers_.sizes.back(), random_.below(3),
+        is_transposed);
+    if (numbers_.has_equal_grads) {
+      placed.matrix.row_stride = 0;
     }
     return placed;
   }
 
-  void vjp() {
-    const std::size_t layers = reference_.layers();
-    const int64_t rows = reference_.rows;
-    const auto some = [&](std::size_t count, double density) {
-      return random_.one_in(3) ? Numbers{}
-                               : random_.integers(int64_t(count), density);
-    };
-    ReferenceVjp expected{reference_, some(reference_.x.size(), 1)};
-    for (std::size_t l = 0; l < layers; ++l) {
-      const int64_t in = reference_.sizes[l], out = reference_.sizes[l + 1];
-      expected.weight_tangents.push_back(
-          some(out * in, 6.0 / double(std::max<int64_t>({6, in, out}))));
-      expected.bias_tangents.push_back(some(out, 1));
-    }
-    expected.run();
-
-    Network<T> network = network_;
-    VjpPass<T> pass;
-    const std::vector<Placed<T>> saved = place_activations();
-    pass.y = saved.back().matrix;
-    const Placed<T> grad(
-        reference_.grad, rows, reference_.sizes.back(), random_.below(3),
-        random_.one_in(3));
-    pass.grad_output = grad.matrix;
-    std::vector<Placed<T>> tangents; // x', then W_l' and b_l' by turns
-    const auto placed = [&](const Numbers& numbers, int64_t m, int64_t n) {
-      tangents.emplace_back(
-          numbers.empty() ? Numbers(m * n) : numbers, m, n, 0);
-      Matrix<const T> matrix = tangents.back().matrix;
-      matrix.data = numbers.empty() ? nullptr : matrix.data;
-      return matrix;
-    };
-    pass.tangents = network_;
-    pass.tangents.x = placed(expected.x_tangent, rows, reference_.sizes[0]);
-    for (std::size_t l = 0; l < layers; ++l) {
-      const int64_t in = reference_.sizes[l], out = reference_.sizes[l + 1];
-      network.layers[l].bias = nullptr;
-      pass.tangents.layers[l] = {
-          placed(expected.weight_tangents[l], out, in),
-          placed(expected.bias_tangents[l], 1, out).data};
-      if (l > 0) {
-        pass.hidden.push_back(saved[l - 1].matrix);
-      }
-    }
-    std::vector<Array<T>> results; // then of W_l and of a_l by turns
-    const auto result = [&](const Numbers& numbers) {
-      results.emplace_back(int64_t(numbers.size()));
-      return random_.one_in(3) ? nullptr : results.back().data;
-    };
-    pass.of_grad_output = result(expected.of_grad_output);
-    pass.of_y = result(expected.of_grad_output);
-    for (std::size_t l = 0; l < layers; ++l) {
-      pass.of_weights.push_back(result(expected.of_weights[l]));
-      pass.of_inputs.push_back(result(expected.of_inputs[l]));
-    }
-    with_layers([&]<typename L>() { walk_vjp<L>(network, plan_, pass); });
-    const auto check_if_wanted = [&](const char* what, std::size_t l,
-                                     const T* found, const Numbers& numbers) {
-      if (found) {
-        check(what, l, found, numbers, expected.largest < 256);
-      }
-    };
-    check_if_wanted("vjp of y", 0, pass.of_y, Numbers(reference_.grad.size()));
-    check_if_wanted(
-        "vjp of grad_output", 0, pass.of_grad_output, expected.of_grad_output);
-    for (std::size_t l = 0; l < layers; ++l) {
-      check_if_wanted(
-          "vjp of weight", l, pass.of_weights[l], expected.of_weights[l]);
-      check_if_wanted(
-          "vjp of input", l, pass.of_inputs[l], expected.of_inputs[l]);
-    }
-  }
-
-  void backward(bool recompute, bool by_loss) {
-    const std::size_t layers = reference_.layers();
+  void backward(
+      bool recompute,
+      bool by_loss,
+      const std::vector<Numbers>& grad_hidden = {}) {
+    const std::size_t layers = numbers_.layers();
     std::string flags;
     for (std::size_t n = 0; n < 1 + 2 * layers; ++n) {
       flags += by_loss ? "01"[n > 0] : "01"[!random_.one_in(3)];
@@ -609,7 +532,7 @@ class Case {
     Network<T> network = network_;
     BackwardPass<T> pass{needs};
     pass.recompute = recompute;
-    const int64_t rows = reference_.rows;
+    const int64_t rows = numbers_.rows, out = numbers_.sizes.back();
     std::vector<Placed<T>> saved;
     saved.reserve(layers + 1);
     if (!recompute) { // an operand that is not needed keeps its shape
@@ -621,69 +544,186 @@ class Case {
         }
         network.layers[l].bias = nullptr;
         if (l > 0) {
-          saved.emplace_back(reference_.a[l], rows, reference_.sizes[l], 0);
+          saved.emplace_back(a_[l], rows, numbers_.sizes[l], 0);
           pass.hidden.push_back(
               is_kept ? saved.back().matrix : Matrix<const T>{});
         }
       }
-      saved.emplace_back(
-          reference_.a.back(), rows, reference_.sizes.back(), random_.below(3));
+      saved.emplace_back(a_.back(), rows, out, random_.below(3));
       pass.y = saved.back().matrix;
     }
-    std::vector<Placed<T>> more;
-    more.reserve(reference_.grad_hidden.size());
-    for (std::size_t l = 0; l < reference_.grad_hidden.size(); ++l) {
-      more.emplace_back(
-          reference_.grad_hidden[l], rows, reference_.sizes[l + 1], 0);
-      pass.grad_hidden.push_back(more.back().matrix);
+    std::vector<Placed<T>> placed_hidden;
+    for (std::size_t l = 0; l < grad_hidden.size(); ++l) {
+      const bool is_missing = grad_hidden[l].empty();
+      placed_hidden.emplace_back(
+          grad_hidden[l], is_missing ? 0 : rows, numbers_.sizes[l + 1], 0);
+      pass.grad_hidden.push_back(
+          is_missing ? Matrix<const T>{} : placed_hidden.back().matrix);
     }
-    // The target of 1/2 sum (y - target)^2, whose gradient is grad.
-    Numbers target = reference_.a.back();
-    for (std::size_t n = 0; n < target.size(); ++n) {
-      target[n] -= reference_.grad[n];
+    // By the loss 1/2 sum (y - target)^2, whose gradient is y - target.
+    Numbers grad = numbers_.grad, target = grad;
+    for (std::size_t n = 0; by_loss && n < grad.size(); ++n) {
+      target[n] = number(as<T>(a_.back()[n] - grad[n]));
+      grad[n] = a_.back()[n] - target[n];
     }
-    const bool is_transposed = !by_loss && random_.one_in(3);
-    const Placed<T> grad(
-        by_loss ? target : reference_.grad, rows, reference_.sizes.back(),
-        by_loss ? 0 : random_.below(3), is_transposed);
+    const Placed<T> placed =
+        by_loss ? Placed<T>(target, rows, out, 0) : place_grad();
+    (by_loss ? pass.target : pass.grad_output) = placed.matrix;
     Array<T> loss(1);
-    (by_loss ? pass.target : pass.grad_output) = grad.matrix;
     pass.loss_scale = 0.5;
     pass.loss = by_loss ? loss.data : nullptr;
-    Array<T> grad_x(int64_t(reference_.x.size()));
+    Array<T> grad_x(int64_t(numbers_.x.size()));
     std::vector<Array<T>> weight_grads, bias_grads;
     pass.grad_x = needs.x() ? grad_x.data : nullptr;
     for (std::size_t l = 0; l < layers; ++l) {
-      weight_grads.emplace_back(int64_t(reference_.grad_weights[l].size()));
-      bias_grads.emplace_back(int64_t(reference_.grad_biases[l].size()));
+      weight_grads.emplace_back(int64_t(numbers_.weights[l].size()));
+      bias_grads.emplace_back(numbers_.sizes[l + 1]);
       pass.grad_weights.push_back(
           needs.weight(l) ? weight_grads[l].data : nullptr);
       pass.grad_biases.push_back(needs.bias(l) ? bias_grads[l].data : nullptr);
     }
     with_layers([&]<typename L>() { walk_backward<L>(network, plan_, pass); });
-    const char* const what = by_loss ? "grad by loss"
-        : recompute                  ? "grad, recomputed"
-                                     : "grad";
+
+    const Gradients& expected = gradients(grad, grad_hidden);
+    const bool is_exact = numbers_.has_exact_sums() && expected.largest < 256;
+    const std::string how = by_loss ? ", by loss"
+        : recompute                 ? ", recomputed"
+        : grad_hidden.empty()       ? ""
+                                    : ", with grad_hidden";
+    if (by_loss) {
+      check("loss", loss.data, loss_reference(grad), numbers_.has_exact_sums());
+    }
     if (needs.x()) {
-      check(what, 999, grad_x.data, reference_.grad_x);
+      check("grad of x" + how, grad_x.data, expected.x, is_exact);
     }
     for (std::size_t l = 0; l < layers; ++l) {
+      const std::string which = std::to_string(l) + how;
       if (needs.weight(l)) {
-        check(what, l, weight_grads[l].data, reference_.grad_weights[l]);
+        check(
+            "grad of weight " + which, weight_grads[l].data,
+            expected.weights[l], is_exact);
       }
       if (needs.bias(l)) {
-        check(what, 100 + l, bias_grads[l].data, reference_.grad_biases[l]);
+        check(
+            "grad of bias " + which, bias_grads[l].data, expected.biases[l],
+            is_exact);
       }
     }
   }
 
-  const ReferenceNetwork& reference_;
+  // The vector-Jacobian product of the backward pass.
+  void vjp() {
+    const std::size_t layers = numbers_.layers();
+    const int64_t rows = numbers_.rows;
+    Tangents tangents{some(int64_t(numbers_.x.size()), 1), {}, {}};
+    for (std::size_t l = 0; l < layers; ++l) {
+      const int64_t in = numbers_.sizes[l], out = numbers_.sizes[l + 1];
+      tangents.weights.push_back(some(out * in, density_of_weights(in, out)));
+      tangents.biases.push_back(some(out, 1));
+    }
+
+    Network<T> network = network_;
+    VjpPass<T> pass;
+    pass.tangents = network_;
+    const Placed<T> grad = place_grad();
+    pass.grad_output = grad.matrix;
+    std::vector<Placed<T>> saved, placed;
+    const auto place = [&](const Numbers& numbers, int64_t m, int64_t n) {
+      const bool is_missing = numbers.empty();
+      placed.emplace_back(numbers, is_missing ? 0 : m, n, 0);
+      Matrix<const T> matrix = placed.back().matrix;
+      matrix.rows = m; // an operand that is missing keeps its shape
+      matrix.data = is_missing ? nullptr : matrix.data;
+      return matrix;
+    };
+    pass.tangents.x = place(tangents.x, rows, numbers_.sizes[0]);
+    for (std::size_t l = 0; l < layers; ++l) {
+      const int64_t in = numbers_.sizes[l], out = numbers_.sizes[l + 1];
+      network.layers[l].bias = nullptr;
+      pass.tangents.layers[l] = {
+          place(tangents.weights[l], out, in),
+          place(tangents.biases[l], 1, out).data};
+      const bool is_y = l + 1 == layers;
+      saved.emplace_back(a_[l + 1], rows, out, is_y ? random_.below(3) : 0);
+      if (is_y) {
+        pass.y = saved.back().matrix;
+      } else {
+        pass.hidden.push_back(saved.back().matrix);
+      }
+    }
+    std::vector<Array<T>> results;
+    const auto result = [&](std::size_t count) {
+      results.emplace_back(int64_t(count));
+      return random_.one_in(3) ? nullptr : results.back().data;
+    };
+    pass.of_grad_output = result(numbers_.grad.size());
+    pass.of_y = result(numbers_.grad.size());
+    for (std::size_t l = 0; l < layers; ++l) {
+      pass.of_weights.push_back(result(numbers_.weights[l].size()));
+      pass.of_inputs.push_back(result(a_[l].size()));
+    }
+    with_layers([&]<typename L>() { walk_vjp<L>(network, plan_, pass); });
+
+    const Gradients& backward = gradients(numbers_.grad);
+    const VjpGradients expected = vjp_reference(
+        numbers_, a_, backward.deltas, tangents, rounding_of<T>());
+    const bool is_exact = numbers_.has_exact_sums() &&
+        std::max(backward.largest, expected.largest) < 256;
+    const auto check_if_wanted = [&](const std::string& what, const T* found,
+                                     const Bounded& numbers) {
+      if (found) {
+        check("vjp: grad of " + what, found, numbers, is_exact);
+      }
+    };
+    check_if_wanted(
+        "grad_output", pass.of_grad_output, expected.of_grad_output);
+    check_if_wanted("y", pass.of_y, expected.of_y);
+    for (std::size_t l = 0; l < layers; ++l) {
+      const std::string which = std::to_string(l);
+      check_if_wanted(
+          "weight " + which, pass.of_weights[l], expected.of_weights[l]);
+      check_if_wanted(
+          "input " + which, pass.of_inputs[l], expected.of_inputs[l]);
+    }
+  }
+
+  // The reference for gradients of y and of the hidden activations. Most passes
+  // share it.
+  const Gradients& gradients(
+      const Numbers& grad,
+      const std::vector<Numbers>& grad_hidden = {}) {
+    if (gradients_.empty() || grad != grad_of_y_ ||
+        grad_hidden != grad_hidden_) {
+      grad_of_y_ = grad;
+      grad_hidden_ = grad_hidden;
+      gradients_ = {backward_reference(
+          numbers_, a_, grad, grad_hidden, rounding_of<T>())};
+    }
+    return gradients_[0];
+  }
+
+  // The loss whose gradient at y is `grad`.
+  static Bounded loss_reference(const Numbers& grad) {
+    Bounded loss(1);
+    for (const double g : grad) {
+      loss.value[0] += 0.5 * g * g;
+    }
+    loss.round(
+        0, loss.value[0], rounding_of<T>().of_sum(int64_t(grad.size())),
+        rounding_of<T>());
+    return loss;
+  }
+
+  const RandomNetwork& numbers_;
   Random& random_;
   const std::string name_;
-  const bool is_exact_;
   std::vector<Placed<T>> x_, weights_, biases_;
   Network<T> network_;
   Plan plan_;
+  std::vector<Numbers> a_; // x, the hidden activations that were found, y
+  Numbers grad_of_y_;
+  std::vector<Numbers> grad_hidden_;
+  std::vector<Gradients> gradients_; // for both; none or one
 };
 
 void run_cases(
@@ -693,13 +733,86 @@ void run_cases(
     const std::string& set) {
   for (int64_t number = first; number < count; number += step) {
     Random random{std::mt19937_64(uint64_t(number))};
-    const ReferenceNetwork reference = random_network(number, random);
+    const RandomNetwork net = random_network(number, random);
     const std::string name = set + ", case " + std::to_string(number);
-    Case<float>(reference, random, name + ", float").run();
-    Case<double>(reference, random, name + ", double").run();
-    Case<BFloat16>(reference, random, name + ", bfloat16").run();
-    Case<Half>(reference, random, name + ", half").run();
+    Case<float>(net, random, name + ", float").run();
+    Case<double>(net, random, name + ", double").run();
+    Case<BFloat16>(net, random, name + ", bfloat16").run();
+    Case<Half>(net, random, name + ", half").run();
   }
+}
+
+// -- Conversions -------------------------------------------------------------
+
+// Every number of T is widened. Rounding is checked on each of them, halfway
+// to the next one, and one bit of a float beside both.
+template <typename T>
+void check_conversions(const std::string& name) {
+  constexpr int64_t count = 1 << 16;
+  std::vector<uint16_t> all(count), rounded(count);
+  std::vector<float> wide(count);
+  for (int64_t i = 0; i < count; ++i) {
+    all[i] = uint16_t(i);
+  }
+  const auto fail_unless = [&](bool is_right, const char* what, int64_t i) {
+    if (!is_right) {
+      std::fprintf(
+          stderr, "%s: %s, bits %llx\n", name.c_str(), what,
+          static_cast<unsigned long long>(i));
+      std::exit(1);
+    }
+  };
+  const auto is_same = [](double a, double b) {
+    return std::isnan(a) ? std::isnan(b)
+                         : a == b && std::signbit(a) == std::signbit(b);
+  };
+  const T* const numbers = reinterpret_cast<const T*>(all.data());
+  widen(wide.data(), numbers, count);
+  for (int64_t i = 0; i < count; ++i) {
+    fail_unless(is_same(wide[i], number(numbers[i])), "widened", i);
+  }
+  // The instructions for bfloat16 take subnormal numbers for 0.
+  const bool has_subnormals = !(
+      std::is_same_v<T, BFloat16> && chosen_instruction_set().bf16 != nullptr);
+  for (const int64_t offset :
+       {-1, 0, 1, 0x0fff, 0x1000, 0x1001, 0x7fff, 0x8000, 0x8001}) {
+    std::vector<float> from = wide;
+    for (float& f : from) {
+      uint32_t bits;
+      std::memcpy(&bits, &f, sizeof(bits));
+      bits += uint32_t(offset);
+      std::memcpy(&f, &bits, sizeof(bits));
+    }
+    round_to(reinterpret_cast<T*>(rounded.data()), from.data(), count);
+    for (int64_t i = 0; i < count; ++i) {
+      const T found = reinterpret_cast<const T*>(rounded.data())[i];
+      const bool is_skipped =
+          !has_subnormals && std::fpclassify(from[i]) == FP_SUBNORMAL;
+      fail_unless(
+          is_skipped || is_same(number(found), number(T(from[i]))), "rounded",
+          i << 16 | (offset & 0xffff));
+    }
+  }
+}
+
+// What must run on an instruction set.
+std::vector<std::string> required() {
+  std::vector<std::string> names = {
+      "packed",
+      "library",
+      "forward none",
+      "forward once",
+      "forward per_use",
+      "forward left",
+      "grad_input view",
+      "grad_input once",
+      "grad_input per_use",
+      "grad_weight view",
+      "grad_weight per_use"};
+  if (chosen_instruction_set().bf16) {
+    names.insert(names.end(), {"bf16", "bf16_one_block"});
+  }
+  return names;
 }
 
 } // namespace
@@ -711,6 +824,8 @@ int main(int argc, char** argv) {
   const int64_t count = argc > 1 ? std::atoll(argv[1]) : 250;
   for (const std::string& set : supported_instruction_sets()) {
     choose_instruction_set(set);
+    check_conversions<BFloat16>(set + ", bfloat16");
+    check_conversions<relu_mlp::cpu::Half>(set + ", half");
     // Two independent callers, each with its own threads.
     std::thread other([&] { run_cases(1, 2, count, set); });
     run_cases(0, 2, count, set);
@@ -718,6 +833,10 @@ int main(int argc, char** argv) {
     std::printf(
         "%s: %lld networks, each in 4 dtypes and 7 passes\n", set.c_str(),
         static_cast<long long>(count));
+    if (!tally.covers(required())) {
+      std::fprintf(stderr, "too few networks: something has not run\n");
+      return 1;
+    }
     std::fflush(stdout);
   }
 }

@@ -385,7 +385,8 @@ def test_compatibility_names_tests_that_exist():
     text = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
     rows = [line for line in text.splitlines() if re.match(r"\| [^|]*[^|\s-]", line)]
     named = re.findall(r"`(\w+\.py)::(\w+)`", text)
-    assert len(rows) > 90 and all(re.search(r"`\w+\.py::\w+`", row) for row in rows)
+    assert len(rows) > 90
+    assert all(re.search(r"`(\w+\.py::\w+|make [\w-]+)`", row) for row in rows)
     sources = {path.name: path.read_text() for path in (ROOT / "tests").rglob("*.py")}
     missing = [
         (file, test)
@@ -393,3 +394,6 @@ def test_compatibility_names_tests_that_exist():
         if not re.search(rf"^def {test}\(", sources.get(file, ""), re.MULTILINE)
     ]
     assert not missing
+    commands = re.findall(r"`make ([\w-]+)`", text)
+    rules = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert commands and set(commands) <= set(rules)

@@ -23,12 +23,18 @@ constexpr int64_t registers = RELU_MLP_VECTOR_REGISTERS;
 // The widest tile, in vectors.
 constexpr int max_vectors = registers >= 32 ? 4 : 2;
 
-// The rows of the tallest tile `vectors` wide whose sums, one row of b and one
-// broadcast fit into the registers. All divide 48 (or 24), so groups of 48 rows
-// have no remainder.
+// The rows of the tallest tile `vectors` wide whose sums stay in registers,
+// together with one row of b and what is loaded of a. On x86 that is one
+// broadcast. On AArch64 compilers load an element of every row of a before they
+// use the first one (docs/performance-notes.md). All divide 48, 24 or 40, so
+// groups of that many rows have no remainder (Tuning::tiles_per_group).
 constexpr int max_rows(int vectors) {
+#if defined(__aarch64__)
+  constexpr int rows[] = {20, 10, 5, 5};
+#else
+  constexpr int rows[] = {24, 12, 8, 6};
+#endif
   if (registers >= 32) {
-    constexpr int rows[] = {24, 12, 8, 6};
     return rows[vectors - 1];
   }
   return vectors == 1 ? 12 : 6;
@@ -133,7 +139,8 @@ int64_t tiles(const ProductArgs<C>& p, int64_t row) {
     tile<rows, vectors>(p, row);
   }
   if constexpr (rows > 1) {
-    return tiles < rows == 6 ? 4 : rows / 2, vectors > (p, row);
+    constexpr int lower = rows > 4 && rows < 8 ? 4 : rows / 2;
+    return tiles<lower, vectors>(p, row);
   }
   return row;
 }
