@@ -24,6 +24,10 @@ def count(text: str) -> int:
     return value
 
 
+def count_or_zero(text: str) -> int:
+    return 0 if text == "0" else count(text)
+
+
 def threads(text: str) -> int:
     # The system may refuse more than this, and end the process.
     if (value := positive_integer(text)) > 1024:

@@ -15,12 +15,13 @@ from .._version import __version__
 from ..modules import ReluMLP
 from . import Problem
 from .checkpoint_fields import CheckpointFields, has_settings, wrong_field
+from .encoding import Encoding
 from .files import read_bytes, write
 from .seal import Damaged, check_seal, sealed
 from .task import Standardization, Task
 
 #: The version of the format. It increases when a field changes its meaning.
-FORMAT = 1
+FORMAT = 2
 
 
 class Checkpoint(CheckpointFields):
@@ -59,11 +60,14 @@ class Checkpoint(CheckpointFields):
             raise Problem(f"{expected} another kind of file")
         if saved and all(isinstance(value, Tensor) for value in saved.values()):
             raise Problem(f"{expected} a bare state_dict, without names of columns and scales")
-        if saved.pop("format", None) != FORMAT:
+        version = saved.pop("format", None)
+        if version not in (1, FORMAT):
             raise Problem(
-                f"{expected} one of another format; relu-mlp {__version__} reads {FORMAT}"
+                f"{expected} one of another format; relu-mlp {__version__} reads 1 and {FORMAT}"
             )
         saved.pop("relu_mlp", None)
+        if version == 1:
+            saved = from_format_1(saved)
         if saved.keys() != cls.__dataclass_fields__.keys() or not has_settings(saved["settings"]):
             raise Problem(f"{expected} one with other fields")
         checkpoint = cls(**saved)
@@ -77,16 +81,32 @@ class Checkpoint(CheckpointFields):
         return checkpoint
 
     def network(self) -> ReluMLP:
-        net = make_network(self.task, self.settings)
+        net = make_network(self.encoding, self.task, self.settings)
         net.load_state_dict(self.model)
         return net
 
 
-def make_network(task: Task, settings: dict[str, Any]) -> ReluMLP:
+def from_format_1(saved: dict[str, Any]) -> dict[str, Any]:
+    """The same with the fields of today. Features were numbers, and the last epoch was kept."""
+    settings = saved.get("settings")
+    if isinstance(settings, dict):
+        settings = {**settings, "last": True, "patience": 0}
+    model, epoch = saved.get("model"), saved.get("epoch")
+    return {
+        **saved,
+        "settings": settings,
+        "categories": {},
+        "indicators": [],
+        "last_model": model,
+        "best_epoch": epoch,
+    }
+
+
+def make_network(encoding: Encoding, task: Task, settings: dict[str, Any]) -> ReluMLP:
     """A network whose initial values follow from the seed."""
     torch.manual_seed(settings["seed"])
     dtype = getattr(torch, settings["dtype"])
-    return ReluMLP(len(task.features), settings["hidden"], task.outputs, dtype=dtype)
+    return ReluMLP(encoding.inputs, settings["hidden"], task.outputs, dtype=dtype)
 
 
 def fingerprint(features: Tensor, targets: Tensor) -> str:

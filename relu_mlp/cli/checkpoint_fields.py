@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .encoding import Encoding
 from .settings import DEFAULTS, OPTIMIZERS, is_setting, is_whole
 from .task import Task
 
@@ -19,11 +20,13 @@ from .task import Task
 class CheckpointFields:
     """The file is a dict of these fields, which `torch.load(weights_only=True)` reads.
 
-    All tensors are on the CPU and are shared with nothing else.
+    All tensors are on the CPU, and none is changed later.
     """
 
-    model: dict[str, Tensor]  #: the state_dict
+    model: dict[str, Tensor]  #: the state_dict of `best_epoch`; with --last that of `epoch`
     features: list[str]
+    categories: dict[str, list[str]]  #: those of `Encoding`; `indicators` too
+    indicators: list[str]
     targets: list[str]
     classes: list[Any] | None
     feature_mean: Tensor
@@ -34,6 +37,8 @@ class CheckpointFields:
     rows: int  #: the number of rows of the table
     table: str  #: `fingerprint` of the table
     epoch: int  #: the number of epochs that are done
+    best_epoch: int  #: the first one with the lowest validation loss
+    last_model: dict[str, Tensor]  #: the state_dict of `epoch`
     history: list[dict[str, float]]  #: the lines of curves.csv
     optimizer: dict[str, Any]  #: its state_dict
     master_weights: list[Tensor]  #: the float32 parameters of a 16-bit network
@@ -42,6 +47,16 @@ class CheckpointFields:
     @property
     def task(self) -> Task:
         return Task(self.features, self.targets, self.classes)
+
+    @property
+    def encoding(self) -> Encoding:
+        return Encoding(self.features, self.categories, self.indicators)
+
+    @property
+    def texts(self) -> set[str]:
+        """The columns that are text, whatever their cells look like in another table."""
+        text_classes = self.classes is not None and isinstance(self.classes[0], str)
+        return {*self.categories, *(self.targets if text_classes else ())}
 
 
 # -- Whether the fields have values that `relu-mlp train` can have written --------------------
@@ -65,6 +80,8 @@ def wrong_field(checkpoint: CheckpointFields) -> str | None:
 def checks(saved: CheckpointFields) -> Iterator[tuple[str, bool]]:
     """The fields in turn, and whether each is right, given that those before it are."""
     yield "features", is_names(saved.features)
+    yield "categories", is_categories(saved)
+    yield "indicators", is_some_of(saved.indicators, saved.features)
     yield "targets", is_names(saved.targets)
     yield "classes", saved.classes is None or (len(saved.targets) == 1 and is_classes(saved))
     known = {name: value for name, value in saved.settings.items() if name in DEFAULTS}
@@ -72,18 +89,13 @@ def checks(saved: CheckpointFields) -> Iterator[tuple[str, bool]]:
 
     settings = {**DEFAULTS, **known}
     dtype = getattr(torch, settings["dtype"])
-    widths = [len(saved.features), *settings["hidden"], saved.task.outputs]
+    inputs = saved.encoding.inputs
+    widths = [inputs, *settings["hidden"], saved.task.outputs]
     shapes: Shapes = [
         shape for n_in, n_out in itertools.pairwise(widths) for shape in ((n_out, n_in), (n_out,))
     ]
-    names = [f"{2 * n}.{part}" for n in range(len(widths) - 1) for part in ("weight", "bias")]
-    model = saved.model
-    yield (
-        "model",
-        isinstance(model, dict)
-        and model.keys() == set(names)
-        and is_tensors([model[name] for name in names], shapes, dtype),
-    )
+    yield "model", is_model(saved.model, shapes, dtype)
+    yield "last_model", is_model(saved.last_model, shapes, dtype)
 
     master_weights = saved.master_weights
     if settings["dtype"] in ("bfloat16", "float16"):
@@ -91,8 +103,8 @@ def checks(saved: CheckpointFields) -> Iterator[tuple[str, bool]]:
     else:  # they are not used
         yield "master_weights", isinstance(master_weights, list)
     of_features = [saved.feature_mean, saved.feature_scale]
-    yield "feature_mean", is_tensor(of_features[0], (len(saved.features),), torch.float64)
-    yield "feature_scale", is_scale(of_features[1], len(saved.features))
+    yield "feature_mean", is_tensor(of_features[0], (inputs,), torch.float64)
+    yield "feature_scale", is_scale(of_features[1], inputs)
     if saved.classes is None:
         shape = (len(saved.targets),)
         yield "target_mean", is_tensor(saved.target_mean, shape, torch.float64)
@@ -104,6 +116,7 @@ def checks(saved: CheckpointFields) -> Iterator[tuple[str, bool]]:
     yield "rows", is_whole(saved.rows, 2, 2**63)
     yield "table", isinstance(saved.table, str)
     yield "epoch", is_whole(saved.epoch, 1, 2**63)
+    yield "best_epoch", is_whole(saved.best_epoch, 1, saved.epoch)
     yield "history", is_history(saved)
     yield "optimizer", is_optimizer(saved.optimizer, shapes, OPTIMIZERS[settings["optimizer"]][2])
     yield "generator", is_state_of_generator(saved.generator)
@@ -111,6 +124,19 @@ def checks(saved: CheckpointFields) -> Iterator[tuple[str, bool]]:
 
 def is_names(value: Any) -> bool:
     return is_list(value, str) and 0 < len(value) == len(set(value))
+
+
+def is_some_of(value: Any, names: list[str]) -> bool:
+    return is_list(value, str) and len(value) == len(set(value)) and set(value) <= set(names)
+
+
+def is_categories(saved: CheckpointFields) -> bool:
+    categories = saved.categories
+    return (
+        isinstance(categories, dict)
+        and is_some_of(list(categories), saved.features)
+        and all(is_list(of, str) and len(of) == len(set(of)) for of in categories.values())
+    )
 
 
 def is_list(value: Any, *kinds: type) -> bool:
@@ -145,6 +171,16 @@ def is_tensors(value: Any, shapes: Shapes, dtype: torch.dtype) -> bool:
         isinstance(value, list)
         and len(value) == len(shapes)
         and all(map(is_tensor, value, shapes, itertools.repeat(dtype)))
+    )
+
+
+def is_model(value: Any, shapes: Shapes, dtype: torch.dtype) -> bool:
+    """Whether a value is a state_dict of linear layers, with weights and biases of these shapes."""
+    names = [f"{n - n % 2}.{('weight', 'bias')[n % 2]}" for n in range(len(shapes))]
+    return (
+        isinstance(value, dict)
+        and value.keys() == set(names)
+        and is_tensors([value[name] for name in names], shapes, dtype)
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from . import Problem
 from .checkpoint import Checkpoint
 from .files import check_absent, write
 from .info import checked_build_info
-from .table import Table, pandas
+from .reading import pandas
+from .table import Table
 from .task import outputs_of
 
 DESCRIPTION = """\
@@ -52,8 +54,10 @@ def run(options: argparse.Namespace) -> int:
         check_absent([options.out], "--force overwrites it")
     checkpoint = Checkpoint.load(options.model)
     checked_build_info()
-    table = Table.read(options.data)
+    table = Table.read(options.data, checkpoint.texts)
     table.require(checkpoint.features, f"which {options.model} was trained on")
+    for note in checkpoint.encoding.notes(table):
+        print(note, file=sys.stderr)
     outputs = predict(checkpoint, table)
     columns = as_columns(checkpoint, outputs)
     write(options.out, pandas().DataFrame(columns).to_csv(index=False).encode())
@@ -65,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
 
 def predict(checkpoint: Checkpoint, table: Table) -> Tensor:
     """(rows, outputs) of the network, in float64."""
-    x = checkpoint.feature_standardization.apply(table.numbers(checkpoint.features))
+    x = checkpoint.feature_standardization.apply(checkpoint.encoding.apply(table))
     net = checkpoint.network()
     outputs = outputs_of(net, x.to(net[0].weight.dtype))
     bad = ~outputs.isfinite().all(1)

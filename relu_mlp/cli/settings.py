@@ -27,6 +27,8 @@ DEFAULTS: dict[str, Any] = {
     "seed": 0,
     "validation": 0.2,
     "epochs": 100,
+    "patience": 20,
+    "last": False,
     "batch_size": 32,
     "lr": None,
     "weight_decay": None,
@@ -36,7 +38,12 @@ DEFAULTS: dict[str, Any] = {
 FIXED = ("hidden", "dtype", "optimizer", "seed", "validation")
 
 #: The smallest and largest values of the numbers.
-WHOLE = {"seed": (0, 2**63 - 1), "epochs": (1, 2**31 - 1), "batch_size": (1, 2**31 - 1)}
+WHOLE = {
+    "seed": (0, 2**63 - 1),
+    "epochs": (1, 2**31 - 1),
+    "patience": (0, 2**31 - 1),
+    "batch_size": (1, 2**31 - 1),
+}
 REAL = {"validation": (0.001, 0.999), "lr": (1e-30, 1e6), "weight_decay": (0.0, 1e6)}
 
 
@@ -48,6 +55,8 @@ def is_setting(name: str, value: Any) -> bool:
         return value in DTYPES
     if name == "optimizer":
         return value in tuple(OPTIMIZERS)
+    if name == "last":
+        return isinstance(value, bool)
     if name in WHOLE:
         return is_whole(value, *WHOLE[name])
     least, most = REAL[name]

@@ -1,54 +1,23 @@
-"""The user's CSV table: its numbers and labels, and their places in the file."""
+"""The user's CSV table: its numbers, texts and labels, and their places in the file."""
 
 from __future__ import annotations
 
-import csv
 import difflib
-import io
 import itertools
-import warnings
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import Problem, needs
+from . import Problem
 from .files import read_text
+from .reading import listed, pandas, read_cells, records
 
 #: The largest number allowed: sums of its square are finite.
 LARGEST = 1e100
-
-
-def pandas() -> Any:
-    return needs("pandas", "cli", "reading a table")
-
-
-def listed(values: Sequence[Any], most: int = 8) -> str:
-    """The first few entries of a list, as text."""
-    return ", ".join([*map(str, values[:most]), *["..."] * (len(values) > most)])
-
-
-def records(text: str) -> Iterator[tuple[int, list[str]]]:
-    """(number of the first line, fields) of each record. Blank lines don't count, as in pandas."""
-    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
-    last = ""
-
-    def lines() -> Iterator[str]:
-        nonlocal last
-        for physical in io.StringIO(text, newline=""):
-            last = physical
-            yield physical
-
-    reader = csv.reader(lines(), skipinitialspace=True)
-    line = 1
-    for fields in reader:
-        if last.strip(" \t\r\n"):  # a pair of quotes is an empty value, not a blank line
-            yield line, fields
-        line = reader.line_num + 1
 
 
 @dataclass(frozen=True)
@@ -57,40 +26,26 @@ class Table:
 
     path: Path
     text: str  #: the contents of the file
-    cells: Any  #: a pandas.DataFrame
+    cells: Any  #: a pandas.DataFrame, whose index has the number of each row in the file
     nameless: int  #: the number of columns that were left out because they have no name
 
     @classmethod
-    def read(cls, path: Path) -> Table:
+    def read(cls, path: Path, texts: Collection[str] = ()) -> Table:
         """Reads comma-separated values in UTF-8. The first line has the names of the columns.
 
         Blank lines don't count. pandas decides which values are missing.
+
+        Args:
+            texts: the names of columns that are text, whatever their cells look like.
 
         Raises:
             Problem: if the file is missing or is not such a table, if two columns have the
                 same name, or if there are no rows.
         """
         text = read_text(path)
-        cells = parse(path, text)
-        header = next(records(text))[1]
-        if len(header) == 1 and any(separator in header[0] for separator in ";\t|"):
-            raise Problem(f"{path}: expected commas between the names, got {header[0]!r}")
-        names = [name.strip() for name in header]
-        if len(names) != cells.shape[1]:  # a lone \r, which is not always an end of line
-            raise Problem(
-                f"{path}: expected a CSV table, got: {len(names)} or {cells.shape[1]} names in "
-                "its first line, depending on how lines end"
-            )
-        for name, count in Counter(names).items():
-            if name and count > 1:
-                raise Problem(
-                    f"{path}: expected a name for each column, got {name!r} {count} times"
-                )
-        if not len(cells):
-            raise Problem(f"{path}: expected rows below the names of the columns, got none")
-        cells.columns = names
-        named = [name for name in names if name]
-        return cls(path, text, cells[named], len(names) - len(named))
+        cells = read_cells(path, text, texts)
+        named = [name for name in cells.columns if name]
+        return cls(path, text, cells[named], cells.shape[1] - len(named))
 
     def __len__(self) -> int:
         return len(self.cells)
@@ -107,40 +62,73 @@ class Table:
                 hint = f"did you mean {close[0]!r}?" if close else f"it has {listed(self.names)}"
                 raise Problem(f"{self.path} has no column {name!r}, {why}; {hint}")
 
+    def with_values_of(self, names: Sequence[str]) -> Table:
+        """The rows that have a value in each of these columns.
+
+        Raises:
+            Problem: if a column has no values.
+        """
+        for name in names:
+            self._check_not_empty(name)
+        return replace(self, cells=self.cells.dropna(subset=list(names)))
+
     def line(self, row: int) -> int:
         """The number of a row's first line in the file. The first line of the file is 1."""
-        return next(itertools.islice(records(self.text), row + 1, None))[0]
+        place = int(self.cells.index[row])
+        return next(itertools.islice(records(self.text), place + 1, None))[0]
 
     def at(self, row: int, name: str) -> str:
         """The place of a cell in the file, for a message."""
         return f"{self.path}, line {self.line(row)}, column {name!r}"
 
-    def numbers(self, names: Sequence[str], remedy: str = "") -> Tensor:
-        """(rows, len(names)) in float64; true and false are 1 and 0.
+    def numbers(self, names: Sequence[str], empty: bool = False) -> list[Tensor]:
+        """For each column (rows,) in float64; true and false are 1 and 0.
+
+        Args:
+            empty: whether cells may be empty; they are NaN.
 
         Raises:
-            Problem: for the first cell of a column that is not a number from -`LARGEST`
-                to `LARGEST`; it ends with `remedy`.
+            Problem: if a cell is not a number from -`LARGEST` to `LARGEST`. It names the first
+                such cell of each column.
         """
-        return torch.stack([self._numbers(name, remedy) for name in names], 1)
+        wrong = [self.not_a_number(name, empty) for name in names]
+        places = [
+            f"{what} of column {name!r}" for name, what in zip(names, wrong, strict=True) if what
+        ]
+        if places:
+            raise Problem(
+                f"{self.path}: expected numbers from -{LARGEST} to {LARGEST}, "
+                f"got {', '.join(places)}"
+            )
+        return [self._as_numbers(name) for name in names]
 
-    def _numbers(self, name: str, remedy: str) -> Tensor:
-        column = self.cells[name]
-        values = torch.tensor(
-            pandas().to_numeric(column, errors="coerce").to_numpy("float64", na_value=torch.nan)
-        )
-        bad = ~(values.abs() <= LARGEST)
-        if bad.any():
-            self._check_not_empty(name, remedy)
-            row = int(bad.int().argmax())
-            if column.isna().iloc[row]:
-                mismatch = "a number, got none"
-            elif values[row].isnan():
-                mismatch = f"a number, got the text {column.iloc[row]!r}"
-            else:
-                mismatch = f"a number from -{LARGEST} to {LARGEST}, got {column.iloc[row]}"
-            raise Problem(f"{self.at(row, name)}: expected {mismatch}{remedy}")
-        return values
+    def is_text(self, name: str) -> bool:
+        """Whether a cell of a column is neither a number, nor true or false, nor empty."""
+        return bool((self._present(name) & self._as_numbers(name).isnan()).any())
+
+    def not_a_number(self, name: str, empty: bool) -> str | None:
+        """The first cell of a column that is not a number, and its line, or None."""
+        values = self._as_numbers(name)
+        present = self._present(name)
+        bad = ~(values.abs() <= LARGEST) & (present if empty else True)
+        if not bad.any():
+            return None
+        row = int(bad.int().argmax())
+        if not present[row]:
+            what = "an empty cell"
+        else:
+            cell = self.cells[name].iloc[row]
+            what = f"the text {cell!r}" if values[row].isnan() else str(cell)
+        return f"{what} in line {self.line(row)}"
+
+    def _present(self, name: str) -> Tensor:
+        """(rows,): whether a cell is not empty."""
+        return torch.tensor(self.cells[name].notna().to_numpy("bool"))
+
+    def _as_numbers(self, name: str) -> Tensor:
+        """(rows,) in float64; NaN where a cell is empty or is not a number."""
+        numbers = pandas().to_numeric(self.cells[name], errors="coerce")
+        return torch.tensor(numbers.to_numpy("float64", na_value=torch.nan))
 
     def labels(self, name: str) -> list[Any]:
         """The values of a column: all str, all bool, all int, or all float.
@@ -156,32 +144,11 @@ class Table:
             self._check_not_empty(name)
             raise Problem(f"{self.at(int(missing.argmax()), name)}: expected a value, got none")
         if column.dtype.kind == "f":
-            self._numbers(name, "")
+            self.numbers([name])
             if (column % 1 == 0).all():
                 return [int(value) for value in column]
         return list(column.tolist())
 
-    def _check_not_empty(self, name: str, remedy: str = "") -> None:
+    def _check_not_empty(self, name: str) -> None:
         if self.cells[name].isna().all():
-            raise Problem(f"{self.path}: expected values in column {name!r}, got none{remedy}")
-
-
-def parse(path: Path, text: str) -> Any:
-    """The cells as pandas reads them, with a type for each column."""
-    pd = pandas()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", pd.errors.ParserWarning)
-        try:
-            return pd.read_csv(
-                io.StringIO(text),
-                index_col=False,  # otherwise a line with one more value would begin with an index
-                skipinitialspace=True,
-                low_memory=False,  # one type for a column, not one for each chunk
-            )
-        except pd.errors.EmptyDataError:
-            raise Problem(f"{path}: expected the names of columns, got an empty file") from None
-        except pd.errors.ParserWarning:
-            problem = "a line has more values than the first line has names"
-        except pd.errors.ParserError as error:
-            problem = str(error).removeprefix("Error tokenizing data. C error: ").splitlines()[0]
-    raise Problem(f"{path}: expected a CSV table, got: {problem}")
+            raise Problem(f"{self.path}: expected values in column {name!r}, got none")

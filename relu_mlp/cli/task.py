@@ -27,20 +27,29 @@ def is_constant(columns: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Standardization:
-    """z = (x - mean) / scale, column by column, in float64."""
+    """z = (x - mean) / scale, column by column, in float64. NaN counts as the mean."""
 
     mean: Tensor  #: (columns,)
     scale: Tensor  #: (columns,)
 
     @classmethod
-    def of(cls, x: Tensor) -> Standardization:
-        """Mean and standard deviation of (rows, columns); the scale of a constant column is 1."""
+    def of(cls, x: Tensor, chosen: Tensor | None = None) -> Standardization:
+        """Mean and standard deviation of (rows, columns); the scale of a constant column is 1.
+
+        Args:
+            chosen: (columns,), of bool: the columns to standardize; by default all.
+        """
+        mean = x.nanmean(0).nan_to_num(0)
+        x = torch.where(x.isnan(), mean, x)
         scale = x.std(0, correction=0)
         # Compared, because the standard deviation of a constant may round to something else than 0.
-        return cls(x.mean(0), scale.masked_fill(is_constant(x) | (scale == 0), 1))
+        scale = scale.masked_fill(is_constant(x) | (scale == 0), 1)
+        if chosen is None:
+            return cls(mean, scale)
+        return cls(mean.masked_fill(~chosen, 0), scale.masked_fill(~chosen, 1))
 
     def apply(self, x: Tensor) -> Tensor:
-        return (x - self.mean) / self.scale
+        return (torch.where(x.isnan(), self.mean, x) - self.mean) / self.scale
 
     def undo(self, z: Tensor) -> Tensor:
         return z * self.scale + self.mean
@@ -66,7 +75,7 @@ class Task:
     def read_targets(self, table: Table) -> Tensor:
         """(rows, targets) in float64; for a classification (rows,) in int64."""
         if self.classes is None:
-            return table.numbers(self.targets)
+            return torch.stack(table.numbers(self.targets), 1)
         (target,) = self.targets
         numbers = {str(label): n for n, label in enumerate(self.classes)}
         labels = [numbers.get(str(label)) for label in table.labels(target)]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from . import Problem
-from .arguments import count, nonnegative_seed, number
+from .arguments import count, count_or_zero, nonnegative_seed, number
 from .checkpoint import Checkpoint
+from .column_kinds import check_columns
 from .files import check_absent, make_folder
 from .settings import DEFAULTS, DTYPES, FIXED, OPTIMIZERS, REAL
 from .table import Table
@@ -22,12 +24,13 @@ DESCRIPTION = """\
 Train a network on a CSV table, for regression or classification.
 
 The first line of the table has the names of its columns. All columns except the target
-are features, unless --columns or --ignore selects them. Features must be numbers; true
-and false count as 1 and 0. A target of text, of booleans, or of at most 20 different
-integers is a classification; any other is a regression. --task overrides this.
+are features, unless --columns or --ignore selects them. Text becomes one input for each
+category, and empty cells are filled in. A target of text, of booleans, or of at most 20
+different integers is a classification; any other is a regression. --task overrides this.
 
-Writes model.pt, curves.csv and curves.png into the folder --out. With --resume,
-settings that are not given stay as they were, and --epochs counts from the start.
+Writes model.pt, curves.csv and curves.png into the folder --out. The network in model.pt
+is that of the epoch with the lowest validation loss. With --resume, settings that are
+not given stay as they were, and --epochs counts from the start.
 """
 
 EXAMPLE = "relu-mlp train --data houses.csv --target price --hidden 64 64 --epochs 200"
@@ -87,6 +90,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     training = parser.add_argument_group("training")
     training.add_argument("--epochs", type=count, help="(default: 100)")
+    training.add_argument(
+        "--patience",
+        type=count_or_zero,
+        metavar="EPOCHS",
+        help="stop after so many epochs without a lower validation loss (default: 20); 0: never",
+    )
     training.add_argument("--batch-size", type=count, help="(default: 32)")
     training.add_argument("--optimizer", choices=tuple(OPTIMIZERS), help="(default: adam)")
     training.add_argument(
@@ -107,6 +116,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument(
         "--out", type=Path, default=Path("run"), metavar="FOLDER", help="(default: run)"
     )
+    output.add_argument(
+        "--last",
+        action="store_true",
+        default=None,
+        help="keep the network of the last epoch, not that with the lowest validation loss",
+    )
     existing = output.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="continue from model.pt in --out")
     existing.add_argument("--force", action="store_true", help="overwrite the files in --out")
@@ -120,13 +135,11 @@ def run(options: argparse.Namespace) -> int:
     elif not options.force:
         check_absent(files, "--resume continues from it, --force overwrites it")
     settings = {**DEFAULTS, **(resumed.settings if resumed else {}), **given(options)}
-    table = Table.read(options.data)
+    table = Table.read(options.data, resumed.texts if resumed else ())
     task = make_task(options, table, resumed)
-    if resumed and resumed.epoch >= settings["epochs"]:
-        raise Problem(
-            f"--epochs: expected more than the {resumed.epoch} that {files.model} has, "
-            f"got {settings['epochs']}"
-        )
+    table = with_targets(table, task.targets)
+    if resumed:
+        check_goes_on(resumed, settings, files.model)
     check_device(options.device, settings["dtype"])
     training = Training(table, task, settings, options.device, resumed)
     print_plan(training)
@@ -151,6 +164,21 @@ def given(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in chosen.items() if value is not None}
 
 
+def check_goes_on(resumed: Checkpoint, settings: dict[str, Any], path: Path) -> None:
+    """Raises a `Problem` if the settings leave a resumed training no epoch to run."""
+    epochs, patience = settings["epochs"], settings["patience"]
+    if resumed.epoch >= epochs:
+        raise Problem(
+            f"--epochs: expected more than the {resumed.epoch} that {path} has, got {epochs}"
+        )
+    waited = resumed.epoch - resumed.best_epoch
+    if 0 < patience <= waited:
+        raise Problem(
+            f"--patience: expected 0, or more than the {waited} epochs without a lower "
+            f"validation loss that {path} has, got {patience}"
+        )
+
+
 def make_task(options: argparse.Namespace, table: Table, resumed: Checkpoint | None) -> Task:
     """The task that the flags request. A resumed training already has one."""
     asked = options.target or (resumed.targets if resumed else ())
@@ -168,10 +196,21 @@ def make_task(options: argparse.Namespace, table: Table, resumed: Checkpoint | N
         return resumed.task
     if table.nameless:
         print(f"Left out: {table.nameless} column(s) without a name")
-    classes, why = choose_classes(table, targets, options.task)
+    classes, why = choose_classes(table.with_values_of(targets), targets, options.task)
+    is_labels = classes is not None and options.task is None
+    check_columns(table, features, [name for name in targets if is_labels and table.is_text(name)])
     task = Task(features, targets, classes)
     print(f"Task: {task.kind}, because {why}")
     return task
+
+
+def with_targets(table: Table, targets: list[str]) -> Table:
+    """The rows that have all targets."""
+    complete = table.with_values_of(targets)
+    if left_out := len(table) - len(complete):
+        names = ", ".join(map(repr, targets))
+        print(f"Left out: {left_out} row(s) without a value in {names}", file=sys.stderr)
+    return complete
 
 
 def choose_features(options: argparse.Namespace, table: Table, targets: list[str]) -> list[str]:
@@ -222,7 +261,7 @@ def train(training: Training, path: Path) -> None:
     epochs = training.settings["epochs"]
     saved = time.monotonic()
     with progress(training.epoch, epochs) as show:
-        while training.epoch < epochs:
+        while training.epoch < epochs and not training.has_waited_enough:
             training.train_one_epoch()
             scores = training.evaluate()
             for name in ("train_loss", "validation_loss"):
@@ -231,8 +270,7 @@ def train(training: Training, path: Path) -> None:
                         f"the training diverged: {name} is {scores[name]} after epoch "
                         f"{training.epoch + 1}; try a smaller --lr"
                     )
-            training.history.append({"epoch": training.epoch + 1, **scores})
-            training.last = training.checkpoint()
+            training.record(scores)
             if time.monotonic() - saved >= SECONDS_BETWEEN_SAVES:
                 training.last.save(path)
                 saved = time.monotonic()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from . import Missing, needs
 from .checkpoint import Checkpoint
 from .files import write
 from .info import checked_build_info
-from .table import listed, pandas
+from .reading import listed, pandas
 from .training import Training
 
 
@@ -25,13 +26,15 @@ class Files(NamedTuple):
 
 def print_plan(training: Training) -> None:
     task, settings, info = training.task, training.settings, checked_build_info()
-    sizes = [len(task.features), *settings["hidden"], task.outputs]
+    sizes = [training.encoding.inputs, *settings["hidden"], task.outputs]
     by = info.runs_on_cuda if training.device.startswith("cuda") else info.runs_on_cpu
     print(
         f"Table: {training.table.path}, {len(training.train.x)} rows to train on, "
         f"{len(training.validation.x)} to validate on\n"
         f"From {listed(task.features)} to {listed(task.targets)}"
     )
+    for note in training.encoding.notes(training.table):
+        print(note, file=sys.stderr)
     if task.classes is not None:
         print(f"Classes: {len(task.classes)}: {listed(task.classes)}")
     print(
@@ -83,10 +86,14 @@ def in_words(scores: dict[str, float]) -> str:
 
 
 def write_all(checkpoint: Checkpoint, files: Files) -> None:
-    best = min(checkpoint.history, key=lambda scores: scores["validation_loss"])
-    print(f"After {checkpoint.epoch} epochs: {in_words(checkpoint.history[-1])}")
-    if best is not checkpoint.history[-1]:
-        print(f"The validation loss was lowest after epoch {best['epoch']}: {in_words(best)}")
+    epoch, best = checkpoint.epoch, checkpoint.best_epoch
+    print(f"After {epoch} epochs: {in_words(checkpoint.history[-1])}")
+    if best != epoch:
+        kept = f"the network of epoch {epoch if checkpoint.settings['last'] else best} is kept"
+        print(
+            f"The validation loss was lowest after epoch {best}: "
+            f"{in_words(checkpoint.history[best - 1])}; {kept}"
+        )
     checkpoint.save(files.model)
     written = [files.model, files.curves]
     write(files.curves, pandas().DataFrame(checkpoint.history).to_csv(index=False).encode())
@@ -110,6 +117,7 @@ def draw(checkpoint: Checkpoint, path: Path) -> None:
             epochs = [scores["epoch"] for scores in history]
             values = [scores[name] for scores in history]
             axes.plot(epochs, values, label=part, color=color, marker="." * (len(history) == 1))
+    left.axvline(checkpoint.best_epoch, color="#999999", linestyle=":", label="lowest")
     loss = "mean squared error, standardized" if score == "r2" else "cross-entropy"
     left.set(title="Loss", xlabel="epoch", ylabel=loss)
     if all(scores[f"{part}_loss"] > 0 for scores in history for part in ("train", "validation")):

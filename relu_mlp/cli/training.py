@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import Problem
 from .checkpoint import Checkpoint, fingerprint, make_network
+from .encoding import Encoding
 from .settings import OPTIMIZERS
 from .table import Table
 from .task import Standardization, Task, is_constant, outputs_of
@@ -43,7 +44,7 @@ class Training:
         self.table, self.task, self.settings, self.device = table, task, settings, device
         self.generator = torch.Generator().manual_seed(settings["seed"])
         self.read(resumed)
-        self.net = (resumed.network() if resumed else make_network(task, settings)).to(device)
+        self.net = make_network(self.encoding, task, settings).to(device)
         parameters = list(self.net.parameters())
         #: Float32 copies of 16-bit parameters, which are too coarse for most updates.
         self.master_weights = (
@@ -56,6 +57,8 @@ class Training:
         options = options | {name: value for name, value in chosen.items() if value is not None}
         self.optimizer = kind(self.master_weights or parameters, **options)
         self.history: list[dict[str, float]] = []
+        self.best_epoch = 0  #: that with the lowest validation loss
+        self.best_model: dict[str, Tensor] = {}  #: its state_dict
         self.last = resumed  #: the state after the last epoch
         if resumed:
             self.restore(resumed)
@@ -63,8 +66,15 @@ class Training:
     def read(self, resumed: Checkpoint | None) -> None:
         """Reads and standardizes the rows of the table, and splits them into two parts."""
         path, task = self.table.path, self.task
-        features = self.table.numbers(task.features, "; --ignore leaves a column out")
         targets = task.read_targets(self.table)
+        held_out = round(len(targets) * self.settings["validation"])
+        held_out = min(max(held_out, 1), len(targets) - 1)
+        order = torch.randperm(len(targets), generator=self.generator)
+        train, validation = order[held_out:], order[:held_out]
+        self.encoding = (
+            resumed.encoding if resumed else Encoding.of(self.table, task.features, train)
+        )
+        features = self.encoding.apply(self.table)
         self.fingerprint = fingerprint(features, targets)
         if resumed and self.fingerprint != resumed.table:
             raise Problem(
@@ -78,11 +88,7 @@ class Training:
             raise Problem(
                 f"{path}: expected a target that varies, got one value for all of {names}"
             )
-        held_out = round(len(targets) * self.settings["validation"])
-        held_out = min(max(held_out, 1), len(targets) - 1)
-        order = torch.randperm(len(targets), generator=self.generator)
-        train, validation = order[held_out:], order[:held_out]
-        self.of_features = Standardization.of(features[train])
+        self.of_features = Standardization.of(features[train], self.encoding.is_number())
         self.of_targets = None
         if task.classes is None:
             self.of_targets = Standardization.of(targets[train])
@@ -92,6 +98,7 @@ class Training:
         self.validation = Part(x[validation], targets[validation].to(self.device))
 
     def restore(self, checkpoint: Checkpoint) -> None:
+        self.net.load_state_dict(checkpoint.last_model)
         for weight, saved in zip(self.master_weights, checkpoint.master_weights, strict=True):
             weight.copy_(saved)
         # The optimizer's state. Its settings are those of this training.
@@ -99,10 +106,16 @@ class Training:
         self.optimizer.load_state_dict(state)
         self.generator.set_state(checkpoint.generator)
         self.history = list(checkpoint.history)
+        self.best_epoch, self.best_model = checkpoint.best_epoch, checkpoint.model
 
     @property
     def epoch(self) -> int:
         return len(self.history)
+
+    @property
+    def has_waited_enough(self) -> bool:
+        """Whether the validation loss has not fallen for as many epochs as --patience says."""
+        return 0 < self.settings["patience"] <= self.epoch - self.best_epoch
 
     def train_one_epoch(self) -> None:
         order = torch.randperm(len(self.train.x), generator=self.generator)
@@ -130,11 +143,22 @@ class Training:
             found.update({f"{name}_{score}": value for score, value in scores.items()})
         return found
 
+    def record(self, scores: dict[str, float]) -> None:
+        """Adds the scores of an epoch to the history, and keeps the state after it."""
+        self.history.append({"epoch": self.epoch + 1, **scores})
+        losses = [line["validation_loss"] for line in self.history]
+        if self.best_epoch == 0 or losses[-1] < losses[self.best_epoch - 1]:
+            self.best_epoch = self.epoch
+            self.best_model = copied(dict(self.net.state_dict()))
+        self.last = self.checkpoint()
+
     def checkpoint(self) -> Checkpoint:
-        targets = self.of_targets
+        targets, last_model = self.of_targets, copied(dict(self.net.state_dict()))
         return Checkpoint(
-            model=copied(dict(self.net.state_dict())),
+            model=last_model if self.settings["last"] else self.best_model,
             features=self.task.features,
+            categories=self.encoding.categories,
+            indicators=self.encoding.indicators,
             targets=self.task.targets,
             classes=self.task.classes,
             feature_mean=self.of_features.mean,
@@ -145,6 +169,8 @@ class Training:
             rows=len(self.table),
             table=self.fingerprint,
             epoch=self.epoch,
+            best_epoch=self.best_epoch,
+            last_model=last_model,
             history=list(self.history),
             optimizer=copied(self.optimizer.state_dict()),
             master_weights=copied(self.master_weights),

@@ -234,11 +234,10 @@ def test_overwrites_nothing_unasked(trained, capsys):
             b"a,B,c\n1,2,3\n",
             "new.csv has no column 'b', which run/model.pt was trained on; it has a, B, c",
         ),
-        (b"a,b\n1,2\n1,x\n", "new.csv, line 3, column 'b': expected a number, got the text 'x'"),
-        (b"a,b\n1,2\n,2\n", "new.csv, line 3, column 'a': expected a number, got none"),
         (
-            b"a,b\ninf,2\n",
-            "new.csv, line 2, column 'a': expected a number from -1e+100 to 1e+100, got inf",
+            b"a,b\n1,2\ninf,x\n",
+            "new.csv: expected numbers from -1e+100 to 1e+100, got inf in line 3 of column 'a', "
+            "the text 'x' in line 3 of column 'b'",
         ),
         (
             b"a,b\n1,2\n\n1,1e99\n",
@@ -270,7 +269,7 @@ BAD_CHECKPOINTS = {
     "a list": lambda saved: [1, 2],
     "a state_dict": lambda saved: saved["model"],
     "an empty dict": lambda saved: {},
-    "a newer one": lambda saved: {**saved, "format": 2},
+    "a newer one": lambda saved: {**saved, "format": 3},
     "one field more": lambda saved: {**saved, "more": 1},
     "one field": lambda saved: {"format": 1},
     "no settings": lambda saved: {**saved, "settings": {}},
@@ -278,11 +277,13 @@ BAD_CHECKPOINTS = {
 }
 
 IS_NOT = ": expected a checkpoint of relu-mlp train, got "
+OTHER_FORMAT = IS_NOT + f"one of another format; relu-mlp {relu_mlp.__version__} reads 1 and 2"
 COMPLAINTS = {
     "absent": " can't be read: No such file or directory",
     "a state_dict": IS_NOT + "a bare state_dict, without names of columns and scales",
-    "an empty dict": IS_NOT + f"one of another format; relu-mlp {relu_mlp.__version__} reads 1",
-    "a newer one": IS_NOT + f"one of another format; relu-mlp {relu_mlp.__version__} reads 1",
+    "an empty dict": IS_NOT
+    + f"one of another format; relu-mlp {relu_mlp.__version__} reads 1 and 2",
+    "a newer one": OTHER_FORMAT,
     "one field more": IS_NOT + "one with other fields",
     "one field": IS_NOT + "one with other fields",
     "no settings": IS_NOT + "one with other fields",

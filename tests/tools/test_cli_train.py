@@ -88,7 +88,10 @@ def test_learns_a_curve(capsys):
     # 0.98, and one whose own error has twice the variance of the noise still has 0.94.
     x = 4 * torch.rand(400) - 2
     save("table.csv", x=x, y=100 + 20 * (torch.sin(3 * x) + 0.1 * torch.randn(400)))
-    assert run("--data", "table.csv", "--target", "y", "--epochs", 60, "--lr", 0.005) == 0
+    assert (
+        run("--data", "table.csv", "--target", "y", "--epochs", 60, "--lr", 0.005, "--patience", 0)
+        == 0
+    )
     said = capsys.readouterr().out
     assert "Task: regression, because 'y' holds numbers that are not all whole" in said
     assert "320 rows to train on, 80 to validate on" in said
@@ -123,7 +126,7 @@ def test_learns_in_16_bits(dtype):
     assert run(*SMALL, "--hidden", "--dtype", dtype, "--epochs", 40, "--lr", 0.01) == 0
     saved = load()
     assert saved["history"][-1]["validation_r2"] > 0.99
-    for parameter, master in zip(saved["model"].values(), saved["master_weights"]):
+    for parameter, master in zip(saved["last_model"].values(), saved["master_weights"]):
         assert parameter.dtype is getattr(torch, dtype) and master.dtype is torch.float32
         assert torch.equal(parameter, master.to(parameter.dtype))
 
@@ -173,7 +176,7 @@ def test_scores_are_those_of_a_sequential_on_the_rows_kept_out(table):
             z = net((rows[:, :2] - saved["feature_mean"]) / saved["feature_scale"])
         error = z * saved["target_scale"] + saved["target_mean"] - rows[:, 2:]
         spread = (rows[:, 2:] - rows[:, 2:].mean()).square().sum()
-        last = saved["history"][-1]
+        best = saved["history"][saved["best_epoch"] - 1]
         # A few dozen roundings of 1e-16, of numbers that are not much larger than their sums.
         expected = {
             "rmse": error.square().mean().sqrt(),
@@ -181,7 +184,7 @@ def test_scores_are_those_of_a_sequential_on_the_rows_kept_out(table):
             "loss": (error / saved["target_scale"]).square().mean(),
         }
         for score, value in expected.items():
-            assert last[f"{name}_{score}"] == pytest.approx(value.item(), rel=1e-12)
+            assert best[f"{name}_{score}"] == pytest.approx(value.item(), rel=1e-12)
 
 
 def test_the_start_is_that_of_a_sequential_with_the_seed(table):
@@ -223,7 +226,9 @@ def test_draws_any_history(history, classes, tmp_path):
         for n in range(history)
     ]
     fields = dict.fromkeys(checkpoint.Checkpoint.__dataclass_fields__)
-    saved = checkpoint.Checkpoint(**{**fields, "history": epochs, "classes": classes})
+    saved = checkpoint.Checkpoint(
+        **{**fields, "history": epochs, "classes": classes, "best_epoch": 1}
+    )
     DRAW(saved, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
@@ -286,6 +291,41 @@ def test_two_rows_are_enough():
     save("table.csv", x=[1, 2], y=[1.5, 2.5])
     assert run(*SMALL, "--validation", 0.01) == 0
     assert math.isnan(load()["history"][-1]["validation_r2"])
+
+
+# -- The epoch that is kept ------------------------------------------------------
+
+
+def test_keeps_the_epoch_with_the_lowest_validation_loss(table, capsys):
+    flags = [*SMALL, "--lr", 0.1, "--batch-size", 4, "--patience", 3]
+    assert run(*flags, "--epochs", 99) == 0
+    kept, said = load(), capsys.readouterr().out
+    losses = [line["validation_loss"] for line in kept["history"]]
+    best = losses.index(min(losses)) + 1
+    assert (kept["best_epoch"], kept["epoch"]) == (best, best + 3)
+    assert f"The validation loss was lowest after epoch {best}: " in said
+    assert f"; the network of epoch {best} is kept\n" in said
+    assert run(*flags, "--epochs", best, "--last", "--out", "shorter") == 0
+    assert_same(kept["model"], load("shorter")["model"])
+    assert run(*flags, "--epochs", 99, "--last", "--out", "last") == 0
+    assert_same(kept["last_model"], load("last")["model"])
+    assert not torch.equal(kept["model"]["0.weight"], kept["last_model"]["0.weight"])
+    line = problem(capsys, "--data", table, "--resume")
+    assert line == (
+        "--patience: expected 0, or more than the 3 epochs without a lower validation loss that "
+        "run/model.pt has, got 3"
+    )
+    for flag in [], ["--last"]:
+        epochs = ["--epochs", best + 4 + len(flag), "--patience", 0]
+        assert run("--data", table, "--resume", *epochs, *flag) == 0
+        assert load()["epoch"] == best + 4 + len(flag)
+        if flag:
+            assert_same(load()["model"], load()["last_model"])
+
+
+def test_never_stops_with_a_patience_of_0(table):
+    assert run(*SMALL, "--lr", 0.1, "--epochs", 40, "--patience", 0) == 0
+    assert load()["epoch"] == 40
 
 
 # -- Repeated and resumed --------------------------------------------------------
@@ -438,54 +478,37 @@ NO_FILE = "table.csv can't be read: No such file or directory"
         (
             HEADER + GOOD + b"1,x,3\n",
             [],
-            "table.csv, line 4, column 'b': expected a number, got the text 'x'; "
-            "--ignore leaves a column out",
+            "table.csv: can't use 'b' (the text 'x' in line 4 among numbers); "
+            "--ignore b leaves out what is not needed",
         ),
         # blank lines and line breaks in quotes count as lines
         (
-            b'\na,b,"y\nz",y\n\n"1",2,"\n\n",3\n1,,4,5\n',
+            b'\na,b,"y\nz",y\n\n"1",2,"\n\n",3\n1,inf,4,5\n',
             ["--ignore", "y\nz"],
-            "table.csv, line 8, column 'b': expected a number, got none; "
-            "--ignore leaves a column out",
+            "table.csv: can't use 'b' (inf in line 8); --ignore b leaves out what is not needed",
         ),
         (
             HEADER + GOOD + b"1,2\n",
             [],
-            "table.csv, line 4, column 'y': expected a value, got none",
-        ),
-        (
-            HEADER + GOOD + b"NaN,2,3\n",
-            [],
-            "table.csv, line 4, column 'a': expected a number, got none; "
-            "--ignore leaves a column out",
-        ),
-        (
-            HEADER + GOOD + b"1,2,nan\n",
-            ["--task", "regression"],
-            "table.csv, line 4, column 'y': expected a number, got none",
+            "table.csv: expected 3 values in each line, got fewer in line 4",
         ),
         (
             HEADER + b"1,-inf,3\n" + GOOD,
             [],
-            "table.csv, line 2, column 'b': expected a number from -1e+100 to 1e+100, got -inf; "
-            "--ignore leaves a column out",
+            "table.csv: can't use 'b' (-inf in line 2); --ignore b leaves out what is not needed",
         ),
         (
             HEADER + GOOD + b"1,2,1e101\n",
             [],
-            "table.csv, line 4, column 'y': expected a number from -1e+100 to 1e+100, got 1e+101",
+            "table.csv: expected numbers from -1e+100 to 1e+100, "
+            "got 1e+101 in line 4 of column 'y'",
         ),
         (
             b"a,b,y\n,2,3.5\n,3,4.5\n",
             [],
-            "table.csv: expected values in column 'a', got none; --ignore leaves a column out",
+            "table.csv: can't use 'a' (no values); --ignore a leaves out what is not needed",
         ),
         (b"a,b,y\n1,2,\n2,3,\n", [], "table.csv: expected values in column 'y', got none"),
-        (
-            b"a,b,y\n1,2,x\n2,3,\n",
-            [],
-            "table.csv, line 3, column 'y': expected a value, got none",
-        ),
         (
             b"a,b,y\n1,2,x\n2,3,x\n",
             [],
@@ -499,12 +522,13 @@ NO_FILE = "table.csv can't be read: No such file or directory"
         (
             b"a,b,y\n1,2,x\n2,3,z\n",
             ["--task", "regression"],
-            "table.csv, line 2, column 'y': expected a number, got the text 'x'",
+            "table.csv: expected numbers from -1e+100 to 1e+100, "
+            "got the text 'x' in line 2 of column 'y'",
         ),
         (
-            b"a,a,y\n1,2,3\n",
+            b"a,a,y,y,y\n1,2,3,4,5\n",
             [],
-            "table.csv: expected a name for each column, got 'a' 2 times",
+            "table.csv: expected a name for each column, got 'a' 2 times, 'y' 3 times",
         ),
         (b"y\n1\n2\n", [], "table.csv: expected columns besides the target, got none"),
         (
