@@ -16,7 +16,7 @@ from .files import check_absent, write
 from .info import checked_build_info
 from .reading import pandas
 from .table import Table
-from .task import outputs_of
+from .task import MOST_CLASSES, confusion, outputs_of
 
 DESCRIPTION = """\
 Predict the target of a CSV table with a network that `relu-mlp train` has trained.
@@ -118,3 +118,5 @@ def print_scores(checkpoint: Checkpoint, table: Table, outputs: Tensor) -> None:
     del scores["loss"]  # it has the units of the training
     known = [f"{name} {value:.4g}" for name, value in scores.items() if not math.isnan(value)]
     print(f"Compared with the target: {', '.join(known)}")
+    if checkpoint.classes is not None and len(checkpoint.classes) <= MOST_CLASSES:
+        print(confusion(checkpoint.classes, outputs, targets))

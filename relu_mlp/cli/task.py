@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import Problem
+from .reading import pandas
 from .table import Table
 
 #: A target of integers with more different values than this is a regression.
@@ -97,7 +98,7 @@ class Task:
     def scores(
         self, outputs: Tensor, targets: Tensor, standardization: Standardization | None
     ) -> dict[str, float]:
-        """The loss, and accuracy or R² and root mean squared errors.
+        """The loss, and accuracies, or R² and root mean squared errors.
 
         Args:
             outputs: (rows, outputs) in float64.
@@ -105,18 +106,36 @@ class Task:
             standardization: that of the targets; it gives the RMSE its units.
 
         Returns:
-            "loss" and "accuracy"; or "loss", "r2" (the mean over the targets, NaN if one
-            is constant) and "rmse", or "rmse_NAME" for each of several targets.
+            "loss", "accuracy" and "balanced_accuracy", the mean over the classes that occur
+            of the fraction of their rows that is right; or "loss", "r2" (the mean over the
+            targets, NaN if one is constant) and "rmse", or "rmse_NAME" for each of several targets.
         """
         scores = {"loss": self.loss(outputs, targets).item()}
-        if standardization is None:
-            return {**scores, "accuracy": (outputs.argmax(1) == targets).double().mean().item()}
+        if self.classes is not None:
+            right = outputs.argmax(1) == targets
+            rows = targets.bincount(minlength=len(self.classes))
+            found = targets[right].bincount(minlength=len(self.classes))
+            recall = (found.double() / rows)[rows > 0]
+            accuracy, balanced = right.double().mean().item(), recall.mean().item()
+            return {**scores, "accuracy": accuracy, "balanced_accuracy": balanced}
+        assert standardization is not None
         squares = (outputs - targets).square()
         total = (targets - targets.mean(0)).square().sum(0)
         r2 = (1 - squares.sum(0) / total).masked_fill(is_constant(targets), torch.nan)
         rmse = (squares.mean(0).sqrt() * standardization.scale).tolist()
         names = ["rmse"] if len(rmse) == 1 else [f"rmse_{name}" for name in self.targets]
         return {**scores, "r2": r2.mean().item(), **dict(zip(names, rmse, strict=True))}
+
+
+def confusion(classes: list[Any], outputs: Tensor, targets: Tensor) -> str:
+    """How often each class (rows) was predicted as each (columns), as text."""
+    names = list(map(str, classes))
+    actual, predicted = (
+        pandas().Categorical.from_codes(numbers.tolist(), names)
+        for numbers in (targets, outputs.argmax(1))
+    )
+    axes = {"rownames": ["actual"], "colnames": ["predicted"]}
+    return pandas().crosstab(actual, predicted, dropna=False, **axes).to_string()
 
 
 def choose_classes(

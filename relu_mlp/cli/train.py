@@ -17,7 +17,7 @@ from .files import check_absent, make_folder
 from .settings import DEFAULTS, DTYPES, FIXED, OPTIMIZERS, REAL
 from .table import Table
 from .task import Task, choose_classes
-from .train_output import Files, print_plan, progress, write_all
+from .train_output import Files, print_confusion, print_plan, progress, write_all
 from .training import Training, check_device
 
 DESCRIPTION = """\
@@ -155,6 +155,8 @@ def run(options: argparse.Namespace) -> int:
     finally:  # also after a divergence or an interruption
         if training.last is not None:
             write_all(training.last, files)
+    assert training.last is not None
+    print_confusion(training, training.last)
     return 0
 
 
@@ -270,8 +272,8 @@ def train(training: Training, path: Path) -> None:
                         f"the training diverged: {name} is {scores[name]} after epoch "
                         f"{training.epoch + 1}; try a smaller --lr"
                     )
-            training.record(scores)
+            last = training.record(scores)
             if time.monotonic() - saved >= SECONDS_BETWEEN_SAVES:
-                training.last.save(path)
+                last.save(path)
                 saved = time.monotonic()
             show(training.history[-1])

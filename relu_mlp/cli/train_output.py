@@ -15,6 +15,7 @@ from .checkpoint import Checkpoint
 from .files import write
 from .info import checked_build_info
 from .reading import listed, pandas
+from .task import MOST_CLASSES, confusion, outputs_of
 from .training import Training
 
 
@@ -104,6 +105,15 @@ def write_all(checkpoint: Checkpoint, files: Files) -> None:
         files.picture.unlink(missing_ok=True)  # it may be from another training
         print(f"No {files.picture}: {missing}")
     print(f"Wrote {', '.join(map(str, written))}")
+
+
+def print_confusion(training: Training, checkpoint: Checkpoint) -> None:
+    """Prints the confusion matrix of the validation rows, of a few classes."""
+    classes, part = checkpoint.classes, training.validation
+    if classes is not None and len(classes) <= MOST_CLASSES:
+        outputs = outputs_of(checkpoint.network(), part.x.cpu())
+        print("Validation rows by class:")
+        print(confusion(classes, outputs, part.targets.cpu()))
 
 
 def draw(checkpoint: Checkpoint, path: Path) -> None:

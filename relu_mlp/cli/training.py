@@ -143,14 +143,15 @@ class Training:
             found.update({f"{name}_{score}": value for score, value in scores.items()})
         return found
 
-    def record(self, scores: dict[str, float]) -> None:
-        """Adds the scores of an epoch to the history, and keeps the state after it."""
+    def record(self, scores: dict[str, float]) -> Checkpoint:
+        """Adds the scores of an epoch to the history. Keeps and returns the state after it."""
         self.history.append({"epoch": self.epoch + 1, **scores})
         losses = [line["validation_loss"] for line in self.history]
         if self.best_epoch == 0 or losses[-1] < losses[self.best_epoch - 1]:
             self.best_epoch = self.epoch
             self.best_model = copied(dict(self.net.state_dict()))
         self.last = self.checkpoint()
+        return self.last
 
     def checkpoint(self) -> Checkpoint:
         targets, last_model = self.of_targets, copied(dict(self.net.state_dict()))

@@ -207,6 +207,38 @@ def test_says_what_becomes_of_text_and_of_empty_cells(capsys):
     assert "marked in one more input: 'kind' (1), 'size' (1)\n" in said
 
 
+# -- Classes of unequal sizes ------------------------------------------------------------------
+
+
+def test_scores_of_unequal_classes(capsys):
+    saved = train(lines("a,y", [(n, "rare" if n > 35 else "usual") for n in range(40)]), epochs=1)
+    parameters = saved["model"].values()
+    for parameter in parameters:
+        parameter.zero_()
+    saved["model"]["2.bias"][1] = 1  # always "usual"
+    torch.save(saved, "run/model.pt")
+    capsys.readouterr()
+    predict(lines("a,y", [(n, ["usual", "rare"][n > 7]) for n in range(10)]))
+    said = capsys.readouterr().out
+    assert "accuracy 0.8, balanced_accuracy 0.5\n" in said
+    table = [line.split() for line in said.splitlines()[-4:]]
+    assert table == [
+        ["predicted", "rare", "usual"],
+        ["actual"],
+        ["rare", "0", "2"],
+        ["usual", "0", "8"],
+    ]
+    predict("a,y\n1,usual\n2,usual\n")  # a class that does not occur has no part in the mean
+    assert "accuracy 1, balanced_accuracy 1\n" in capsys.readouterr().out
+
+
+def test_says_how_often_each_class_was_taken_for_each(capsys):
+    train(lines("a,y", [(n, "xz"[n % 2]) for n in range(20)]))
+    table = capsys.readouterr().out.partition("Validation rows by class:\n")[2]
+    counts = [int(word) for line in table.splitlines()[2:] for word in line.split()[1:]]
+    assert len(counts) == 4 and sum(counts) == 4
+
+
 # -- What the network gets ---------------------------------------------------------------------
 
 
