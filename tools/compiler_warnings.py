@@ -65,6 +65,8 @@ def flags_of(name: str) -> list[str]:
         flags += ["-DRELU_MLP_CUDA_ON_HOST", f"-I{ROOT}", f"-I{ROOT}/tests/cuda_on_host"]
     # Warnings in the headers of PyTorch and Python are suppressed.
     folders = [*cpp_extension.include_paths(), sysconfig.get_path("include")]
+    if name.startswith("csrc/autograd/"):
+        flags.append(f"-I{ROOT}/csrc/autograd/include")
     return [*flags, *(f"-isystem{path}" for path in folders)]
 
 
