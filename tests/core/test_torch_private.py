@@ -16,7 +16,12 @@ import relu_mlp
 from relu_mlp import _torch_private
 
 PACKAGE = Path(relu_mlp.__file__).parent
-FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "_torch_private.py"]
+#: `_source`, in an installed package, holds what builds the native node, and is no part of it.
+FILES = [
+    path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path.name != "_torch_private.py" and "_source" not in path.parts
+]
 
 #: Private names of objects that the package gets from PyTorch.
 OF_OBJECTS = {
