@@ -7,6 +7,7 @@
 
 #include "cpu/isa/isa.h"
 #include "cpu/passes.h"
+#include "cpu/train_operator.h"
 #include "registration.h"
 #ifdef RELU_MLP_WITH_CUDA
 #include <cuda_runtime_api.h>
@@ -71,6 +72,12 @@ const Registration registration(
       define_operators(m);
       m.def("_build_info() -> str");
       m.def("_instruction_set() -> int");
+      m.def(
+          "_train(Tensor x, Tensor target, Tensor(a!)[] weights, "
+          "Tensor(b!)[] biases, Tensor(c!)[] state, Tensor(d!) losses, "
+          "Tensor order, str loss, str output_activation, str optimizer, "
+          "float[] hyperparameters, int[] groups, float[] lrs, "
+          "float max_norm, int batch, int first, int last) -> int");
     },
     {
         {"CompositeExplicitAutograd",
@@ -78,7 +85,11 @@ const Registration registration(
            m.impl("_build_info", boxed<build_info>);
            m.impl("_instruction_set", boxed<instruction_set>);
          }},
-        {"CPU", register_operators<cpu::passes>},
+        {"CPU",
+         [](Registration::Library& m) {
+           register_operators<cpu::passes>(m);
+           m.impl("_train", &guarded<&cpu::train_operator>);
+         }},
 #ifdef RELU_MLP_WITH_CUDA
         {"CUDA", register_operators<cuda::passes>},
 #endif

@@ -14,6 +14,7 @@ from .info import BuildInfo, build_info
 from .linearization import Linearization, Parameters, jacobian, linearize
 from .modules import ReluMLP
 from .ops import backend
+from .training import TrainingStep
 
 __all__ = [
     "BuildInfo",
@@ -24,6 +25,7 @@ __all__ = [
     "LossAndGrads",
     "Parameters",
     "ReluMLP",
+    "TrainingStep",
     "__version__",
     "backend",
     "build_info",

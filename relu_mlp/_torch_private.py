@@ -791,3 +791,64 @@ _listed(
 )
 #: The name of the method that `parallelize_module` calls.
 APPLY_PARALLEL_STYLE = "_apply"
+
+
+# -- Optimizers and the hooks of parameters --------------------------------------------------------
+
+_STEP_HOOKS = {
+    "why": "`TrainingStep` must not pass over a hook of the optimizer",
+    "without": "`TrainingStep` calls the optimizer's own step",
+}
+GLOBAL_OPTIMIZER_HOOKS = [
+    _find(f"torch.optim.optimizer._global_optimizer_{kind}_hooks", **_STEP_HOOKS)
+    for kind in ("pre", "post")
+]
+_OPTIMIZER_HOOKS = [
+    name if _listed(f"torch.optim.SGD(...).{name}", **_STEP_HOOKS) else ""
+    for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+]
+
+
+def has_optimizer_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step of this optimizer runs hooks, or may run some."""
+    state = vars(optimizer)
+    return any(hooks is None or hooks for hooks in GLOBAL_OPTIMIZER_HOOKS) or any(
+        state.get(name, "unknown") for name in _OPTIMIZER_HOOKS
+    )
+
+
+_PARAMETER_HOOKS = tuple(
+    name
+    for name in ("_backward_hooks", "_post_accumulate_grad_hooks")
+    if _find(
+        f"torch.Tensor.{name}",
+        why="`TrainingStep` must not pass over a hook of a parameter",
+        without="`TrainingStep` calls the optimizer's own step",
+    )
+    is not None
+)
+get_parameter_hooks: Callable[[Tensor], Any] = (
+    attrgetter(*_PARAMETER_HOOKS) if len(_PARAMETER_HOOKS) == 2 else lambda parameter: ("unknown",)
+)
+
+_COUNTED_STEP = (
+    "_wrapped_by_lr_sched"
+    if _listed(
+        "torch.optim.lr_scheduler.LRScheduler(...).optimizer.step._wrapped_by_lr_sched",
+        why="a scheduler replaces the optimizer's step by a function that counts its calls",
+        without="`TrainingStep` calls the optimizer's own step where there is a scheduler",
+    )
+    else ""
+)
+
+
+def is_step_replaced(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether somebody other than a scheduler has replaced the method `step`."""
+    step = vars(optimizer).get("step")
+    return step is not None and not hasattr(step, _COUNTED_STEP)
+
+
+def count_step(optimizer: torch.optim.Optimizer) -> None:
+    """Tells a scheduler that a step was done. It warns if there was none."""
+    if "step" in vars(optimizer):
+        optimizer._opt_called = True  # type: ignore[attr-defined]

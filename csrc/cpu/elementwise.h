@@ -44,6 +44,22 @@ void add(Matrix<C> out, Matrix<const A> addend) {
   }
 }
 
+// The sum of squares of `count` numbers. The compiler vectorizes it because its
+// eight sums are independent.
+template <typename C>
+double sum_of_squares(const C* from, int64_t count) {
+  constexpr int64_t together = 8;
+  double sums[together] = {};
+  for (int64_t i = 0; i < count; ++i) {
+    sums[i % together] += double(from[i]) * double(from[i]);
+  }
+  double sum = 0;
+  for (const double part : sums) {
+    sum += part;
+  }
+  return sum;
+}
+
 // delta = delta where a > 0 or is NaN, else 0. Both are contiguous.
 template <typename C>
 void mask(Matrix<C> delta, Matrix<const C> a) {

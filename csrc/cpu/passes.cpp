@@ -12,9 +12,7 @@
 #include "walk.h"
 
 namespace relu_mlp::cpu {
-namespace {
 
-// z = phi(z) for `count` contiguous elements.
 template <typename T>
 void activate(Activation phi, T* z, int64_t count) {
   with_row(phi, [&]<typename Row>() {
@@ -27,6 +25,8 @@ void activate(Activation phi, T* z, int64_t count) {
     }
   });
 }
+
+namespace {
 
 // Rejects matrices that fit into no memory. Sizes can then be multiplied and
 // added without an overflow. (A tensor may be that large: x and a weight may
@@ -78,12 +78,16 @@ void run_forward(
   });
 }
 
+} // namespace
+
 template <typename T>
 void run_backward(const Network<T>& network, const BackwardPass<T>& pass) {
   with_layers(network, [&]<typename L>(const Plan& plan) {
     walk_backward<L>(network, plan, pass);
   });
 }
+
+namespace {
 
 template <typename T>
 void run_vjp(const Network<T>& network, const VjpPass<T>& pass) {
@@ -131,7 +135,7 @@ namespace {
 
 template <typename T>
 constexpr DirectPasses<T> direct_passes{
-    activate<T>, run_forward<T>, run_backward<T>, run_vjp<T>};
+    cpu::activate<T>, run_forward<T>, run_backward<T>, run_vjp<T>};
 
 constexpr Direct direct{direct_layout,           prefer_huge_pages,
                         direct_passes<float>,    direct_passes<double>,

@@ -50,6 +50,10 @@ SCHEMAS = (
     "Tensor[] biases, str loss, str output_activation) -> Tensor[]",
     "_build_info() -> str",
     "_instruction_set() -> int",
+    "_train(Tensor x, Tensor target, Tensor(a!)[] weights, Tensor(b!)[] biases, "
+    "Tensor(c!)[] state, Tensor(d!) losses, Tensor order, str loss, str output_activation, "
+    "str optimizer, float[] hyperparameters, int[] groups, float[] lrs, float max_norm, "
+    "int batch, int first, int last) -> int",
 )
 
 #: The operators by name, without those that graphs in C++ call and what the library says of itself.

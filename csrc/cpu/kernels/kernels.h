@@ -38,6 +38,40 @@ struct ProductArgs {
   bool continues = false;
 };
 
+// One step of torch.optim.SGD for `count` contiguous elements:
+//   g = gradient_factor * gradient + weight_decay * parameter
+//   if there is a buffer:
+//     buffer = momentum * buffer + undampened * g
+//     g = g + momentum * buffer if `nesterov`, else buffer
+//   parameter -= lr * g
+template <typename C>
+struct SgdArgs {
+  int64_t count;
+  C* parameter;
+  const C* gradient;
+  C* buffer; // null without momentum
+  C gradient_factor, weight_decay, momentum, undampened, lr;
+  bool nesterov;
+};
+
+// One step of torch.optim.Adam or AdamW for `count` contiguous elements:
+//   g = gradient_factor * gradient + weight_decay * parameter
+//   parameter *= parameter_factor
+//   mean += weight * (g - mean)
+//   square = beta2 * square + weight_of_square * g^2
+//   s = max_square = max(max_square, square) if there is one, else square
+//   parameter -= step_size * mean / (root_factor * sqrt(s) + eps)
+template <typename C>
+struct AdamArgs {
+  int64_t count;
+  C* parameter;
+  const C* gradient;
+  C *mean, *square, *max_square; // max_square is null without amsgrad
+  C gradient_factor, weight_decay, parameter_factor;
+  C weight, beta2, weight_of_square; // weight = 1 - beta1
+  C step_size, root_factor, eps;
+};
+
 // Kernels that compute in C, float or double.
 template <typename C>
 struct Kernels {
@@ -63,6 +97,9 @@ struct Kernels {
   void (*bias_relu)(Matrix<C> z, const C* bias, bool relu);
   // delta = delta where a > 0 or is NaN, else 0, in place.
   void (*mask)(C* delta, const C* a, int64_t count);
+  // These return whether the gradient is finite.
+  bool (*sgd)(const SgdArgs<C>&);
+  bool (*adam)(const AdamArgs<C>&);
 };
 
 // Kernels for a 16-bit format, bfloat16 or float16. Rounding is to the nearest,
