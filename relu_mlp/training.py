@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import checks, functional, interception
-from ._torch_private import below_autograd, count_step, get_parameter_hooks, is_any_autocast_enabled
+from ._torch_private import (
+    below_autograd,
+    children_of,
+    count_step,
+    get_parameter_hooks,
+    is_any_autocast_enabled,
+)
 from .functional import Loss, is_plain, is_served, loss_and_grads
 from .fusion.sequential import FusedSequential
 from .interception import are_layers_replaced
@@ -146,7 +152,7 @@ class TrainingStep:
         Args:
             x, target: as in a call.
             times: how many steps.
-            progress: called with the number of steps done and `times`, after every 50 ms or so.
+            progress: called with the number of steps done and `times`, every 50 ms or so.
 
         Returns:
             The losses before each step, of shape (times,).
@@ -181,7 +187,7 @@ class TrainingStep:
             batch_size: the rows of a batch.
             shuffle: whether the rows come in a random order.
             generator: the generator of that order; None for PyTorch's default.
-            progress: called with the number of batches done and their total, after every 50 ms or so.
+            progress: called with the number of batches done and their total, every 50 ms or so.
 
         Returns:
             The losses of the batches, of shape (ceil(rows / batch_size),).
@@ -387,13 +393,14 @@ def check_shape(target: Tensor, shape: Sequence[int]) -> None:
 
 def network_of(net: nn.Module) -> Network | None:
     """The network that a module is, if it is one and nothing of it was changed."""
-    kind = type(net)
+    kind: Any = type(net)
     if kind not in (ReluMLP, FusedSequential, nn.Sequential) or is_patched(vars(net)):
         return None
     if kind.__iter__ is not interception.iterate or are_layers_replaced():
         return None
-    run = find_run(net)
-    if run is None or len(run.children) < len(net):
+    children = children_of(net)
+    run = find_run(children.values())
+    if run is None or len(run.children) < len(children):
         return None
     functional.check_empty_biases(run.weights, run.biases)
     biases = run.biases or [NO_TENSOR] * len(run.weights)
