@@ -72,23 +72,19 @@ const Registration registration(
       define_operators(m);
       m.def("_build_info() -> str");
       m.def("_instruction_set() -> int");
-      m.def(
-          "_train(Tensor x, Tensor target, Tensor(a!)[] weights, "
-          "Tensor(b!)[] biases, Tensor(c!)[] state, Tensor(d!) losses, "
-          "Tensor order, str loss, str output_activation, str optimizer, "
-          "float[] hyperparameters, int[] groups, float[] lrs, "
-          "float max_norm, int batch, int first, int last) -> int");
+      cpu::define_training(m);
     },
     {
         {"CompositeExplicitAutograd",
          [](Registration::Library& m) {
            m.impl("_build_info", boxed<build_info>);
            m.impl("_instruction_set", boxed<instruction_set>);
+           cpu::register_delete_trainer(m);
          }},
         {"CPU",
          [](Registration::Library& m) {
            register_operators<cpu::passes>(m);
-           m.impl("_train", &guarded<&cpu::train_operator>);
+           cpu::register_training(m);
          }},
 #ifdef RELU_MLP_WITH_CUDA
         {"CUDA", register_operators<cuda::passes>},

@@ -1,9 +1,10 @@
-"""What the operator `_train` has to know of an optimizer: its hyperparameters and its state."""
+"""Optimizers that the operators of `TrainingStep` know: their hyperparameters and their state."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from operator import is_, itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,129 +13,185 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from ._torch_private import has_optimizer_hooks, is_step_replaced
 from .ops import NO_TENSOR
 
-#: The operator's name of an update. A subclass may do anything.
-KINDS: dict[type[Optimizer], str] = {SGD: "sgd", Adam: "adam", AdamW: "adam"}
+
+class Kind:
+    """A kind of optimizer: what the operators take from its groups and from its state."""
+
+    def __init__(
+        self,
+        name: str,
+        hyperparameters: tuple[str, ...],
+        state_of: Callable[[Mapping[str, Any]], tuple[str, ...]],
+    ) -> None:
+        self.name = name  #: the operators' name
+        self.read = itemgetter(*hyperparameters)
+        self.state_of = state_of  #: the names of a parameter's state, in the operators' order
+
+    @staticmethod
+    def numbers(values: Sequence[Any]) -> list[float]:
+        """The eight numbers of a group that the operators take."""
+        flat: list[float] = []
+        for value in values:
+            flat += map(float, value) if isinstance(value, tuple | list) else (float(value),)
+        return flat + [0.0] * (8 - len(flat))
 
 
-class Update(NamedTuple):
-    """The arguments of the operator that say how parameters are updated."""
-
-    kind: str  #: "sgd" or "adam"
-    hyperparameters: list[float]  #: eight numbers for each parameter group
-    groups: list[int]  #: the group of every parameter; -1 if it is not trained
-    state: list[Tensor]  #: of the trained parameters, in their order
+def _state_of_sgd(group: Mapping[str, Any]) -> tuple[str, ...]:
+    return ("momentum_buffer",) if group["momentum"] != 0 else ()
 
 
-def _sgd_numbers(group: Mapping[str, Any]) -> list[float]:
-    return [
-        float(group["lr"]),
-        float(group["momentum"]),
-        float(group["dampening"]),
-        float(group["weight_decay"]),
-        float(group["nesterov"]),
-        float(group["maximize"]),
-        0.0,
-        0.0,
-    ]
+def _state_of_adam(group: Mapping[str, Any]) -> tuple[str, ...]:
+    names = ("exp_avg", "exp_avg_sq", "step")
+    return (*names, "max_exp_avg_sq") if group["amsgrad"] else names
 
 
-def _adam_numbers(group: Mapping[str, Any]) -> list[float]:
-    beta1, beta2 = group["betas"]
-    return [
-        float(group["lr"]),
-        float(beta1),
-        float(beta2),
-        float(group["eps"]),
-        float(group["weight_decay"]),
-        float(group["decoupled_weight_decay"]),
-        float(group["amsgrad"]),
-        float(group["maximize"]),
-    ]
+_ADAM = Kind(
+    "adam",
+    ("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "amsgrad", "maximize"),
+    _state_of_adam,
+)
+
+#: By exact class, because a subclass may do anything.
+KINDS: dict[type[Optimizer], Kind] = {
+    SGD: Kind(
+        "sgd",
+        ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize"),
+        _state_of_sgd,
+    ),
+    Adam: _ADAM,
+    AdamW: _ADAM,
+}
 
 
-NUMBERS = {"sgd": _sgd_numbers, "adam": _adam_numbers}
+class Unknown(Exception):
+    """The reason why the operators can't do an optimizer's step."""
 
 
-def _names_of_state(kind: str, group: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names under which the optimizer keeps its state of a parameter, as the operator wants."""
-    if kind == "sgd":
-        return ("momentum_buffer",) if group["momentum"] != 0 else ()
-    if group["amsgrad"]:
-        return "exp_avg", "exp_avg_sq", "step", "max_exp_avg_sq"
-    return "exp_avg", "exp_avg_sq", "step"
+class Update:
+    """How an optimizer updates the parameters of a network, as the operators take it.
 
+    Args:
+        optimizer: an optimizer.
+        parameters: those of a network; NO_TENSOR where one is missing.
 
-def why_not(optimizer: Optimizer) -> str | None:
-    """Why the operator can't do this optimizer's steps, whatever its state is; or None."""
-    kind = type(optimizer)
-    if kind not in KINDS:
-        return f"the optimizer is a {kind.__name__}, and not SGD, Adam or AdamW"
-    if has_optimizer_hooks(optimizer):
-        return "the optimizer has hooks"
-    if is_step_replaced(optimizer):
-        return "the optimizer's step was replaced"
-    for group in optimizer.param_groups:
-        if group["differentiable"] or group.get("capturable"):
-            return "the optimizer is differentiable or capturable"
-        if any(isinstance(value, Tensor) and value.requires_grad for value in group.values()):
-            return "a hyperparameter requires a gradient"
-    return None
-
-
-def read_update(optimizer: Optimizer, parameters: Sequence[Tensor]) -> Update | str:
-    """How the optimizer would update these parameters of a network, or why that can't be said.
-
-    A parameter that is missing in the network is NO_TENSOR.
+    Raises:
+        Unknown: if the operators can't do this optimizer's step.
     """
-    reason = why_not(optimizer)
-    if reason is not None:
-        return reason
-    kind = KINDS[type(optimizer)]
-    group_of = {
-        id(parameter): n
-        for n, group in enumerate(optimizer.param_groups)
-        for parameter in group["params"]
-    }
-    hyperparameters: list[float] = []
-    names = []
-    for group in optimizer.param_groups:
-        hyperparameters += NUMBERS[kind](group)
-        names.append(_names_of_state(kind, group))
-    groups: list[int] = []
-    state: list[Tensor] = []
-    for parameter in parameters:
-        if parameter is NO_TENSOR or not parameter.requires_grad:
-            groups.append(-1)
-            continue
-        group_number = group_of.pop(id(parameter), None)
-        if group_number is None:
-            return "a parameter of net is not the optimizer's"
-        groups.append(group_number)
-        of_parameter = optimizer.state.get(parameter, {}) if names[group_number] else {}
-        for name in names[group_number]:
-            found = of_parameter.get(name)
-            if type(found) is not Tensor:
-                return "the optimizer has no state yet"
-            if name != "step" and (
-                found.shape != parameter.shape
-                or found.dtype is not parameter.dtype
-                or not found.is_contiguous()
-            ):
-                return "the optimizer's state is not like its parameters"
-            if found.is_cpu is not True:
-                return "the optimizer's state is not on the CPU"
-            state.append(found)
-    left = {id(p) for p in parameters}
-    if any(
-        p.requires_grad and id(p) not in left
-        for group in optimizer.param_groups
-        for p in group["params"]
-    ):
-        return "the optimizer has parameters that are not net's"
-    return Update(kind, hyperparameters, groups, state)
+
+    def __init__(self, optimizer: Optimizer, parameters: Sequence[Tensor]) -> None:
+        if type(optimizer) not in KINDS:
+            name = type(optimizer).__name__
+            raise Unknown(f"the optimizer is a {name}, and not SGD, Adam or AdamW")
+        self.optimizer = optimizer
+        self.kind = KINDS[type(optimizer)]
+        self.parameters = parameters
+        #: The group of every parameter; -1 if it is not trained.
+        self.groups = [-1] * len(parameters)
+        #: The tensors of every trained parameter, in order.
+        self.state: list[Tensor] = []
+        #: For every trained parameter, its state, and the names and tensors taken from it.
+        self._taken: list[tuple[Tensor, Mapping[str, Any], tuple[str, ...], list[Tensor]]] = []
+        self._requires_grad = [p.requires_grad for p in parameters]
+        self._members = [list(group["params"]) for group in optimizer.param_groups]
+        self._state_names = [self.kind.state_of(group) for group in optimizer.param_groups]
+        self._values: list[Any] = []
+        self._hyperparameters: list[float] = []
+        self._check_members()
+        for n, parameter in enumerate(parameters):
+            if parameter is not NO_TENSOR and parameter.requires_grad:
+                self._take(n, parameter)
+        #: What a step changes.
+        self.changed = [p for p, n in zip(parameters, self.groups, strict=True) if n >= 0]
+        self.changed += self.state
+
+    def _check_members(self) -> None:
+        """Finds the group of each parameter; raises Unknown if there are others."""
+        numbers = {id(p): n for n, p in enumerate(self.parameters)}
+        for group, members in enumerate(self._members):
+            for parameter in members:
+                n = numbers.get(id(parameter))
+                if n is not None:
+                    self.groups[n] = group if parameter.requires_grad else -1
+                elif parameter.requires_grad:
+                    raise Unknown("the optimizer has parameters that are not net's")
+
+    def _take(self, n: int, parameter: Tensor) -> None:
+        if self.groups[n] < 0:
+            raise Unknown("a parameter of net is not the optimizer's")
+        names = self._state_names[self.groups[n]]
+        if not names:
+            return
+        state = self.optimizer.state.get(parameter, {})
+        tensors: list[Tensor] = []
+        for name in names:
+            tensor = state.get(name)
+            if type(tensor) is not Tensor:
+                raise Unknown("the optimizer has no state yet")
+            if name != "step" and not is_like(tensor, parameter):
+                raise Unknown("the optimizer's state is not like its parameters")
+            if not tensor.is_cpu:
+                raise Unknown("the optimizer's state is not on the CPU")
+            tensors.append(tensor)
+        self._taken.append((parameter, state, names, tensors))
+        self.state += tensors
+
+    def is_current(self) -> bool:
+        """Whether all that was read of parameters, groups and state is still so."""
+        groups, state = self.optimizer.param_groups, self.optimizer.state
+        if len(groups) != len(self._members):
+            return False
+        for group, members, names in zip(groups, self._members, self._state_names, strict=True):
+            now = group["params"]
+            if len(now) != len(members) or not all(map(is_, now, members)):
+                return False
+            if self.kind.state_of(group) != names:
+                return False
+        for parameter, needed in zip(self.parameters, self._requires_grad, strict=True):
+            if parameter.requires_grad is not needed:
+                return False
+        for parameter, of_parameter, names, tensors in self._taken:
+            if state.get(parameter) is not of_parameter:
+                return False
+            for name, tensor in zip(names, tensors, strict=True):
+                if of_parameter.get(name) is not tensor:
+                    return False
+        return True
+
+    def hyperparameters(self) -> list[float]:
+        """Eight numbers for each group, read from the optimizer.
+
+        Raises:
+            Unknown: as the constructor.
+        """
+        if has_optimizer_hooks(self.optimizer):
+            raise Unknown("the optimizer has hooks")
+        if is_step_replaced(self.optimizer):
+            raise Unknown("the optimizer's step was replaced")
+        groups = self.optimizer.param_groups
+        for group in groups:
+            if group["differentiable"] or group.get("capturable"):
+                raise Unknown("the optimizer is differentiable or capturable")
+        values = [self.kind.read(group) for group in groups]
+        if values != self._values:
+            tensors = [v for of_group in values for v in of_group if isinstance(v, Tensor)]
+            if any(tensor.requires_grad for tensor in tensors):
+                raise Unknown("a hyperparameter requires a gradient")
+            numbers: list[float] = []
+            for of_group in values:
+                numbers += self.kind.numbers(of_group)
+            # A tensor may change in place, so its number is read again in every call.
+            self._values = [] if tensors else values
+            self._hyperparameters = numbers
+        return self._hyperparameters
+
+    def count(self) -> None:
+        """Increments the version counters of all that a step has changed."""
+        torch.autograd.graph.increment_version(self.changed)
 
 
-def increment_versions(update: Update, parameters: Sequence[Tensor]) -> None:
-    """Increments the version counters of everything that the operator has changed."""
-    changed = [p for p, group in zip(parameters, update.groups, strict=True) if group >= 0]
-    torch.autograd.graph.increment_version(changed + update.state)
+def is_like(tensor: Tensor, parameter: Tensor) -> bool:
+    return (
+        tensor.shape == parameter.shape
+        and tensor.dtype is parameter.dtype
+        and tensor.is_contiguous()
+    )

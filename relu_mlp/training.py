@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import checks, functional, interception
-from ._torch_private import (
-    below_autograd,
-    children_of,
-    count_step,
-    get_parameter_hooks,
-    is_any_autocast_enabled,
-)
-from .functional import Loss, is_plain, is_served, loss_and_grads
-from .fusion.sequential import FusedSequential
-from .interception import are_layers_replaced
-from .modules import ReluMLP
-from .ops import NO_TENSOR, extension, implementation_for
-from .optimizers import Update, increment_versions, read_update
-from .run import find_run, is_patched
+from . import checks
+from .functional import Loss, loss_and_grads
+from .ops import NO_TENSOR
+from .optimizers import Unknown
+from .trainer import Network, Trainer, network_for
 
 #: What a loss is in a loop of one's own.
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -41,24 +30,6 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 SECONDS_OF_A_CALL = 0.05
 
 Progress = Callable[[int, int], object]
-
-
-class Network(NamedTuple):
-    """The network of a module, as the operators take it."""
-
-    weights: list[Tensor]
-    biases: list[Tensor]  #: one for each weight; NO_TENSOR where one is missing
-    activation: str
-
-    @property
-    def parameters(self) -> list[Tensor]:
-        """All weights, then all biases."""
-        return self.weights + self.biases
-
-    @property
-    def present(self) -> list[Tensor]:
-        """The same without those that are missing."""
-        return [parameter for parameter in self.parameters if parameter is not NO_TENSOR]
 
 
 class TrainingStep:
@@ -126,6 +97,11 @@ class TrainingStep:
         self.loss: Loss = loss
         self.optimizer = optimizer
         self.max_norm = max_norm
+        self._trainer: Trainer | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy finds its own parameters.
+        return {**self.__dict__, "_trainer": None}
 
     # -- One step ----------------------------------------------------------------------------
 
@@ -222,16 +198,22 @@ class TrainingStep:
         done, at_once, first_bad = 0, 1, -1
         while done < total:
             began = time.perf_counter()
-            network = self._network(x, target)
-            update = network if isinstance(network, str) else self._update(x, network)
-            if isinstance(network, Network) and isinstance(update, Update):
+            network = network_for(self.net, x, target)
+            try:
+                trainer = self._trainer_for(network)
                 losses = x.new_empty(total) if losses is None else losses
-                part = losses[done : done + at_once]
-                bad = self._train(network, update, x, target, part, order, batch_size, done)
+                part = losses[done : done + at_once] if total > 1 else losses
+                bad = trainer.train(
+                    *self._matrices(trainer.network, x, target),
+                    part,
+                    done,
+                    batch_size,
+                    order,
+                    self.max_norm,
+                )
                 self.reason = None
-            else:
-                assert isinstance(update, str)
-                self.reason = update
+            except Unknown as reason:
+                self.reason = str(reason)
                 rows = batch_of(len(x), order, batch_size, done) if batch_size else ...
                 loss = self._one_by_one(network, x[rows], target[rows])
                 losses = loss.new_empty(total) if losses is None else losses
@@ -253,79 +235,19 @@ class TrainingStep:
         assert losses is not None
         return losses
 
-    def _network(self, x: Tensor, target: Tensor) -> Network | str:
-        """The network, or why its gradients have to come from the loop of the docstring."""
-        network = network_of(self.net)
-        if network is None:
-            return "net is not an unchanged network of Linear and ReLU"
-        if is_any_autocast_enabled() or not is_served(x) or not is_plain(target):
-            return "autocast or a mode is active, or x or target is not an ordinary tensor"
-        if x.requires_grad or target.requires_grad:
-            return "x or target requires a gradient"
-        present = network.present
-        if len(set(map(id, present))) < len(present):
-            return "two layers share a parameter"
-        if any(get_parameter_hooks(p) != (None, None) for p in present):
-            return "a parameter has a hook"
-        return network
+    def _trainer_for(self, network: Network | str) -> Trainer:
+        if isinstance(network, str):
+            raise Unknown(network)
+        if self._trainer is None or not self._trainer.is_for(network):
+            self._trainer = Trainer(network, self.loss, self.optimizer)
+        return self._trainer
 
-    def _update(self, x: Tensor, network: Network) -> Update | str:
-        """How the operator would update the network, or why it can't."""
-        if x.dtype not in (torch.float32, torch.float64) or not x.is_cpu:
-            return f"x is {x.dtype} on {x.device}, and not float32 or float64 on the CPU"
-        if implementation_for(x) is not extension:
-            return "the extension is not used"
-        if not all(p.is_contiguous() for p in network.present):
-            return "a parameter is not contiguous"
-        return read_update(self.optimizer, network.parameters)
-
-    # -- By the operator ---------------------------------------------------------------------
-
-    def _train(
-        self,
-        network: Network,
-        update: Update,
-        x: Tensor,
-        target: Tensor,
-        losses: Tensor,
-        order: Tensor | None,
-        batch_size: int | None,
-        first: int,
-    ) -> int:
-        """The steps from the number `first` on, one for each of `losses`.
-
-        Returns the first step whose gradients are not finite, or -1.
-        """
-        weights, biases, activation = network
+    @staticmethod
+    def _matrices(network: Network, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         if target.dtype is not x.dtype and not target.is_floating_point():
             target = target.to(x.dtype)
-        check_shape(target, (*x.shape[:-1], weights[-1].shape[0]))
-        x, target = as_matrix(x), as_matrix(target)
-        with below_autograd():
-            bad = _train(
-                x,
-                target,
-                weights,
-                biases,
-                update.state,
-                losses,
-                ROWS_IN_PLACE if order is None else order,
-                self.loss,
-                activation,
-                update.kind,
-                update.hyperparameters,
-                update.groups,
-                [],
-                math.inf if self.max_norm is None else self.max_norm,
-                batch_size or max(1, len(x)),
-                first,
-                first + len(losses),
-            )
-        increment_versions(update, network.parameters)
-        count_step(self.optimizer)
-        for parameter in network.present:
-            parameter.grad = None
-        return int(bad)
+        check_shape(target, (*x.shape[:-1], network.weights[-1].shape[0]))
+        return as_matrix(x), as_matrix(target)
 
     # -- Without the operator ----------------------------------------------------------------
 
@@ -365,14 +287,10 @@ class TrainingStep:
         return [loss, *of_weights, *(grad for grad in of_biases or () if grad is not None)]
 
 
-_train = torch.ops.relu_mlp._train.default
-
-#: An order that stands for all rows, in place.
-ROWS_IN_PLACE = torch.empty(0, dtype=torch.int64)
-
-
 def as_matrix(tensor: Tensor) -> Tensor:
     """(*, features) as (rows, features), contiguous."""
+    if tensor.dim() == 2 and tensor.is_contiguous():
+        return tensor
     return tensor.reshape(-1, tensor.shape[-1]).contiguous()
 
 
@@ -389,19 +307,3 @@ def check_shape(target: Tensor, shape: Sequence[int]) -> None:
         raise RuntimeError(
             f"target must have the output's shape {tuple(shape)}, got {tuple(target.shape)}"
         )
-
-
-def network_of(net: nn.Module) -> Network | None:
-    """The network that a module is, if it is one and nothing of it was changed."""
-    kind: Any = type(net)
-    if kind not in (ReluMLP, FusedSequential, nn.Sequential) or is_patched(vars(net)):
-        return None
-    if kind.__iter__ is not interception.iterate or are_layers_replaced():
-        return None
-    children = children_of(net)
-    run = find_run(children.values())
-    if run is None or len(run.children) < len(children):
-        return None
-    functional.check_empty_biases(run.weights, run.biases)
-    biases = run.biases or [NO_TENSOR] * len(run.weights)
-    return Network(run.weights, biases, run.activation)

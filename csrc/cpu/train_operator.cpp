@@ -1,46 +1,90 @@
 #include "train_operator.h"
 
 #include <algorithm>
+#include <memory>
+#include <mutex>
+#include <unordered_map>
 
 #include "../checks.h"
 #include "../operands.h"
+#include "../stack.h"
 #include "passes.h"
 #include "training.h"
 
 namespace relu_mlp::cpu {
 namespace {
 
-struct Arguments {
-  Tensor x, target;
+// What the networks of a trainer are, and how they are trained. The tensors are
+// those of the caller, not copies.
+struct Trainer {
   std::vector<Tensor> weights, biases, state;
-  std::string loss, output_activation, optimizer;
-  std::vector<double> hyperparameters;
+  Loss loss;
+  Activation output_activation;
+  std::string optimizer;
   std::vector<int64_t> groups;
-  std::vector<double> lrs;
-  double max_norm;
-  Tensor order;
-  int64_t batch, first, last;
-  Tensor losses;
+
+  // The number of stacked networks, or 0 if a weight is a matrix.
+  int64_t stacked() const {
+    return weights[0].dim() == 3 ? weights[0].size(0) : 0;
+  }
 };
 
-// The networks are stacked if there is a dimension before those of a weight.
-int64_t count_networks(const Arguments& a) {
-  if (a.weights.empty()) {
-    fail("weights must have at least one entry, got none");
-  }
-  return a.weights[0].dim() == 3 ? a.weights[0].size(0) : 0;
-}
+// The arguments of one call.
+struct Arguments {
+  Tensor x, target, losses, order;
+  std::vector<double> hyperparameters, lrs;
+  double max_norm;
+  int64_t batch, first, last;
+};
 
-// The first of stacked tensors, as a view. `dim` is the number of dimensions of
-// one of them.
-Tensor first_of(const Tensor& stacked, int64_t dim) {
+// The trainers of this process by number. Python has the numbers, because the
+// stable ABI has no way to hand out an object.
+class Trainers {
+ public:
+  static Trainers& all() {
+    static Trainers trainers;
+    return trainers;
+  }
+  int64_t add(Trainer trainer) {
+    const std::lock_guard lock(mutex_);
+    trainers_.emplace(
+        ++last_, std::make_shared<const Trainer>(std::move(trainer)));
+    return last_;
+  }
+  // It stays alive while the caller has it, even if it is removed.
+  std::shared_ptr<const Trainer> find(int64_t number) {
+    const std::lock_guard lock(mutex_);
+    const auto found = trainers_.find(number);
+    if (found == trainers_.end()) {
+      fail("there is no trainer ", number);
+    }
+    return found->second;
+  }
+  void remove(int64_t number) {
+    const std::lock_guard lock(mutex_);
+    trainers_.erase(number);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::unordered_map<int64_t, std::shared_ptr<const Trainer>> trainers_;
+  int64_t last_ = 0;
+};
+
+// The first of stacked tensors, as a view that `holder` owns. `dim` is the number
+// of dimensions of one of them.
+const Tensor& first_of(const Tensor& stacked, int64_t dim, Tensor& holder) {
   const int64_t extra = stacked.dim() - dim;
+  if (extra <= 0) {
+    return stacked;
+  }
   std::vector<int64_t> sizes, strides;
   for (int64_t d = extra; d < stacked.dim(); ++d) {
     sizes.push_back(stacked.size(d));
     strides.push_back(stacked.strides()[d]);
   }
-  return reinterpret(stacked, sizes, strides);
+  holder = reinterpret(stacked, sizes, strides);
+  return holder;
 }
 
 // Checks that a parameter or a state is contiguous, and of as many networks.
@@ -60,30 +104,35 @@ void check_stack(
   }
 }
 
-std::vector<Tensor> first_of_all(
-    const std::vector<Tensor>& stacked,
+const std::vector<Tensor>& first_of_all(
+    const std::vector<Tensor>& tensors,
     int64_t dim,
     int64_t networks,
-    const char* name) {
-  std::vector<Tensor> firsts;
-  firsts.reserve(stacked.size());
-  for (std::size_t n = 0; n < stacked.size(); ++n) {
-    const bool is_missing = stacked[n].numel() == 0 && dim == 1;
-    if (!is_missing) {
-      check_stack(stacked[n], dim, networks, name, n);
+    const char* name,
+    std::vector<Tensor>& holder) {
+  for (std::size_t n = 0; n < tensors.size(); ++n) {
+    if (dim == 2 || tensors[n].numel() > 0) {
+      check_stack(tensors[n], dim, networks, name, n);
     }
-    firsts.push_back(first_of(stacked[n], is_missing ? stacked[n].dim() : dim));
   }
-  return firsts;
+  if (networks == 0) {
+    return tensors;
+  }
+  for (const Tensor& tensor : tensors) {
+    Tensor first;
+    if (&first_of(tensor, dim, first) == &tensor) { // a missing bias
+      first = reinterpret(
+          tensor, std::array<int64_t, 1>{0}, std::array<int64_t, 1>{1});
+    }
+    holder.push_back(std::move(first));
+  }
+  return holder;
 }
 
 constexpr std::size_t numbers_of_a_group = 8;
 
-std::vector<Group> parse_groups(const Arguments& a) {
-  const bool is_sgd = a.optimizer == "sgd";
-  if (!is_sgd && a.optimizer != "adam") {
-    fail("optimizer must be 'sgd' or 'adam', got '", a.optimizer, "'");
-  }
+std::vector<Group> parse_groups(const Trainer& trainer, const Arguments& a) {
+  const bool is_sgd = trainer.optimizer == "sgd";
   if (a.hyperparameters.size() % numbers_of_a_group != 0) {
     fail(
         "hyperparameters must have ", numbers_of_a_group,
@@ -184,31 +233,41 @@ void check_order(const Arguments& a, int64_t networks, int64_t rows) {
 }
 
 template <typename T>
-int64_t checked_train(const Arguments& a) {
-  const int64_t stacked = count_networks(a),
+int64_t checked_train(const Trainer& trainer, const Arguments& a) {
+  const int64_t stacked = trainer.stacked(),
                 networks = std::max<int64_t>(1, stacked);
-  const std::vector<Tensor> weights =
-      first_of_all(a.weights, 2, stacked, "weights");
-  const std::vector<Tensor> biases =
-      first_of_all(a.biases, 1, stacked, "biases");
-  const Tensor x = first_of(a.x, 2), target = first_of(a.target, 2);
-  check_layers(x, weights, biases);
-  check_storage(a.x, "x");
-  check_output_like("target", target, x, weights);
-  check_storage(a.target, "target");
   for (const auto& [name, tensor] :
        {std::pair("x", &a.x), std::pair("target", &a.target)}) {
-    if (tensor->dim() == 3 && tensor->size(0) != networks) {
+    const int64_t dim = tensor->dim();
+    const bool has_own = stacked > 0 && dim == 3 && tensor->size(0) == stacked;
+    if (dim != 2 && !has_own) {
       fail(
-          name, " must have size ", networks, " in the first dimension, got ",
+          name, " must have shape (rows, features)",
+          stacked ? " or (networks, rows, features)" : "", ", got ",
           shape(*tensor));
     }
+    if (!tensor->is_contiguous()) {
+      fail(name, " must be contiguous");
+    }
+    check_storage(*tensor, name);
   }
+  std::vector<Tensor> first_weights, first_biases;
+  Tensor first_x, first_target;
+  const std::vector<Tensor>& weights =
+      first_of_all(trainer.weights, 2, stacked, "weights", first_weights);
+  const std::vector<Tensor>& biases =
+      first_of_all(trainer.biases, 1, stacked, "biases", first_biases);
+  const Tensor& x = first_of(a.x, 2, first_x);
+  const Tensor& target = first_of(a.target, 2, first_target);
+  check_layers(x, weights, biases);
+  check_output_like("target", target, x, weights);
   check_order(a, stacked, x.size(0));
-  const std::vector<Group> groups = parse_groups(a);
+  const std::vector<Group> groups = parse_groups(trainer, a);
   const std::size_t layers = weights.size();
-  if (a.groups.size() != 2 * layers) {
-    fail("groups must have ", 2 * layers, " entries, got ", a.groups.size());
+  if (trainer.groups.size() != 2 * layers) {
+    fail(
+        "groups must have ", 2 * layers, " entries, got ",
+        trainer.groups.size());
   }
   if (!a.lrs.empty() && int64_t(a.lrs.size()) != networks) {
     fail("lrs must have ", networks, " entries, got ", a.lrs.size());
@@ -229,14 +288,13 @@ int64_t checked_train(const Arguments& a) {
   Operands<T> operands(3 + 2 * layers, false);
   Training<T> training{
       whole_network<T>(
-          x, weights, biases, parse_activation(a.output_activation),
-          activate<T>, operands),
+          x, weights, biases, trainer.output_activation, activate<T>, operands),
       networks,
       a.x.dim() == 3 ? a.x.strides()[0] : 0,
       a.target.dim() == 3 ? a.target.strides()[0] : 0,
       0,
       matrix<const T>(target),
-      parse_loss(a.loss),
+      trainer.loss,
       nullptr,
       x.size(0),
       a.batch,
@@ -244,27 +302,24 @@ int64_t checked_train(const Arguments& a) {
       {},
       a.lrs,
       a.max_norm};
-  if (training.network.x.col_stride != 1 || !target.is_contiguous()) {
-    fail("the rows of x and the target must be contiguous");
-  }
   if (a.order.numel() > 0) {
     training.order = a.order.data<const int64_t>();
     training.order_size = a.order.size(a.order.dim() - 1);
     training.order_step = a.order.dim() == 2 ? training.order_size : 0;
   }
 
-  States states(a.state);
+  States states(trainer.state);
   std::vector<std::pair<const Tensor*, double>> steps;
   for (std::size_t n = 0; n < 2 * layers; ++n) {
     const bool is_weight = n < layers;
     const std::size_t l = is_weight ? n : n - layers;
     Trained<T> p{};
     if (is_weight || training.network.layers[l].bias) {
-      const Tensor& tensor = is_weight ? a.weights[l] : a.biases[l];
+      const Tensor& tensor = is_weight ? trainer.weights[l] : trainer.biases[l];
       check_storage(tensor, is_weight ? "weights[" : "biases[", l, "]");
       p.data = tensor.template data<T>();
       p.count = tensor.numel() / networks;
-      const int64_t group = a.groups[n];
+      const int64_t group = trainer.groups[n];
       if (group >= int64_t(groups.size())) {
         fail("groups[", n, "] must be below ", groups.size(), ", got ", group);
       }
@@ -295,37 +350,84 @@ int64_t checked_train(const Arguments& a) {
   return not_finite;
 }
 
+int64_t new_trainer(
+    std::vector<Tensor> weights,
+    std::vector<Tensor> biases,
+    std::vector<Tensor> state,
+    std::string loss,
+    std::string output_activation,
+    std::string optimizer,
+    std::vector<int64_t> groups) {
+  if (weights.empty()) {
+    fail("weights must have at least one entry, got none");
+  }
+  if (optimizer != "sgd" && optimizer != "adam") {
+    fail("optimizer must be 'sgd' or 'adam', got '", optimizer, "'");
+  }
+  return Trainers::all().add(
+      {std::move(weights), std::move(biases), std::move(state),
+       parse_loss(loss), parse_activation(output_activation),
+       std::move(optimizer), std::move(groups)});
+}
+
+void delete_trainer(int64_t trainer) {
+  Trainers::all().remove(trainer);
+}
+
+int64_t run_trainer(
+    int64_t trainer,
+    Tensor x,
+    Tensor target,
+    Tensor losses,
+    Tensor order,
+    std::vector<double> hyperparameters,
+    std::vector<double> lrs,
+    double max_norm,
+    int64_t batch,
+    int64_t first,
+    int64_t last) {
+  const std::shared_ptr<const Trainer> found = Trainers::all().find(trainer);
+  const Arguments arguments{
+      std::move(x),
+      std::move(target),
+      std::move(losses),
+      std::move(order),
+      std::move(hyperparameters),
+      std::move(lrs),
+      max_norm,
+      batch,
+      first,
+      last};
+  const int32_t dtype = arguments.x.dtype();
+  if (dtype == aoti_torch_dtype_float32()) {
+    return checked_train<float>(*found, arguments);
+  }
+  if (dtype == aoti_torch_dtype_float64()) {
+    return checked_train<double>(*found, arguments);
+  }
+  fail("x must be float64 or float32, got ", dtype_name(arguments.x));
+}
+
 } // namespace
 
-void train_operator(StableIValue* stack) {
-  Arguments a;
-  a.x = take<Tensor>(stack[0]);
-  a.target = take<Tensor>(stack[1]);
-  a.weights = take<std::vector<Tensor>>(stack[2]);
-  a.biases = take<std::vector<Tensor>>(stack[3]);
-  a.state = take<std::vector<Tensor>>(stack[4]);
-  a.losses = take<Tensor>(stack[5]);
-  a.order = take<Tensor>(stack[6]);
-  a.loss = take<std::string>(stack[7]);
-  a.output_activation = take<std::string>(stack[8]);
-  a.optimizer = take<std::string>(stack[9]);
-  a.hyperparameters = take<std::vector<double>>(stack[10]);
-  a.groups = take<std::vector<int64_t>>(stack[11]);
-  a.lrs = take<std::vector<double>>(stack[12]);
-  a.max_norm = take<double>(stack[13]);
-  a.batch = take<int64_t>(stack[14]);
-  a.first = take<int64_t>(stack[15]);
-  a.last = take<int64_t>(stack[16]);
-  const int32_t dtype = a.x.dtype();
-  int64_t not_finite = 0;
-  if (dtype == aoti_torch_dtype_float32()) {
-    not_finite = checked_train<float>(a);
-  } else if (dtype == aoti_torch_dtype_float64()) {
-    not_finite = checked_train<double>(a);
-  } else {
-    fail("x must be float64 or float32, got ", dtype_name(a.x));
-  }
-  stack[0] = give(not_finite);
+void define_training(torch::stable::detail::StableLibrary& m) {
+  m.def(
+      "_new_trainer(Tensor[] weights, Tensor[] biases, Tensor[] state, "
+      "str loss, str output_activation, str optimizer, int[] groups) -> int");
+  m.def(
+      "_train(int trainer, Tensor x, Tensor target, Tensor(a!) losses, "
+      "Tensor order, float[] hyperparameters, float[] lrs, float max_norm, "
+      "int batch, int first, int last) -> int");
+  m.def("_delete_trainer(int trainer) -> ()");
+}
+
+void register_training(torch::stable::detail::StableLibrary& m) {
+  m.impl("_new_trainer", boxed<new_trainer>);
+  m.impl("_train", boxed<run_trainer>);
+}
+
+void register_delete_trainer(torch::stable::detail::StableLibrary& m) {
+  m.impl("_delete_trainer", boxed<delete_trainer>);
 }
 
 } // namespace relu_mlp::cpu

@@ -1,11 +1,14 @@
-// The operator `_train`: its arguments taken from the stack and checked.
-// relu_mlp/training.py has the loop around it.
+// The operators of TrainingStep (relu_mlp/training.py). A trainer knows the
+// parameters and the optimizer's state, so that a call need not pass them: for a
+// small network, passing them takes longer than the step.
 #pragma once
 
-#include "../stack.h"
+#include <torch/csrc/stable/library.h>
 
 namespace relu_mlp::cpu {
 
-void train_operator(StableIValue* stack);
+void define_training(torch::stable::detail::StableLibrary& m);
+void register_training(torch::stable::detail::StableLibrary& m); // for tensors
+void register_delete_trainer(torch::stable::detail::StableLibrary& m);
 
 } // namespace relu_mlp::cpu

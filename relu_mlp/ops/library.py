@@ -50,10 +50,11 @@ SCHEMAS = (
     "Tensor[] biases, str loss, str output_activation) -> Tensor[]",
     "_build_info() -> str",
     "_instruction_set() -> int",
-    "_train(Tensor x, Tensor target, Tensor(a!)[] weights, Tensor(b!)[] biases, "
-    "Tensor(c!)[] state, Tensor(d!) losses, Tensor order, str loss, str output_activation, "
-    "str optimizer, float[] hyperparameters, int[] groups, float[] lrs, float max_norm, "
-    "int batch, int first, int last) -> int",
+    "_new_trainer(Tensor[] weights, Tensor[] biases, Tensor[] state, str loss, "
+    "str output_activation, str optimizer, int[] groups) -> int",
+    "_train(int trainer, Tensor x, Tensor target, Tensor(a!) losses, Tensor order, "
+    "float[] hyperparameters, float[] lrs, float max_norm, int batch, int first, int last) -> int",
+    "_delete_trainer(int trainer) -> ()",
 )
 
 #: The operators by name, without those that graphs in C++ call and what the library says of itself.

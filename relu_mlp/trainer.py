@@ -1,0 +1,175 @@
+"""The training of a network by the operators, and when they can serve it."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import functional, interception
+from ._torch_private import (
+    below_autograd,
+    call_of,
+    children_of,
+    count_step,
+    get_parameter_hooks,
+    is_any_autocast_enabled,
+)
+from .functional import is_plain, is_served
+from .fusion.sequential import FusedSequential
+from .interception import are_layers_replaced
+from .modules import ReluMLP
+from .ops import NO_TENSOR, extension, implementation_for
+from .optimizers import Unknown, Update
+from .run import find_run, is_patched
+
+_new_trainer = torch.ops.relu_mlp._new_trainer.default
+_delete_trainer = torch.ops.relu_mlp._delete_trainer.default
+_train = call_of(torch.ops.relu_mlp._train.default)
+
+#: An order that stands for all rows, in place.
+ROWS_IN_PLACE = torch.empty(0, dtype=torch.int64)
+
+NO_HOOKS = (None, None)
+
+
+class Network(NamedTuple):
+    """The network of a module, as the operators take it."""
+
+    weights: list[Tensor]
+    biases: list[Tensor]  #: one for each weight; NO_TENSOR where one is missing
+    activation: str
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """All weights, then all biases."""
+        return self.weights + self.biases
+
+    @property
+    def present(self) -> list[Tensor]:
+        """The same without those that are missing."""
+        return [parameter for parameter in self.parameters if parameter is not NO_TENSOR]
+
+
+def network_of(net: nn.Module) -> Network | None:
+    """The network that a module is, if it is one and nothing of it was changed."""
+    kind: Any = type(net)
+    if kind not in (ReluMLP, FusedSequential, nn.Sequential) or is_patched(vars(net)):
+        return None
+    if kind.__iter__ is not interception.iterate or are_layers_replaced():
+        return None
+    children = children_of(net)
+    run = find_run(children.values())
+    if run is None or len(run.children) < len(children):
+        return None
+    functional.check_empty_biases(run.weights, run.biases)
+    biases = run.biases or [NO_TENSOR] * len(run.weights)
+    return Network(run.weights, biases, run.activation)
+
+
+def network_for(net: nn.Module, x: Tensor, target: Tensor) -> Network | str:
+    """The network of a module if `loss_and_grads` gives its gradients, or why it does not."""
+    network = network_of(net)
+    if network is None:
+        return "net is not an unchanged network of Linear and ReLU"
+    if is_any_autocast_enabled() or not is_served(x) or not is_plain(target):
+        return "autocast or a mode is active, or x or target is not an ordinary tensor"
+    if x.requires_grad or target.requires_grad:
+        return "x or target requires a gradient"
+    present = network.present
+    if len(set(map(id, present))) < len(present):
+        return "two layers share a parameter"
+    for parameter in present:
+        if get_parameter_hooks(parameter) != NO_HOOKS:
+            return "a parameter has a hook"
+    return network
+
+
+class Trainer:
+    """A network and an optimizer, which the operators know by a number.
+
+    Raises:
+        Unknown: if the operators can't do this optimizer's step.
+    """
+
+    def __init__(self, network: Network, loss: str, optimizer: Optimizer) -> None:
+        self.network = network
+        self.present = network.present
+        self.update = Update(optimizer, network.parameters)
+        self.number: int = _new_trainer(
+            network.weights,
+            network.biases,
+            self.update.state,
+            loss,
+            network.activation,
+            self.update.kind.name,
+            self.update.groups,
+        )
+        weakref.finalize(self, _delete_trainer, self.number).atexit = False
+
+    def is_for(self, network: Network) -> bool:
+        """Whether this is the network, and the optimizer's state is still the same tensors."""
+        own = self.network
+        return (
+            len(own.weights) == len(network.weights)
+            and all(a is b for a, b in zip(own.weights, network.weights, strict=True))
+            and all(a is b for a, b in zip(own.biases, network.biases, strict=True))
+            and own.activation == network.activation
+            and self.update.is_current()
+        )
+
+    def train(
+        self,
+        x: Tensor,
+        target: Tensor,
+        losses: Tensor,
+        first: int,
+        batch_size: int | None,
+        order: Tensor | None,
+        max_norm: float | None,
+    ) -> int:
+        """Does the steps from the number `first` on, one for each of `losses`.
+
+        Args:
+            x, target: matrices.
+            losses: (steps,), for the loss of each step.
+            first: the number of steps before, which says with which batch to go on.
+            batch_size: the rows of a step; None for all.
+            order: the rows in the order of the steps; None for all rows in place.
+            max_norm: the norm to which gradients are clipped; None for no clipping.
+
+        Returns:
+            The first step whose gradients are not finite, or -1.
+        """
+        if x.dtype not in (torch.float32, torch.float64) or not x.is_cpu:
+            raise Unknown(f"x is {x.dtype} on {x.device}, and not float32 or float64 on the CPU")
+        if implementation_for(x) is not extension:
+            raise Unknown("the extension is not used")
+        for parameter in self.present:
+            if not parameter.is_contiguous():
+                raise Unknown("a parameter is not contiguous")
+        hyperparameters = self.update.hyperparameters()
+        with below_autograd():
+            bad: int = _train(
+                self.number,
+                x,
+                target,
+                losses,
+                ROWS_IN_PLACE if order is None else order,
+                hyperparameters,
+                [],
+                math.inf if max_norm is None else max_norm,
+                batch_size or max(1, len(x)),
+                first,
+                first + len(losses),
+            )
+        self.update.count()
+        count_step(self.update.optimizer)
+        for parameter in self.present:
+            if parameter.grad is not None:
+                parameter.grad = None
+        return bad
