@@ -140,21 +140,19 @@ class Update:
         groups, state = self.optimizer.param_groups, self.optimizer.state
         if len(groups) != len(self._members):
             return False
-        for group, members, names in zip(groups, self._members, self._state_names, strict=True):
-            now = group["params"]
+        for n, group in enumerate(groups):
+            members, now = self._members[n], group["params"]
             if len(now) != len(members) or not all(map(is_, now, members)):
                 return False
-            if self.kind.state_of(group) != names:
+            if self.kind.state_of(group) != self._state_names[n]:
                 return False
-        for parameter, needed in zip(self.parameters, self._requires_grad, strict=True):
-            if parameter.requires_grad is not needed:
-                return False
+        if [parameter.requires_grad for parameter in self.parameters] != self._requires_grad:
+            return False
         for parameter, of_parameter, names, tensors in self._taken:
             if state.get(parameter) is not of_parameter:
                 return False
-            for name, tensor in zip(names, tensors, strict=True):
-                if of_parameter.get(name) is not tensor:
-                    return False
+            if not all(map(is_, map(of_parameter.get, names), tensors)):
+                return False
         return True
 
     def hyperparameters(self) -> list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from .functional import is_plain, is_served
 from .fusion.sequential import FusedSequential
 from .interception import are_layers_replaced
 from .modules import ReluMLP
-from .ops import NO_TENSOR, extension, implementation_for
+from .ops import NO_TENSOR, extension, implementation_for, node
 from .optimizers import Unknown, Update
 from .run import find_run, is_patched
 
@@ -98,8 +99,9 @@ class Trainer:
 
     def __init__(self, network: Network, loss: str, optimizer: Optimizer) -> None:
         self.network = network
+        self.parameters = network.parameters
         self.present = network.present
-        self.update = Update(optimizer, network.parameters)
+        self.update = Update(optimizer, self.parameters)
         self.number: int = _new_trainer(
             network.weights,
             network.biases,
@@ -113,12 +115,21 @@ class Trainer:
 
     def is_for(self, network: Network) -> bool:
         """Whether this is the network, and the optimizer's state is still the same tensors."""
-        own = self.network
+        now = network.parameters
         return (
-            len(own.weights) == len(network.weights)
-            and all(a is b for a, b in zip(own.weights, network.weights, strict=True))
-            and all(a is b for a, b in zip(own.biases, network.biases, strict=True))
-            and own.activation == network.activation
+            len(now) == len(self.parameters)
+            and all(map(is_, now, self.parameters))
+            and network.activation == self.network.activation
+            and self.update.is_current()
+        )
+
+    def is_unchanged(self, net: nn.Module, x: Tensor, target: Tensor) -> bool:
+        """Whether the native node sees that all is as it was, in less time than `network_for`."""
+        return (
+            node is not None
+            and type(net) is ReluMLP
+            and not is_patched(vars(net))
+            and node.is_unchanged(net, self.parameters, self.network.activation, x, target)
             and self.update.is_current()
         )
 
@@ -136,7 +147,7 @@ class Trainer:
 
         Args:
             x, target: matrices.
-            losses: (steps,), for the loss of each step.
+            losses: (steps,), for the loss of each step; () for one step.
             first: the number of steps before, which says with which batch to go on.
             batch_size: the rows of a step; None for all.
             order: the rows in the order of the steps; None for all rows in place.
@@ -165,7 +176,7 @@ class Trainer:
                 math.inf if max_norm is None else max_norm,
                 batch_size or max(1, len(x)),
                 first,
-                first + len(losses),
+                first + losses.numel(),
             )
         self.update.count()
         count_step(self.update.optimizer)

@@ -118,7 +118,17 @@ class TrainingStep:
         Raises:
             RuntimeError: as `loss_and_grads`, before anything is changed.
         """
-        return self._steps(x, target, None, None, 1, None)[0]
+        try:
+            trainer = self._trainer_for(x, target)
+            loss = x.new_empty(())
+            trainer.train(
+                *self._matrices(trainer.network, x, target), loss, 0, None, None, self.max_norm
+            )
+        except Unknown as reason:
+            self.reason = str(reason)
+            return self._one_by_one(x, target)
+        self.reason = None
+        return loss
 
     def repeat(
         self, x: Tensor, target: Tensor, times: int, *, progress: Progress | None = None
@@ -198,11 +208,10 @@ class TrainingStep:
         done, at_once, first_bad = 0, 1, -1
         while done < total:
             began = time.perf_counter()
-            network = network_for(self.net, x, target)
             try:
-                trainer = self._trainer_for(network)
+                trainer = self._trainer_for(x, target)
                 losses = x.new_empty(total) if losses is None else losses
-                part = losses[done : done + at_once] if total > 1 else losses
+                part = losses[done : done + at_once]
                 bad = trainer.train(
                     *self._matrices(trainer.network, x, target),
                     part,
@@ -215,7 +224,7 @@ class TrainingStep:
             except Unknown as reason:
                 self.reason = str(reason)
                 rows = batch_of(len(x), order, batch_size, done) if batch_size else ...
-                loss = self._one_by_one(network, x[rows], target[rows])
+                loss = self._one_by_one(x[rows], target[rows])
                 losses = loss.new_empty(total) if losses is None else losses
                 part = losses[done : done + 1]
                 part[0] = loss
@@ -226,7 +235,7 @@ class TrainingStep:
             at_once = max(1, min(16 * at_once, int(len(part) * SECONDS_OF_A_CALL / took)))
             if progress is not None:
                 progress(done, total)
-        if first_bad >= 0 and total > 1:
+        if first_bad >= 0:
             warnings.warn(
                 f"the gradients are not finite in step {first_bad} of {total}, counted from 0",
                 RuntimeWarning,
@@ -235,12 +244,16 @@ class TrainingStep:
         assert losses is not None
         return losses
 
-    def _trainer_for(self, network: Network | str) -> Trainer:
+    def _trainer_for(self, x: Tensor, target: Tensor) -> Trainer:
+        trainer = self._trainer
+        if trainer is not None and trainer.is_unchanged(self.net, x, target):
+            return trainer
+        network = network_for(self.net, x, target)
         if isinstance(network, str):
             raise Unknown(network)
-        if self._trainer is None or not self._trainer.is_for(network):
-            self._trainer = Trainer(network, self.loss, self.optimizer)
-        return self._trainer
+        if trainer is None or not trainer.is_for(network):
+            trainer = self._trainer = Trainer(network, self.loss, self.optimizer)
+        return trainer
 
     @staticmethod
     def _matrices(network: Network, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -251,8 +264,9 @@ class TrainingStep:
 
     # -- Without the operator ----------------------------------------------------------------
 
-    def _one_by_one(self, network: Network | str, x: Tensor, target: Tensor) -> Tensor:
+    def _one_by_one(self, x: Tensor, target: Tensor) -> Tensor:
         """A step with the optimizer's own `step`. Without a network, autograd differentiates."""
+        network = network_for(self.net, x, target)
         if isinstance(network, str):
             with torch.enable_grad():
                 y = self.net(x)
