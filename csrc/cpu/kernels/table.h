@@ -6,6 +6,7 @@
 #include "dots.h"
 #include "gemm.h"
 #include "pack.h"
+#include "softmax.h"
 
 namespace relu_mlp::cpu::RELU_MLP_ISA {
 namespace {
@@ -16,9 +17,17 @@ namespace {
 
 template <typename C>
 constexpr Kernels<C> kernels = {
-    lanes<C>, max_vectors* lanes<C>, max_rows(max_vectors), product<C>,
-    pack<C>,  linear_by_dots<C>,     column_sums<C>,        bias_relu<C>,
-    mask<C>};
+    lanes<C>,
+    max_vectors* lanes<C>,
+    max_rows(max_vectors),
+    product<C>,
+    pack<C>,
+    linear_by_dots<C>,
+    column_sums<C>,
+    bias_relu<C>,
+    mask<C>,
+    softmax<C>,
+    bce_with_logits<C>};
 
 constexpr Kernels16 bfloat16 = {
     widen_bfloat16, round_to_bfloat16, relu<0x7f80>, mask<0x7f80>,
