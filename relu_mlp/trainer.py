@@ -25,12 +25,13 @@ from .fusion.sequential import FusedSequential
 from .interception import are_layers_replaced
 from .modules import ReluMLP
 from .ops import NO_TENSOR, extension, implementation_for, node
+from .ops.backend import raising_index_error
 from .optimizers import Unknown, Update
 from .run import find_run, is_patched
 
 _new_trainer = torch.ops.relu_mlp._new_trainer.default
 _delete_trainer = torch.ops.relu_mlp._delete_trainer.default
-_train = call_of(torch.ops.relu_mlp._train.default)
+_train = raising_index_error(call_of(torch.ops.relu_mlp._train.default))
 
 #: An order that stands for all rows, in place.
 ROWS_IN_PLACE = torch.empty(0, dtype=torch.int64)

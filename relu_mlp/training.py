@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import checks
-from .functional import Loss, loss_and_grads
+from .functional import Loss, converted_target, loss_and_grads
 from .ops import NO_TENSOR
 from .optimizers import Unknown
 from .trainer import Network, Trainer, network_for
@@ -23,6 +23,10 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sse": lambda y, target: (y - target).square().sum(),
     "half_sse": lambda y, target: (y - target).square().sum() / 2,
     "mse": F.mse_loss,
+    "l1": F.l1_loss,
+    "huber": F.huber_loss,
+    "bce_with_logits": F.binary_cross_entropy_with_logits,
+    "cross_entropy": F.cross_entropy,
 }
 
 #: A call of the operator lasts about this many seconds. Between two calls Python handles
@@ -53,7 +57,7 @@ class TrainingStep:
 
     Args:
         net: a `ReluMLP`, an `nn.Sequential` of Linear, ReLU, ..., Linear, or any other module.
-        loss: ``"sse"``, ``"half_sse"`` or ``"mse"``, as in `loss_and_grads`.
+        loss: the name of a loss of `loss_and_grads`.
         optimizer: an optimizer of the parameters of `net`.
         max_norm: the norm to which gradients are clipped, as by
             `torch.nn.utils.clip_grad_norm_(net.parameters(), max_norm)`; None for no clipping.
@@ -255,12 +259,15 @@ class TrainingStep:
             trainer = self._trainer = Trainer(network, self.loss, self.optimizer)
         return trainer
 
-    @staticmethod
-    def _matrices(network: Network, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        if target.dtype is not x.dtype and not target.is_floating_point():
-            target = target.to(x.dtype)
-        check_shape(target, (*x.shape[:-1], network.weights[-1].shape[0]))
-        return as_matrix(x), as_matrix(target)
+    def _matrices(self, network: Network, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """x and the target as the operator takes them."""
+        target = converted_target(self.loss, target, x)
+        has_classes = self.loss == "cross_entropy" and target.dtype is torch.int64
+        out = network.weights[-1].shape[0]
+        expected = x.shape[:-1] if has_classes else (*x.shape[:-1], out)
+        if target.shape != expected or (self.loss == "cross_entropy" and x.dim() > 2):
+            checks.check_target(target, x, network.weights, has_classes, self.loss)
+        return as_matrix(x), target.reshape(-1) if has_classes else as_matrix(target)
 
     # -- Without the operator ----------------------------------------------------------------
 
@@ -270,7 +277,11 @@ class TrainingStep:
         if isinstance(network, str):
             with torch.enable_grad():
                 y = self.net(x)
-                check_shape(target, y.shape)
+                if self.loss != "cross_entropy" and target.shape != y.shape:
+                    raise RuntimeError(
+                        f"target must have the output's shape {tuple(y.shape)}, "
+                        f"got {tuple(target.shape)}"
+                    )
                 loss = LOSSES[self.loss](y, target)
             self.optimizer.zero_grad()
             loss.backward()
@@ -314,10 +325,3 @@ def batch_of(rows: int, order: Tensor | None, batch_size: int, step: int) -> Any
     begin = step % batches * batch_size
     part = slice(begin, begin + batch_size)
     return part if order is None else order[part]
-
-
-def check_shape(target: Tensor, shape: Sequence[int]) -> None:
-    if target.shape != shape:
-        raise RuntimeError(
-            f"target must have the output's shape {tuple(shape)}, got {tuple(target.shape)}"
-        )

@@ -232,25 +232,43 @@ void check_order(const Arguments& a, int64_t networks, int64_t rows) {
   }
 }
 
+// Checks that x or the target is contiguous, and has `dim` dimensions, or one
+// more for the networks.
+void check_rows(
+    const Tensor& tensor,
+    int64_t dim,
+    int64_t networks,
+    const char* name) {
+  const bool has_own =
+      networks > 0 && tensor.dim() == dim + 1 && tensor.size(0) == networks;
+  if (tensor.dim() != dim && !has_own) {
+    fail(
+        name, " must have ", dim, " dimensions",
+        networks ? ", or one more for the networks" : "", ", got shape ",
+        shape(tensor));
+  }
+  if (!tensor.is_contiguous()) {
+    fail(name, " must be contiguous");
+  }
+  check_storage(tensor, name);
+}
+
+// A contiguous tensor as one of one dimension, which `holder` owns.
+const Tensor& flat(const Tensor& tensor, Tensor& holder) {
+  holder = reinterpret(
+      tensor, std::array<int64_t, 1>{tensor.numel()},
+      std::array<int64_t, 1>{1});
+  return holder;
+}
+
 template <typename T>
 int64_t checked_train(const Trainer& trainer, const Arguments& a) {
   const int64_t stacked = trainer.stacked(),
                 networks = std::max<int64_t>(1, stacked);
-  for (const auto& [name, tensor] :
-       {std::pair("x", &a.x), std::pair("target", &a.target)}) {
-    const int64_t dim = tensor->dim();
-    const bool has_own = stacked > 0 && dim == 3 && tensor->size(0) == stacked;
-    if (dim != 2 && !has_own) {
-      fail(
-          name, " must have shape (rows, features)",
-          stacked ? " or (networks, rows, features)" : "", ", got ",
-          shape(*tensor));
-    }
-    if (!tensor->is_contiguous()) {
-      fail(name, " must be contiguous");
-    }
-    check_storage(*tensor, name);
-  }
+  const bool by_class = has_classes(trainer.loss, a.target);
+  const int64_t target_dim = by_class ? 1 : 2;
+  check_rows(a.x, 2, stacked, "x");
+  check_rows(a.target, target_dim, stacked, "target");
   std::vector<Tensor> first_weights, first_biases;
   Tensor first_x, first_target;
   const std::vector<Tensor>& weights =
@@ -258,9 +276,13 @@ int64_t checked_train(const Trainer& trainer, const Arguments& a) {
   const std::vector<Tensor>& biases =
       first_of_all(trainer.biases, 1, stacked, "biases", first_biases);
   const Tensor& x = first_of(a.x, 2, first_x);
-  const Tensor& target = first_of(a.target, 2, first_target);
+  const Tensor& target = first_of(a.target, target_dim, first_target);
   check_layers(x, weights, biases);
-  check_output_like("target", target, x, weights);
+  check_target(target, x, weights, trainer.loss);
+  if (by_class) {
+    Tensor holder;
+    check_classes(flat(a.target, holder), x, weights);
+  }
   check_order(a, stacked, x.size(0));
   const std::vector<Group> groups = parse_groups(trainer, a);
   const std::size_t layers = weights.size();
@@ -291,9 +313,9 @@ int64_t checked_train(const Trainer& trainer, const Arguments& a) {
           x, weights, biases, trainer.output_activation, activate<T>, operands),
       networks,
       a.x.dim() == 3 ? a.x.strides()[0] : 0,
-      a.target.dim() == 3 ? a.target.strides()[0] : 0,
+      a.target.dim() > target_dim ? a.target.strides()[0] : 0,
       0,
-      matrix<const T>(target),
+      operands.target(target),
       trainer.loss,
       nullptr,
       x.size(0),

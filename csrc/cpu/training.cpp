@@ -27,11 +27,16 @@ class Trainee {
         flags_("0") {
     const std::size_t layers = network_.layers.size();
     network_.x.data += e * training.x_step;
-    target_.data += e * training.target_step;
+    move(target_.values, e * training.target_step);
+    move(target_.classes, e * training.target_step);
     if (training.order) {
       order_ = training.order + e * training.order_step;
       gathered_x_ = memory(training.batch * network_.x.cols);
-      gathered_target_ = memory(training.batch * target_.cols);
+      if (target_.classes.data) {
+        gathered_classes_.resize(training.batch);
+      } else {
+        gathered_target_ = memory(training.batch * target_.values.cols);
+      }
     }
     std::vector<T*>* const gradients[] = {
         &pass_.grad_weights, &pass_.grad_biases};
@@ -66,9 +71,7 @@ class Trainee {
   // Trains with a batch. Returns whether its gradients are finite.
   bool run(int64_t batch, int64_t batches_before, T* loss) {
     take_rows(batch % training_.batches_per_epoch());
-    pass_.loss = loss;
-    pass_.loss_scale =
-        loss_scale(training_.loss, pass_.target.rows * pass_.target.cols);
+    set_loss(pass_, training_.loss, pass_.target, loss);
     run_backward(network_, pass_);
     const double clipping = clipping_factor();
     bool is_finite = true;
@@ -98,7 +101,16 @@ class Trainee {
       return;
     }
     network_.x = gathered(x_of_all(), begin, rows, gathered_x_);
-    pass_.target = gathered(target_, begin, rows, gathered_target_);
+    pass_.target = target_.classes.data
+        ? Target<
+              T>{{}, gathered(target_.classes, begin, rows, gathered_classes_.data())}
+        : Target<T>{
+              gathered(target_.values, begin, rows, gathered_target_), {}};
+  }
+
+  template <typename E>
+  static void move(Matrix<const E>& m, int64_t elements) {
+    m.data += m.data ? elements : 0;
   }
 
   Matrix<const T> x_of_all() const {
@@ -107,15 +119,16 @@ class Trainee {
     return x;
   }
 
-  Matrix<const T> gathered(
-      Matrix<const T> from,
+  template <typename E>
+  Matrix<const E> gathered(
+      Matrix<const E> from,
       int64_t begin,
       int64_t rows,
-      T* to) const {
+      E* to) const {
     for (int64_t i = 0; i < rows; ++i) {
       std::copy_n(from.row(order_[begin + i]), from.cols, to + i * from.cols);
     }
-    return contiguous<const T>(to, rows, from.cols);
+    return contiguous<const E>(to, rows, from.cols);
   }
 
   // The factor of torch.nn.utils.clip_grad_norm_.
@@ -239,13 +252,14 @@ class Trainee {
   const Training<T>& training_;
   const int64_t e_; // which network it is
   Network<T> network_; // with the x of a batch
-  Matrix<const T> target_; // of all rows
+  Target<T> target_; // of all rows
   const int64_t* order_ = nullptr;
   std::string flags_;
   BackwardPass<T> pass_{Needs{}};
   std::vector<Gradient> trained_;
   std::vector<AlignedMemory> memory_;
   T *gathered_x_ = nullptr, *gathered_target_ = nullptr;
+  std::vector<int64_t> gathered_classes_;
   BiasCorrection correction_;
 };
 

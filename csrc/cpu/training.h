@@ -51,7 +51,7 @@ struct Training {
   // networks; 0 if all networks share them.
   int64_t x_step, target_step, order_step;
 
-  Matrix<const T> target; // (rows, out), contiguous
+  Target<T> target; // of all rows
   Loss loss;
 
   // The rows in the order of training, (order_size); null for all rows in

@@ -100,6 +100,18 @@ struct Kernels {
   // These return whether the gradient is finite.
   bool (*sgd)(const SgdArgs<C>&);
   bool (*adam)(const AdamArgs<C>&);
+  // exps(i, j) = exp(y(i, j) - largest[i]), where largest[i] is the largest
+  // element of row i, and sums[i] the sum of its exps. All rows are contiguous.
+  // exps may be y.
+  void (*softmax)(Matrix<C> exps, Matrix<const C> y, C* largest, double* sums);
+  // gradient = scale * (sigmoid(y) - target). Returns the sum of the binary
+  // cross entropies, -target log(sigmoid(y)) - (1 - target) log(sigmoid(-y)).
+  double (*bce_with_logits)(
+      C* gradient,
+      const C* y,
+      const C* target,
+      int64_t count,
+      C scale);
 };
 
 // Kernels for a 16-bit format, bfloat16 or float16. Rounding is to the nearest,

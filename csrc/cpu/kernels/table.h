@@ -6,6 +6,7 @@
 #include "dots.h"
 #include "gemm.h"
 #include "pack.h"
+#include "softmax.h"
 #include "update.h"
 
 namespace relu_mlp::cpu::RELU_MLP_ISA {
@@ -27,7 +28,9 @@ constexpr Kernels<C> kernels = {
     bias_relu<C>,
     mask<C>,
     sgd<C>,
-    adam<C>};
+    adam<C>,
+    softmax<C>,
+    bce_with_logits<C>};
 
 constexpr Kernels16 bfloat16 = {
     widen_bfloat16, round_to_bfloat16, relu<0x7f80>, mask<0x7f80>,
