@@ -124,6 +124,17 @@ class Trainer:
             and self.update.is_current()
         )
 
+    @staticmethod
+    def check(x: Tensor, network: Network) -> None:
+        """Raises Unknown where the operators can't train the network with x."""
+        if x.dtype not in (torch.float32, torch.float64) or not x.is_cpu:
+            raise Unknown(f"x is {x.dtype} on {x.device}, and not float32 or float64 on the CPU")
+        if implementation_for(x) is not extension:
+            raise Unknown("the extension is not used")
+        for parameter in network.present:
+            if not parameter.is_contiguous() or not parameter.is_cpu:
+                raise Unknown("a parameter is not contiguous in the CPU's memory")
+
     def is_unchanged(self, net: nn.Module, x: Tensor, target: Tensor) -> bool:
         """Whether the native node sees that all is as it was, in less time than `network_for`."""
         return (
@@ -157,13 +168,6 @@ class Trainer:
         Returns:
             The first step whose gradients are not finite, or -1.
         """
-        if x.dtype not in (torch.float32, torch.float64) or not x.is_cpu:
-            raise Unknown(f"x is {x.dtype} on {x.device}, and not float32 or float64 on the CPU")
-        if implementation_for(x) is not extension:
-            raise Unknown("the extension is not used")
-        for parameter in self.present:
-            if not parameter.is_contiguous():
-                raise Unknown("a parameter is not contiguous")
         hyperparameters = self.update.hyperparameters()
         with below_autograd():
             bad: int = _train(

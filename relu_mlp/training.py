@@ -255,6 +255,7 @@ class TrainingStep:
         network = network_for(self.net, x, target)
         if isinstance(network, str):
             raise Unknown(network)
+        Trainer.check(x, network)
         if trainer is None or not trainer.is_for(network):
             trainer = self._trainer = Trainer(network, self.loss, self.optimizer)
         return trainer

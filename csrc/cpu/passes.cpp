@@ -45,55 +45,65 @@ void check_sizes(const Network<T>& network) {
   }
 }
 
-// Calls f<L>(plan) with the class that does the products of the plan.
+// Calls f<L>() with the class that does the products of the plan.
 template <typename T, typename F>
-void with_layers(const Network<T>& network, const F& f) {
-  check_sizes(network);
-  const Plan plan = make_plan(call_of(network));
+void with_layers(const Plan& plan, const F& f) {
   switch (plan.layers) {
     case LayersKind::packed:
-      return f.template operator()<PackedLayers<T>>(plan);
+      return f.template operator()<PackedLayers<T>>();
     case LayersKind::library:
-      return f.template operator()<LibraryLayers<T>>(plan);
+      return f.template operator()<LibraryLayers<T>>();
     case LayersKind::bf16:
       if constexpr (std::is_same_v<T, BFloat16>) {
-        f.template operator()<Bf16Layers<float>>(plan);
+        f.template operator()<Bf16Layers<float>>();
       }
       return;
     case LayersKind::bf16_one_block:
       if constexpr (std::is_same_v<T, BFloat16>) {
-        f.template operator()<Bf16Layers<BFloat16>>(plan);
+        f.template operator()<Bf16Layers<BFloat16>>();
       }
       return;
   }
 }
+
+} // namespace
+
+template <typename T>
+Plan plan_of(const Network<T>& network) {
+  check_sizes(network);
+  return make_plan(call_of(network));
+}
+
+template <typename T>
+void run_backward(
+    const Network<T>& network,
+    const Plan& plan,
+    const BackwardPass<T>& pass) {
+  with_layers<T>(
+      plan, [&]<typename L>() { walk_backward<L>(network, plan, pass); });
+}
+
+namespace {
 
 template <typename T>
 void run_forward(
     const Network<T>& network,
     const std::vector<T*>& hidden,
     T* y) {
-  with_layers(network, [&]<typename L>(const Plan& plan) {
-    walk_forward<L>(network, plan, hidden, y);
-  });
+  const Plan plan = plan_of(network);
+  with_layers<T>(
+      plan, [&]<typename L>() { walk_forward<L>(network, plan, hidden, y); });
 }
-
-} // namespace
 
 template <typename T>
 void run_backward(const Network<T>& network, const BackwardPass<T>& pass) {
-  with_layers(network, [&]<typename L>(const Plan& plan) {
-    walk_backward<L>(network, plan, pass);
-  });
+  run_backward(network, plan_of(network), pass);
 }
-
-namespace {
 
 template <typename T>
 void run_vjp(const Network<T>& network, const VjpPass<T>& pass) {
-  with_layers(network, [&]<typename L>(const Plan& plan) {
-    walk_vjp<L>(network, plan, pass);
-  });
+  const Plan plan = plan_of(network);
+  with_layers<T>(plan, [&]<typename L>() { walk_vjp<L>(network, plan, pass); });
 }
 
 template <typename T>
@@ -131,6 +141,17 @@ class CpuDevice {
 };
 
 } // namespace
+
+template Plan plan_of(const Network<float>&);
+template Plan plan_of(const Network<double>&);
+template void run_backward(
+    const Network<float>&,
+    const Plan&,
+    const BackwardPass<float>&);
+template void run_backward(
+    const Network<double>&,
+    const Plan&,
+    const BackwardPass<double>&);
 
 constinit const Passes passes = passes_of<CpuDevice>(/*checks_devices=*/false);
 

@@ -72,7 +72,11 @@ class Trainee {
   bool run(int64_t batch, int64_t batches_before, T* loss) {
     take_rows(batch % training_.batches_per_epoch());
     set_loss(pass_, training_.loss, pass_.target, loss);
-    run_backward(network_, pass_);
+    if (!plan_ || planned_rows_ != network_.x.rows) {
+      plan_ = plan_of(network_);
+      planned_rows_ = network_.x.rows;
+    }
+    run_backward(network_, *plan_, pass_);
     const double clipping = clipping_factor();
     bool is_finite = true;
     for (const auto& [parameter, gradient] : trained_) {
@@ -256,6 +260,8 @@ class Trainee {
   const int64_t* order_ = nullptr;
   std::string flags_;
   BackwardPass<T> pass_{Needs{}};
+  std::optional<Plan> plan_; // for this many rows
+  int64_t planned_rows_ = 0;
   std::vector<Gradient> trained_;
   std::vector<AlignedMemory> memory_;
   T *gathered_x_ = nullptr, *gathered_target_ = nullptr;
