@@ -7,6 +7,7 @@
 // declarations: `layout` has to be equal on both sides.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
@@ -32,6 +33,17 @@ struct DirectPasses {
 struct Direct {
   std::string (*layout)();
   void (*prefer_huge_pages)(void* data, int64_t bytes);
+  // One step of a trainer on all rows (cpu/train_operator.h). Deletes the
+  // handles.
+  void (*train)(
+      int64_t trainer,
+      AtenTensorHandle x,
+      AtenTensorHandle target,
+      AtenTensorHandle loss,
+      AtenTensorHandle order,
+      const std::vector<double>& hyperparameters,
+      double max_norm,
+      int64_t batch);
   DirectPasses<float> of_float;
   DirectPasses<double> of_double;
   DirectPasses<torch::headeronly::BFloat16> of_bfloat16;

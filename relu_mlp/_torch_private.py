@@ -803,7 +803,8 @@ GLOBAL_OPTIMIZER_HOOKS = [
     _find(f"torch.optim.optimizer._global_optimizer_{kind}_hooks", **_STEP_HOOKS)
     for kind in ("pre", "post")
 ]
-_OPTIMIZER_HOOKS = [
+#: Keys of the `__dict__` of an optimizer.
+OPTIMIZER_HOOKS = [
     name if _listed(f"torch.optim.SGD(...).{name}", **_STEP_HOOKS) else ""
     for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 ]
@@ -813,7 +814,7 @@ def has_optimizer_hooks(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a step of this optimizer runs hooks, or may run some."""
     state = vars(optimizer)
     return any(hooks is None or hooks for hooks in GLOBAL_OPTIMIZER_HOOKS) or any(
-        state.get(name, "unknown") for name in _OPTIMIZER_HOOKS
+        state.get(name, "unknown") for name in OPTIMIZER_HOOKS
     )
 
 

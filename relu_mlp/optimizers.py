@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from operator import is_, itemgetter
 from typing import Any
 
@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from ._torch_private import has_optimizer_hooks, is_step_replaced
+from ._torch_private import (
+    GLOBAL_OPTIMIZER_HOOKS,
+    OPTIMIZER_HOOKS,
+    has_optimizer_hooks,
+    is_step_replaced,
+)
 from .ops import NO_TENSOR
 
 
@@ -21,11 +26,19 @@ class Kind:
         self,
         name: str,
         hyperparameters: tuple[str, ...],
-        state_of: Callable[[Mapping[str, Any]], tuple[str, ...]],
+        state: tuple[str, ...],
+        flag: str,
+        state_if: str,
     ) -> None:
         self.name = name  #: the operators' name
+        self.hyperparameters = hyperparameters  #: keys of a group, in the operators' order
         self.read = itemgetter(*hyperparameters)
-        self.state_of = state_of  #: the names of a parameter's state, in the operators' order
+        #: The names of a parameter's state, in the operators' order, without and with a flag.
+        self.states = {False: state, True: (*state, state_if)}
+        self.flag = flag  #: the key of a group that says whether there is one more
+
+    def is_set(self, group: Mapping[str, Any]) -> bool:
+        return group[self.flag] != 0
 
     @staticmethod
     def numbers(values: Sequence[Any]) -> list[float]:
@@ -36,19 +49,12 @@ class Kind:
         return flat + [0.0] * (8 - len(flat))
 
 
-def _state_of_sgd(group: Mapping[str, Any]) -> tuple[str, ...]:
-    return ("momentum_buffer",) if group["momentum"] != 0 else ()
-
-
-def _state_of_adam(group: Mapping[str, Any]) -> tuple[str, ...]:
-    names = ("exp_avg", "exp_avg_sq", "step")
-    return (*names, "max_exp_avg_sq") if group["amsgrad"] else names
-
-
 _ADAM = Kind(
     "adam",
     ("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "amsgrad", "maximize"),
-    _state_of_adam,
+    ("exp_avg", "exp_avg_sq", "step"),
+    flag="amsgrad",
+    state_if="max_exp_avg_sq",
 )
 
 #: By exact class, because a subclass may do anything.
@@ -56,11 +62,17 @@ KINDS: dict[type[Optimizer], Kind] = {
     SGD: Kind(
         "sgd",
         ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize"),
-        _state_of_sgd,
+        (),
+        flag="momentum",
+        state_if="momentum_buffer",
     ),
     Adam: _ADAM,
     AdamW: _ADAM,
 }
+
+
+#: Keys of a group, for what the operators can't do.
+OFF = ("differentiable", "capturable")
 
 
 class Unknown(Exception):
@@ -93,7 +105,7 @@ class Update:
         self._taken: list[tuple[Tensor, Mapping[str, Any], tuple[str, ...], list[Tensor]]] = []
         self._requires_grad = [p.requires_grad for p in parameters]
         self._members = [list(group["params"]) for group in optimizer.param_groups]
-        self._state_names = [self.kind.state_of(group) for group in optimizer.param_groups]
+        self._flags = [self.kind.is_set(group) for group in optimizer.param_groups]
         self._values: list[Any] = []
         self._hyperparameters: list[float] = []
         self._check_members()
@@ -118,7 +130,7 @@ class Update:
     def _take(self, n: int, parameter: Tensor) -> None:
         if self.groups[n] < 0:
             raise Unknown("a parameter of net is not the optimizer's")
-        names = self._state_names[self.groups[n]]
+        names = self.kind.states[self._flags[self.groups[n]]]
         if not names:
             return
         state = self.optimizer.state.get(parameter, {})
@@ -144,7 +156,7 @@ class Update:
             members, now = self._members[n], group["params"]
             if len(now) != len(members) or not all(map(is_, now, members)):
                 return False
-            if self.kind.state_of(group) != self._state_names[n]:
+            if self.kind.is_set(group) is not self._flags[n]:
                 return False
         if [parameter.requires_grad for parameter in self.parameters] != self._requires_grad:
             return False
@@ -167,7 +179,7 @@ class Update:
             raise Unknown("the optimizer's step was replaced")
         groups = self.optimizer.param_groups
         for group in groups:
-            if group["differentiable"] or group.get("capturable"):
+            if any(map(group.get, OFF)):
                 raise Unknown("the optimizer is differentiable or capturable")
         values = [self.kind.read(group) for group in groups]
         if values != self._values:
@@ -181,6 +193,25 @@ class Update:
             self._values = [] if tensors else values
             self._hyperparameters = numbers
         return self._hyperparameters
+
+    def for_node(self) -> dict[str, Any]:
+        """What `is_current` and `hyperparameters` look at, for csrc/autograd/training.cpp."""
+        return {
+            "optimizer_dict": vars(self.optimizer),
+            "groups": self.optimizer.param_groups,
+            "states": self.optimizer.state,
+            "requires_grad": self._requires_grad,
+            "members": self._members,
+            "flags": self._flags,
+            "flag": self.kind.flag,
+            "hyperparameters": self.kind.hyperparameters,
+            "off": OFF,
+            "hooks": OPTIMIZER_HOOKS,
+            "global_hooks": GLOBAL_OPTIMIZER_HOOKS,
+            "names": ("params", "param_groups", "state", "step"),
+            "taken": self._taken,
+            "changed": self.changed,
+        }
 
     def count(self) -> None:
         """Increments the version counters of all that a step has changed."""

@@ -31,6 +31,7 @@ from .run import find_run, is_patched
 
 _new_trainer = torch.ops.relu_mlp._new_trainer.default
 _delete_trainer = torch.ops.relu_mlp._delete_trainer.default
+train_step: Any = None if node is None else raising_index_error(node.train_step)
 _train = raising_index_error(call_of(torch.ops.relu_mlp._train.default))
 
 #: An order that stands for all rows, in place.
@@ -135,15 +136,18 @@ class Trainer:
             if not parameter.is_contiguous() or not parameter.is_cpu:
                 raise Unknown("a parameter is not contiguous in the CPU's memory")
 
-    def is_unchanged(self, net: nn.Module, x: Tensor, target: Tensor) -> bool:
-        """Whether the native node sees that all is as it was, in less time than `network_for`."""
-        return (
-            node is not None
-            and type(net) is ReluMLP
-            and not is_patched(vars(net))
-            and node.is_unchanged(net, self.parameters, self.network.activation, x, target)
-            and self.update.is_current()
-        )
+    def prepare_node(self, net: nn.Module) -> Any:
+        """What `node.train_step` takes for steps of this trainer; None without the node."""
+        if node is None or type(net) is not ReluMLP:
+            return None
+        of_network = {
+            "module": net,
+            "type": ReluMLP,
+            "activation": self.network.activation,
+            "number": self.number,
+            "parameters": self.parameters,
+        }
+        return node.new_step({**of_network, **self.update.for_node()})
 
     def train(
         self,

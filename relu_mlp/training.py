@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from . import checks
 from .functional import Loss, converted_target, loss_and_grads
 from .ops import NO_TENSOR
 from .optimizers import Unknown
-from .trainer import Network, Trainer, network_for
+from .trainer import Network, Trainer, network_for, train_step
 
 #: What a loss is in a loop of one's own.
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -102,10 +103,11 @@ class TrainingStep:
         self.optimizer = optimizer
         self.max_norm = max_norm
         self._trainer: Trainer | None = None
+        self._step: Any = None  # the trainer as the native node knows it
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy finds its own parameters.
-        return {**self.__dict__, "_trainer": None}
+        return {**self.__dict__, "_trainer": None, "_step": None}
 
     # -- One step ----------------------------------------------------------------------------
 
@@ -122,6 +124,11 @@ class TrainingStep:
         Raises:
             RuntimeError: as `loss_and_grads`, before anything is changed.
         """
+        if self._step is not None:
+            loss = train_step(self._step, x, target, self.max_norm or math.inf)
+            if loss is not NotImplemented:
+                self.reason = None
+                return loss
         try:
             trainer = self._trainer_for(x, target)
             loss = x.new_empty(())
@@ -250,14 +257,13 @@ class TrainingStep:
 
     def _trainer_for(self, x: Tensor, target: Tensor) -> Trainer:
         trainer = self._trainer
-        if trainer is not None and trainer.is_unchanged(self.net, x, target):
-            return trainer
         network = network_for(self.net, x, target)
         if isinstance(network, str):
             raise Unknown(network)
         Trainer.check(x, network)
         if trainer is None or not trainer.is_for(network):
             trainer = self._trainer = Trainer(network, self.loss, self.optimizer)
+            self._step = trainer.prepare_node(self.net)
         return trainer
 
     def _matrices(self, network: Network, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

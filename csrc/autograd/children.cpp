@@ -403,6 +403,11 @@ PyObject* children_of(PyObject* module) {
 
 } // namespace
 
+bool is_module_unchanged(PyObject* module) {
+  const Dict own(module);
+  return known && own.dict && is_unchanged(own.dict);
+}
+
 std::optional<Call> network_of_children(PyObject* module) {
   PyObject* children = known ? children_of(module) : nullptr;
   if (!children) {

@@ -15,6 +15,9 @@ namespace relu_mlp::node {
 // entry is missing.
 bool set_known(PyObject* known);
 
+// Whether a module has no hooks and no attribute that changes a call of it.
+bool is_module_unchanged(PyObject* module);
+
 // The weights, biases and activation of a module whose children are Linear,
 // ReLU, ..., Linear and perhaps an output activation, and were not changed in
 // any way; std::nullopt where Python has to look closer. Under a transform the

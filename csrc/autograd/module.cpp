@@ -15,6 +15,7 @@
 #include "nodes.h"
 #include "operators.h"
 #include "python.h"
+#include "training.h"
 
 namespace relu_mlp::node {
 namespace {
@@ -163,60 +164,6 @@ PyObject* call_function(
   call.activation = PyUnicode_AsUTF8(arguments[3]);
   call.recompute = PyObject_IsTrue(arguments[4]) == 1;
   return run_without_gil(call);
-  END_HANDLE_TH_ERRORS
-}
-
-// Whether a parameter has a hook that a backward pass would call.
-bool has_hook(const at::Tensor& parameter) {
-  using namespace torch::autograd;
-  return impl::get_autograd_meta(parameter) &&
-      (!impl::hooks(parameter).empty() || impl::post_acc_grad_hooks(parameter));
-}
-
-// is_unchanged(module, parameters, activation, x, target): whether a ReluMLP is
-// still the network of these weights and biases, without hooks, and whether
-// TrainingStep may train it with x and target (trainer.py). If false, Python
-// looks closer.
-PyObject* is_unchanged(
-    PyObject*,
-    PyObject* const* arguments,
-    Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  if (count != 5 || !may_serve() || is_under_a_transform()) {
-    Py_RETURN_FALSE;
-  }
-  for (Py_ssize_t n = 3; n < 5; ++n) {
-    const at::Tensor* tensor = plain_tensor(arguments[n]);
-    if (!tensor || !tensor->is_cpu() || tensor->requires_grad() ||
-        (tensor->scalar_type() != at::kFloat &&
-         tensor->scalar_type() != at::kDouble)) {
-      Py_RETURN_FALSE;
-    }
-  }
-  std::vector<at::Tensor> expected;
-  const std::optional<Call> call = network_of_children(arguments[0]);
-  if (!call || !plain_tensors(arguments[1], expected) ||
-      call->activation != PyUnicode_AsUTF8(arguments[2]) ||
-      expected.size() != 2 * call->weights.size()) {
-    Py_RETURN_FALSE;
-  }
-  const std::size_t layers = call->weights.size();
-  for (std::size_t n = 0; n < 2 * layers; ++n) {
-    const at::Tensor& parameter = expected[n];
-    if (n >= layers && call->biases.empty()) {
-      if (parameter.numel() > 0) {
-        Py_RETURN_FALSE;
-      }
-      continue;
-    }
-    const at::Tensor& found =
-        n < layers ? call->weights[n] : call->biases[n - layers];
-    if ((!found.is_same(parameter) && found.numel() + parameter.numel() > 0) ||
-        !parameter.is_contiguous() || has_hook(parameter)) {
-      Py_RETURN_FALSE;
-    }
-  }
-  Py_RETURN_TRUE;
   END_HANDLE_TH_ERRORS
 }
 
@@ -413,8 +360,9 @@ PyMethodDef methods[] = {
     {"relu_mlp",
      reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call_function)),
      METH_FASTCALL, nullptr},
-    {"is_unchanged",
-     reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(is_unchanged)),
+    {"new_step", new_step, METH_O, nullptr},
+    {"train_step",
+     reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(train_step)),
      METH_FASTCALL, nullptr},
     {"enable", enable, METH_O, nullptr},
     {nullptr, nullptr, 0, nullptr}};

@@ -9,6 +9,7 @@
 #include "huge_pages.h"
 #include "library_layers.h"
 #include "packed_layers.h"
+#include "train_operator.h"
 #include "walk.h"
 
 namespace relu_mlp::cpu {
@@ -161,9 +162,10 @@ template <typename T>
 constexpr DirectPasses<T> direct_passes{
     cpu::activate<T>, run_forward<T>, run_backward<T>, run_vjp<T>};
 
-constexpr Direct direct{direct_layout,           prefer_huge_pages,
-                        direct_passes<float>,    direct_passes<double>,
-                        direct_passes<BFloat16>, direct_passes<Half>};
+constexpr Direct direct{
+    direct_layout,        prefer_huge_pages,     train_once,
+    direct_passes<float>, direct_passes<double>, direct_passes<BFloat16>,
+    direct_passes<Half>};
 
 } // namespace
 } // namespace relu_mlp::cpu

@@ -432,6 +432,20 @@ int64_t run_trainer(
 
 } // namespace
 
+void train_once(
+    int64_t trainer,
+    AtenTensorHandle x,
+    AtenTensorHandle target,
+    AtenTensorHandle loss,
+    AtenTensorHandle order,
+    const std::vector<double>& hyperparameters,
+    double max_norm,
+    int64_t batch) {
+  run_trainer(
+      trainer, Tensor(x), Tensor(target), Tensor(loss), Tensor(order),
+      hyperparameters, {}, max_norm, batch, 0, 1);
+}
+
 void define_training(torch::stable::detail::StableLibrary& m) {
   m.def(
       "_new_trainer(Tensor[] weights, Tensor[] biases, Tensor[] state, "

@@ -5,10 +5,23 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <vector>
+
 namespace relu_mlp::cpu {
 
 void define_training(torch::stable::detail::StableLibrary& m);
 void register_training(torch::stable::detail::StableLibrary& m); // for tensors
 void register_delete_trainer(torch::stable::detail::StableLibrary& m);
+
+// For direct.h.
+void train_once(
+    int64_t trainer,
+    AtenTensorHandle x,
+    AtenTensorHandle target,
+    AtenTensorHandle loss,
+    AtenTensorHandle order,
+    const std::vector<double>& hyperparameters,
+    double max_norm,
+    int64_t batch);
 
 } // namespace relu_mlp::cpu
