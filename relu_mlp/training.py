@@ -104,6 +104,7 @@ class TrainingStep:
         self.max_norm = max_norm
         self._trainer: Trainer | None = None
         self._step: Any = None  # the trainer as the native node knows it
+        self._seconds_of_a_row = math.inf  # measured in the last call
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy finds its own parameters.
@@ -216,12 +217,14 @@ class TrainingStep:
     ) -> Tensor:
         """The losses of `total` steps. Without a batch size, each takes all rows of x."""
         losses: Tensor | None = x.new_empty(0) if total == 0 else None
-        done, at_once, first_bad = 0, 1, -1
+        done, first_bad = 0, -1
+        rows_of_step = batch_size or max(1, len(x))
         while done < total:
             began = time.perf_counter()
             try:
                 trainer = self._trainer_for(x, target)
                 losses = x.new_empty(total) if losses is None else losses
+                at_once = max(1, int(SECONDS_OF_A_CALL / (self._seconds_of_a_row * rows_of_step)))
                 part = losses[done : done + at_once]
                 bad = trainer.train(
                     *self._matrices(trainer.network, x, target),
@@ -240,10 +243,10 @@ class TrainingStep:
                 part = losses[done : done + 1]
                 part[0] = loss
                 bad = -1 if loss.isfinite() else done
-            took = max(time.perf_counter() - began, 1e-6)
+            took = time.perf_counter() - began
+            self._seconds_of_a_row = max(took, 1e-6) / (len(part) * rows_of_step)
             first_bad = bad if first_bad < 0 else first_bad
             done += len(part)
-            at_once = max(1, min(16 * at_once, int(len(part) * SECONDS_OF_A_CALL / took)))
             if progress is not None:
                 progress(done, total)
         if first_bad >= 0:

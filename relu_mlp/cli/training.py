@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..functional import Loss
+from ..training import TrainingStep
 from . import Problem
 from .checkpoint import Checkpoint, fingerprint, make_network
 from .encoding import Encoding
@@ -56,6 +59,11 @@ class Training:
         chosen = {name: settings[name] for name in ("lr", "weight_decay")}
         options = options | {name: value for name, value in chosen.items() if value is not None}
         self.optimizer = kind(self.master_weights or parameters, **options)
+        loss: Loss = "mse" if task.classes is None else "cross_entropy"
+        #: Trains the parameters themselves.
+        self.training_step = (
+            None if self.master_weights else TrainingStep(self.net, loss, self.optimizer)
+        )
         self.history: list[dict[str, float]] = []
         self.best_epoch = 0  #: that with the lowest validation loss
         self.best_model: dict[str, Tensor] = {}  #: its state_dict
@@ -118,6 +126,16 @@ class Training:
         return 0 < self.settings["patience"] <= self.epoch - self.best_epoch
 
     def train_one_epoch(self) -> None:
+        if self.training_step is not None:
+            x, targets = self.train
+            if self.task.classes is None:
+                targets = targets.to(x.dtype)
+            with warnings.catch_warnings():  # the loss after the epoch shows a divergence
+                warnings.simplefilter("ignore", RuntimeWarning)
+                self.training_step.epoch(
+                    x, targets, self.settings["batch_size"], generator=self.generator
+                )
+            return
         order = torch.randperm(len(self.train.x), generator=self.generator)
         for rows in order.to(self.device).split(self.settings["batch_size"]):
             self.net.zero_grad()
@@ -126,7 +144,7 @@ class Training:
 
     @torch.no_grad()
     def step(self) -> None:
-        """A step of the optimizer. For a 16-bit network it updates the float32 copies."""
+        """A step of the optimizer on the float32 copies of a 16-bit network."""
         for master, parameter in zip(self.master_weights, self.net.parameters(), strict=False):
             assert parameter.grad is not None
             master.grad = parameter.grad.float()
