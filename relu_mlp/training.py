@@ -98,10 +98,10 @@ class TrainingStep:
         own = {id(p) for p in net.parameters()}
         if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
             raise ValueError("optimizer must have parameters of net, got none of them")
-        self.net = net
-        self.loss: Loss = loss
-        self.optimizer = optimizer
-        self.max_norm = max_norm
+        self._net = net
+        self._loss: Loss = loss
+        self._optimizer = optimizer
+        self._max_norm = max_norm
         self._trainer: Trainer | None = None
         self._step: Any = None  # the trainer as the native node knows it
         self._seconds_of_a_row = math.inf  # measured in the last call
@@ -109,6 +109,10 @@ class TrainingStep:
     def __getstate__(self) -> dict[str, Any]:
         # A copy finds its own parameters.
         return {**self.__dict__, "_trainer": None, "_step": None}
+
+    def __repr__(self) -> str:
+        name = type(self._optimizer).__name__
+        return f"TrainingStep({type(self._net).__name__}, {self._loss!r}, {name})"
 
     # -- One step ----------------------------------------------------------------------------
 
@@ -126,7 +130,7 @@ class TrainingStep:
             RuntimeError: as `loss_and_grads`, before anything is changed.
         """
         if self._step is not None:
-            loss = train_step(self._step, x, target, self.max_norm or math.inf)
+            loss = train_step(self._step, x, target, self._max_norm or math.inf)
             if loss is not NotImplemented:
                 self.reason = None
                 return loss
@@ -134,7 +138,7 @@ class TrainingStep:
             trainer = self._trainer_for(x, target)
             loss = x.new_empty(())
             trainer.train(
-                *self._matrices(trainer.network, x, target), loss, 0, None, None, self.max_norm
+                *self._matrices(trainer.network, x, target), loss, 0, None, None, self._max_norm
             )
         except Unknown as reason:
             self.reason = str(reason)
@@ -232,7 +236,7 @@ class TrainingStep:
                     done,
                     batch_size,
                     order,
-                    self.max_norm,
+                    self._max_norm,
                 )
                 self.reason = None
             except Unknown as reason:
@@ -260,50 +264,50 @@ class TrainingStep:
 
     def _trainer_for(self, x: Tensor, target: Tensor) -> Trainer:
         trainer = self._trainer
-        network = network_for(self.net, x, target)
+        network = network_for(self._net, x, target)
         if isinstance(network, str):
             raise Unknown(network)
         Trainer.check(x, network)
         if trainer is None or not trainer.is_for(network):
-            trainer = self._trainer = Trainer(network, self.loss, self.optimizer)
-            self._step = trainer.prepare_node(self.net)
+            trainer = self._trainer = Trainer(network, self._loss, self._optimizer)
+            self._step = trainer.prepare_node(self._net)
         return trainer
 
     def _matrices(self, network: Network, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """x and the target as the operator takes them."""
-        target = converted_target(self.loss, target, x)
-        has_classes = self.loss == "cross_entropy" and target.dtype is torch.int64
+        target = converted_target(self._loss, target, x)
+        has_classes = self._loss == "cross_entropy" and target.dtype is torch.int64
         out = network.weights[-1].shape[0]
         expected = x.shape[:-1] if has_classes else (*x.shape[:-1], out)
-        if target.shape != expected or (self.loss == "cross_entropy" and x.dim() > 2):
-            checks.check_target(target, x, network.weights, has_classes, self.loss)
+        if target.shape != expected or (self._loss == "cross_entropy" and x.dim() > 2):
+            checks.check_target(target, x, network.weights, has_classes, self._loss)
         return as_matrix(x), target.reshape(-1) if has_classes else as_matrix(target)
 
     # -- Without the operator ----------------------------------------------------------------
 
     def _one_by_one(self, x: Tensor, target: Tensor) -> Tensor:
         """A step with the optimizer's own `step`. Without a network, autograd differentiates."""
-        network = network_for(self.net, x, target)
+        network = network_for(self._net, x, target)
         if isinstance(network, str):
             with torch.enable_grad():
-                y = self.net(x)
-                if self.loss != "cross_entropy" and target.shape != y.shape:
+                y = self._net(x)
+                if self._loss != "cross_entropy" and target.shape != y.shape:
                     raise RuntimeError(
                         f"target must have the output's shape {tuple(y.shape)}, "
                         f"got {tuple(target.shape)}"
                     )
-                loss = LOSSES[self.loss](y, target)
-            self.optimizer.zero_grad()
+                loss = LOSSES[self._loss](y, target)
+            self._optimizer.zero_grad()
             loss.backward()
         else:
             loss, *grads = self._gradients(network, x, target)
-            self.optimizer.zero_grad()
+            self._optimizer.zero_grad()
             for parameter, grad in zip(network.present, grads, strict=True):
                 parameter.grad = grad if parameter.requires_grad else None
-        if self.max_norm is not None:
-            nn.utils.clip_grad_norm_(self.net.parameters(), self.max_norm)
-        self.optimizer.step()
-        for parameter in self.net.parameters():
+        if self._max_norm is not None:
+            nn.utils.clip_grad_norm_(self._net.parameters(), self._max_norm)
+        self._optimizer.step()
+        for parameter in self._net.parameters():
             parameter.grad = None
         return loss.detach()
 
@@ -316,7 +320,7 @@ class TrainingStep:
             target,
             weights,
             given,
-            loss=self.loss,
+            loss=self._loss,
             output_activation=None if activation == "none" else activation,  # type: ignore[arg-type]
         )
         return [loss, *of_weights, *(grad for grad in of_biases or () if grad is not None)]
