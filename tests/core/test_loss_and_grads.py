@@ -453,7 +453,8 @@ def assert_as_natively(x, target, weights, biases, loss, rtol, activation=None):
     )
     native = named(by_autograd(x, target, weights, biases, loss, activation))
     for name, tensor in native.items():
-        size = tensor.nan_to_num(0, 0, 0).abs().max().item() if tensor.numel() else 0
+        # At least 1, because p - 1 loses the digits that p has beyond those of 1.
+        size = max(1, tensor.nan_to_num(0, 0, 0).abs().max().item() if tensor.numel() else 0)
         torch.testing.assert_close(
             found[name],
             tensor,
@@ -507,9 +508,9 @@ def test_special_logits(backend, kind, dtype):
 
 
 def test_slope_of_l1_at_zero_and_at_nan(backend):
-    x = torch.tensor([[1.0, 2.0, float("nan"), 5.0]])
+    y = torch.tensor([1.0, 2.0, float("nan"), 5.0])
     target = torch.tensor([[1.0, 3.0, 0.0, 4.0]])
-    result = loss_and_grads(x, target, [torch.eye(4)], [torch.zeros(4)], loss="l1")
+    result = loss_and_grads(torch.ones(1, 1), target, [torch.zeros(4, 1)], [y], loss="l1")
     assert result.loss.isnan()
     assert torch.equal(result.biases[0], torch.tensor([0.0, -0.25, 0.0, 0.25]))
 
@@ -569,7 +570,7 @@ def test_memory_layouts_of_classes(backend, strange):
 @pytest.mark.parametrize("dtype", support.DTYPES, ids=str)
 def test_threads_and_blocks(kind, dtype):
     """Many rows, in many chunks; and rows so wide that a part of one fills a task."""
-    for sizes, rows in (([3, 8, 5], 5000), ([3, 2, 70_000], 3), ([2, 3], 70_000)):
+    for sizes, rows in (([3, 8, 5], 5000), ([3, 1, 70_000], 3), ([2, 3], 70_000)):
         x, target, weights, biases = case_of(kind, sizes, [rows], "all", dtype)
         with package.backend("extension"), threads(1):
             alone = named(loss_and_grads(x, target, weights, biases, loss=loss_of(kind)))
@@ -609,14 +610,15 @@ def test_exponentials_of_every_instruction_set(instruction_set, dtype):
         # The reference in float64 has errors of its own: of one unit, as torch.exp.
         exps = v.double().exp()
         expected = exps / exps.sum()
+        bound = (6 + count**0.5) * info.eps * expected + 2 * info.smallest_normal * info.eps
         expected[count // 2] -= 1
-        bound = (6 + count**0.5) * info.eps * expected.abs() + 2 * info.smallest_normal * info.eps
+        bound[count // 2] += info.eps
         Bounded(expected, bound).check(softmax, f"softmax of {count}")
-        expected = torch.sigmoid(signed.double()) / count
+        e = signed.double().abs().neg().exp()  # torch.sigmoid is 0 where its exp overflows
+        expected = torch.where(signed < 0, e, 1) / (1 + e) / count
         bound = 6 * info.eps * expected + 2 * info.smallest_normal * info.eps
         Bounded(expected, bound).check(sigmoid.biases[0], f"sigmoid of {count}")
-        terms = F.softplus(signed.double(), threshold=1e9)
-        value = terms.mean()
+        value = (signed.double().clamp(min=0) + e.log1p()).mean()
         bound = 6 * info.eps * value
         Bounded(value, bound).check(sigmoid.loss, f"loss of {count}")
 
