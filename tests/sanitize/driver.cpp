@@ -568,10 +568,12 @@ class Case {
     }
     const Placed<T> placed =
         by_loss ? Placed<T>(target, rows, out, 0) : place_grad();
-    (by_loss ? pass.target : pass.grad_output) = placed.matrix;
     Array<T> loss(1);
-    pass.loss_scale = 0.5;
-    pass.loss = by_loss ? loss.data : nullptr;
+    if (by_loss) {
+      set_loss(pass, Loss::half_sse, {placed.matrix, {}}, loss.data);
+    } else {
+      pass.grad_output = placed.matrix;
+    }
     Array<T> grad_x(int64_t(numbers_.x.size()));
     std::vector<Array<T>> weight_grads, bias_grads;
     pass.grad_x = needs.x() ? grad_x.data : nullptr;
