@@ -461,7 +461,7 @@ def assert_as_natively(x, target, weights, biases, loss, rtol, activation=None):
             rtol=rtol,
             atol=rtol * size,
             equal_nan=True,
-            msg=lambda m: f"{name}: {m}",
+            msg=lambda m, name=name: f"{name}: {m}",
         )
 
 

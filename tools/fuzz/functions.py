@@ -32,7 +32,6 @@ from .verdict import (
     unchanged,
 )
 
-
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sse": lambda y, target: (y - target).square().sum(),
     "half_sse": lambda y, target: (y - target).square().sum() / 2,
