@@ -10,18 +10,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Parameter
+from torch.nn import Linear, Parameter, ReLU
 from torch.optim import Optimizer
 
 from ._torch_private import children_of, get_parameter_hooks, is_step_replaced
-from .activations import ACTIVATION_NAMES, OutputActivation
+from .activations import ACTIVATION_NAMES, OUTPUT_ACTIVATIONS, OutputActivation
 from .functional import is_plain, relu_mlp
 from .modules import ReluMLP
 from .ops import NO_TENSOR
 from .run import Run, find_run, is_patched
 
-#: What a network can have for an output activation, by the operators' name.
-_OUTPUT_ACTIVATIONS: dict[str, Any] = {name: key for key, name in ACTIVATION_NAMES.items()}
+#: The names of output activations by the operators' names.
+_PUBLIC_NAMES: dict[str, Any] = {name: key for key, name in ACTIVATION_NAMES.items()}
 
 
 class StackedLinear(nn.Module):
@@ -34,12 +34,31 @@ class StackedLinear(nn.Module):
         self.bias: Parameter | None
         self.register_parameter("bias", None if bias is None else Parameter(bias))
 
+    def linear(self, index: int) -> Linear:
+        """The layer of one network, with copies of its parameters."""
+        _, out_features, in_features = self.weight.shape
+        linear: Linear = _Uninitialized(
+            in_features, out_features, self.bias is not None, device="meta"
+        )
+        linear.__class__ = Linear
+        for name, stacked in self.named_parameters():
+            values = stacked.detach()[index].clone(memory_format=torch.contiguous_format)
+            setattr(linear, name, Parameter(values, requires_grad=stacked.requires_grad))
+        return linear
+
     def extra_repr(self) -> str:
         networks, out_features, in_features = self.weight.shape
         return (
             f"networks={networks}, in_features={in_features}, out_features={out_features}, "
             f"bias={self.bias is not None}"
         )
+
+
+class _Uninitialized(Linear):
+    """A Linear that draws no random numbers."""
+
+    def reset_parameters(self) -> None:
+        pass
 
 
 class ReluMLPEnsemble(nn.Module):
@@ -148,7 +167,7 @@ class ReluMLPEnsemble(nn.Module):
 
     def _stack(self, runs: Sequence[Run]) -> None:
         """Adds stacked copies of the parameters of these networks, which have one shape."""
-        self.output_activation = _OUTPUT_ACTIVATIONS[runs[0].activation]
+        self.output_activation = _PUBLIC_NAMES[runs[0].activation]
         for layer, child in enumerate(runs[0].children[::2]):
             stacked: list[Tensor | None] = [None, None]
             for kind in range(2):
@@ -210,24 +229,14 @@ class ReluMLPEnsemble(nn.Module):
             raise TypeError(f"number must be an int, got {type(number).__name__}") from None
         if not -len(self) <= index < len(self):
             raise IndexError(f"number must be in [0, {len(self)}), got {index}")
-        layers = self._layers()
-        widths = [layer.weight.shape[1] for layer in layers]
-        # On the device "meta" no random numbers are drawn.
-        net = ReluMLP(
-            layers[0].weight.shape[2],
-            widths[:-1],
-            widths[-1],
-            output_activation=self.output_activation,
-            device="meta",
-        )
-        children = children_of(net)
-        for name, layer in children_of(self).items():
-            for kind, stacked in (("weight", layer.weight), ("bias", layer.bias)):
-                parameter = None
-                if stacked is not None:
-                    values = stacked.detach()[index].clone(memory_format=torch.contiguous_format)
-                    parameter = Parameter(values, requires_grad=stacked.requires_grad)
-                setattr(children[name], kind, parameter)
+        children: list[nn.Module] = []
+        for layer in self._layers():
+            children += [layer.linear(index), ReLU()]
+        children.pop()
+        children += [
+            kind() for kind, name in OUTPUT_ACTIVATIONS.items() if name == self.output_activation
+        ]
+        net = ReluMLP.from_sequential(nn.Sequential(*children))
         return net.train(self.training)
 
     def extra_repr(self) -> str:

@@ -17,6 +17,7 @@ from torch import nn
 import relu_mlp
 import support
 from relu_mlp import ReluMLP, ReluMLPEnsemble, TrainingStep
+from relu_mlp.training import LOSSES
 
 SETS = relu_mlp.build_info().supported_instruction_sets
 T = torch.ops.relu_mlp_testing
@@ -112,7 +113,7 @@ class Case:
         self.count = draw.choice([1, 2, 3, 5])
         self.sizes = [draw.choice([1, 2, 3, 8, 17, 33]) for _ in range(draw.choice([2, 3, 4]))]
         self.rows = draw.choice([1, 7, 20, 130])
-        self.loss = draw.choice(["sse", "half_sse", "mse"])
+        self.loss = draw.choice(list(LOSSES))
         self.make = OPTIMIZERS[draw.choice(names)]
         self.max_norm = draw.choice([None, 0.1, 1.0])
         self.lrs = draw.choice([None, [draw.uniform(0, 0.05) for _ in range(self.count)]])
@@ -127,6 +128,9 @@ class Case:
         own = (self.count,)
         self.x = data(self.rows, self.sizes, draw.choice([(), own]), dtype)[0]
         self.target = data(self.rows, self.sizes, draw.choice([(), own]), dtype)[1]
+        self.target_dim = 2
+        if self.loss == "cross_entropy" and draw.random() < 0.5:
+            self.target, self.target_dim = self.target.argmax(-1), 1
         self.orders = []
         for _ in range(3):
             n = draw.choice([self.rows, max(1, self.rows // 2)])
@@ -152,7 +156,7 @@ class Case:
                     group["lr"] = self.lrs[e]
             alone = TrainingStep(net, self.loss, own, max_norm=self.max_norm)
             orders = [of(order, e, 1) for order in self.orders]
-            parts = self.steps(alone, of(self.x, e, 2), of(self.target, e, 2), orders)
+            parts = self.steps(alone, of(self.x, e, 2), of(self.target, e, self.target_dim), orders)
             support.assert_same(losses[:, e], torch.cat(list(parts)), f"losses of network {e}")
             optimizers.append(own)
         assert_same_networks(ensemble, self.nets)
@@ -162,9 +166,10 @@ class Case:
 
 
 @pytest.mark.filterwarnings("ignore:the gradients are not finite")
+@pytest.mark.covering(strength=2)
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(20))
 def test_each_as_if_alone(backend, threads, seed, dtype, count):
     threads(count)
     reason = Case(seed, dtype).check()
@@ -173,6 +178,7 @@ def test_each_as_if_alone(backend, threads, seed, dtype, count):
 
 @pytest.mark.filterwarnings("ignore:the gradients are not finite")
 @pytest.mark.skipif(not SETS, reason="needs the extension")
+@pytest.mark.covering(strength=2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("seed", range(100, 106))
 def test_each_as_if_alone_on_every_instruction_set(instruction_set, threads, seed, dtype):
@@ -329,6 +335,30 @@ def test_parameter_groups_and_missing_biases(backend):
     for net in nets:
         TrainingStep(net, "mse", torch.optim.AdamW(groups(net), lr=0.1)).repeat(x, target, 4)
     assert_same_networks(ensemble, nets)
+
+
+@pytest.mark.parametrize("stacked", [(), (3,)], ids=["one target", "one for each"])
+def test_classes(backend, stacked):
+    """A target of class indices is (rows,), or (networks, rows)."""
+    x, target = data(9, stacked=stacked)
+    target = target.argmax(-1)
+    nets = networks()
+    ensemble = ReluMLPEnsemble.from_networks(nets)
+    step = TrainingStep(ensemble, "cross_entropy", torch.optim.SGD(ensemble.parameters(), lr=0.1))
+    losses = torch.cat([step.epoch(x, target, 4, shuffle=False), step(x, target)[None]])
+    for e, net in enumerate(nets):
+        alone = TrainingStep(net, "cross_entropy", torch.optim.SGD(net.parameters(), lr=0.1))
+        own = of(x, e, 2), of(target, e, 1)
+        expected = [*alone.epoch(*own, 4, shuffle=False), alone(*own)]
+        support.assert_same(losses[:, e], torch.stack(expected), f"network {e}")
+    assert_same_networks(ensemble, nets)
+    before = ReluMLPEnsemble.from_networks(nets)
+    with pytest.raises(RuntimeError, match=r"target must have shape \(rows\) or \(3, rows\)"):
+        step(x, target[..., None, None])
+    target[..., 3] = 2
+    with pytest.raises(IndexError, match="2"):
+        step(x, target)
+    assert_same_networks(before, nets)
 
 
 # -- Orders of rows ----------------------------------------------------------------------
@@ -657,27 +687,27 @@ def test_wrong_generators():
 
 
 def change_forward(step):
-    step.net.forward = lambda x: x
+    step._net.forward = lambda x: x
 
 
 def change_layer(step):
-    setattr(step.net, "0", nn.Linear(3, 4))
+    setattr(step._net, "0", nn.Linear(3, 4))
 
 
 def share(step):
-    getattr(step.net, "2").bias = getattr(step.net, "0").bias
+    getattr(step._net, "2").bias = getattr(step._net, "0").bias
 
 
 CHANGES = {
     "forward": (change_forward, "unchanged ReluMLPEnsemble"),
-    "a hook": (lambda s: s.net.register_forward_hook(print), "unchanged ReluMLPEnsemble"),
+    "a hook": (lambda s: s._net.register_forward_hook(print), "unchanged ReluMLPEnsemble"),
     "a layer": (change_layer, "replaced or patched layer 0"),
     "a hook of a parameter": (
-        lambda s: next(s.net.parameters()).register_hook(print),
+        lambda s: next(s._net.parameters()).register_hook(print),
         "without hooks",
     ),
     "a shared parameter": (share, "must not share parameters"),
-    "step": (lambda s: setattr(s.optimizer, "step", print), "optimizer must have its own step"),
+    "step": (lambda s: setattr(s._optimizer, "step", print), "optimizer must have its own step"),
 }
 
 
