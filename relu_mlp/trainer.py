@@ -20,6 +20,7 @@ from ._torch_private import (
     get_parameter_hooks,
     is_any_autocast_enabled,
 )
+from .ensemble import ReluMLPEnsemble, stacked_network_of
 from .functional import is_plain, is_served
 from .fusion.sequential import FusedSequential
 from .interception import are_layers_replaced
@@ -41,7 +42,7 @@ NO_HOOKS = (None, None)
 
 
 class Network(NamedTuple):
-    """The network of a module, as the operators take it."""
+    """The network of a module, as the operators take it; stacked networks of an ensemble."""
 
     weights: list[Tensor]
     biases: list[Tensor]  #: one for each weight; NO_TENSOR where one is missing
@@ -59,7 +60,13 @@ class Network(NamedTuple):
 
 
 def network_of(net: nn.Module) -> Network | None:
-    """The network that a module is, if it is one and nothing of it was changed."""
+    """The network that a module is, if it is one and nothing of it was changed.
+
+    Raises RuntimeError for an ensemble that was changed.
+    """
+    if isinstance(net, ReluMLPEnsemble):
+        stacked = stacked_network_of(net)
+        return None if are_layers_replaced() else Network(*stacked)
     kind: Any = type(net)
     if kind not in (ReluMLP, FusedSequential, nn.Sequential) or is_patched(vars(net)):
         return None
@@ -103,6 +110,8 @@ class Trainer:
         self.network = network
         self.parameters = network.parameters
         self.present = network.present
+        first = network.weights[0]
+        self.networks = len(first) if first.dim() == 3 else 1
         self.update = Update(optimizer, self.parameters)
         self.number: int = _new_trainer(
             network.weights,
@@ -158,16 +167,20 @@ class Trainer:
         batch_size: int | None,
         order: Tensor | None,
         max_norm: float | None,
+        lrs: list[float] | None,
     ) -> int:
         """Does the steps from the number `first` on, one for each of `losses`.
 
         Args:
-            x, target: matrices.
-            losses: (steps,), for the loss of each step; () for one step.
+            x, target: matrices, or for stacked networks also a matrix for each.
+            losses: (steps,), for the loss of each step; () for one step. For stacked networks there
+                is one more dimension, (networks,), at the end.
             first: the number of steps before, which says with which batch to go on.
             batch_size: the rows of a step; None for all.
-            order: the rows in the order of the steps; None for all rows in place.
+            order: the rows in the order of the steps, (n,) or (networks, n); None for all rows in
+                place.
             max_norm: the norm to which gradients are clipped; None for no clipping.
+            lrs: the learning rate of each of the stacked networks; None for those of the groups.
 
         Returns:
             The first step whose gradients are not finite, or -1.
@@ -181,11 +194,11 @@ class Trainer:
                 losses,
                 ROWS_IN_PLACE if order is None else order,
                 hyperparameters,
-                [],
+                lrs or [],
                 math.inf if max_norm is None else max_norm,
-                batch_size or max(1, len(x)),
+                batch_size or max(1, x.shape[-2]),
                 first,
-                first + losses.numel(),
+                first + losses.numel() // self.networks,
             )
         self.update.count()
         count_step(self.update.optimizer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import checks
+from ._torch_private import count_step
+from .ensemble import ReluMLPEnsemble, checked_rates, is_one_for_each, merge, split
 from .functional import Loss, converted_target, loss_and_grads
 from .ops import NO_TENSOR
 from .optimizers import Unknown
@@ -56,17 +58,27 @@ class TrainingStep:
     `optimizer.step()` where only the optimizer stands in the way; `reason` says why. The first
     step is one of these, because it is the optimizer that creates its state.
 
+    Of a `ReluMLPEnsemble` it trains each network as if it were alone, bit for bit. The operator
+    shares the networks out among threads. `x` and `target` then are (rows, features) for all
+    networks, or (networks, rows, features), and losses have one more dimension, (networks,), at
+    the end. State of the optimizer is stacked like the parameters.
+
     Args:
-        net: a `ReluMLP`, an `nn.Sequential` of Linear, ReLU, ..., Linear, or any other module.
+        net: a `ReluMLP`, an `nn.Sequential` of Linear, ReLU, ..., Linear, a `ReluMLPEnsemble`, or
+            any other module.
         loss: the name of a loss of `loss_and_grads`.
         optimizer: an optimizer of the parameters of `net`.
+        lr: a learning rate for each network of an ensemble, in place of those of the optimizer's
+            groups. The attribute `lr` may be changed at any time.
         max_norm: the norm to which gradients are clipped, as by
             `torch.nn.utils.clip_grad_norm_(net.parameters(), max_norm)`; None for no clipping.
+            Those of an ensemble are clipped network by network.
 
     Raises:
-        TypeError: if `net` is not a module or `optimizer` not an optimizer.
-        ValueError: if the loss is unknown, if `max_norm` is not positive, or if the optimizer has
-            no parameter of `net`.
+        TypeError: if `net` is not a module or `optimizer` not an optimizer, or if `lr` is given and
+            `net` is not an ensemble.
+        ValueError: if the loss is unknown, if `max_norm` is not positive, if `lr` has another
+            length or negative entries, or if the optimizer has no parameter of `net`.
 
     Example::
 
@@ -85,6 +97,7 @@ class TrainingStep:
         loss: Loss,
         optimizer: Optimizer,
         *,
+        lr: Sequence[float] | Tensor | None = None,
         max_norm: float | None = None,
     ) -> None:
         if not isinstance(net, nn.Module):
@@ -102,6 +115,8 @@ class TrainingStep:
         self._loss: Loss = loss
         self._optimizer = optimizer
         self._max_norm = max_norm
+        self._networks = len(net) if isinstance(net, ReluMLPEnsemble) else None
+        self.lr = lr
         self._trainer: Trainer | None = None
         self._step: Any = None  # the trainer as the native node knows it
         self._seconds_of_a_row = math.inf  # measured in the last call
@@ -114,6 +129,21 @@ class TrainingStep:
         name = type(self._optimizer).__name__
         return f"TrainingStep({type(self._net).__name__}, {self._loss!r}, {name})"
 
+    @property
+    def lr(self) -> tuple[float, ...] | None:
+        """The learning rate of each network of an ensemble; None for those of the groups."""
+        return None if self._lr is None else tuple(self._lr)
+
+    @lr.setter
+    def lr(self, lr: Sequence[float] | Tensor | None) -> None:
+        if lr is not None and self._networks is None:
+            raise TypeError("lr must be None unless net is a ReluMLPEnsemble")
+        self._lr = None if lr is None else checked_rates(lr, self._networks)
+
+    @property
+    def _loss_shape(self) -> tuple[int, ...]:
+        return () if self._networks is None else (self._networks,)
+
     # -- One step ----------------------------------------------------------------------------
 
     def __call__(self, x: Tensor, target: Tensor) -> Tensor:
@@ -124,7 +154,7 @@ class TrainingStep:
             target: as the loss takes it, for the output of `net`.
 
         Returns:
-            The loss, of shape (), in the dtype of x and without a graph.
+            The loss, of shape () or (networks,), in the dtype of x and without a graph.
 
         Raises:
             RuntimeError: as `loss_and_grads`, before anything is changed.
@@ -136,13 +166,12 @@ class TrainingStep:
                 return loss
         try:
             trainer = self._trainer_for(x, target)
-            loss = x.new_empty(())
-            trainer.train(
-                *self._matrices(trainer.network, x, target), loss, 0, None, None, self._max_norm
-            )
+            loss = x.new_empty(self._loss_shape)
+            operands = self._matrices(trainer.network, x, target)
+            trainer.train(*operands, loss, 0, None, None, self._max_norm, self._lr)
         except Unknown as reason:
             self.reason = str(reason)
-            return self._one_by_one(x, target)
+            return self._without_operator(x, target, None, None, 0)
         self.reason = None
         return loss
 
@@ -157,7 +186,7 @@ class TrainingStep:
             progress: called with the number of steps done and `times`, every 50 ms or so.
 
         Returns:
-            The losses before each step, of shape (times,).
+            The losses before each step, of shape (times,) or (times, networks).
 
         Raises:
             ValueError: if `times` is negative.
@@ -174,7 +203,8 @@ class TrainingStep:
         batch_size: int,
         *,
         shuffle: bool = True,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        order: Tensor | None = None,
         progress: Progress | None = None,
     ) -> Tensor:
         """One step for each batch of rows, until all rows were used once.
@@ -184,29 +214,58 @@ class TrainingStep:
         last batch may be smaller. It copies no more than the rows of one batch.
 
         Args:
-            x: (rows, in_features).
-            target: (rows, out_features).
+            x: (rows, in_features), or (networks, rows, in_features) for an ensemble.
+            target: (rows, out_features), or (networks, rows, out_features) for an ensemble.
             batch_size: the rows of a batch.
             shuffle: whether the rows come in a random order.
-            generator: the generator of that order; None for PyTorch's default.
+            generator: the generator of that order; None for PyTorch's default. An ensemble has one
+                order for all networks, or with a sequence of generators one for each.
+            order: the numbers of the rows to use, in their order, instead of `shuffle` and
+                `generator`: int64 of shape (n,), or (networks, n) for an ensemble. It may leave out
+                rows, as for folds of a cross-validation, and repeat some.
             progress: called with the number of batches done and their total, every 50 ms or so.
 
         Returns:
-            The losses of the batches, of shape (ceil(rows / batch_size),).
+            The losses of the batches, of shape (batches,) or (batches, networks). There are
+            ceil(rows / batch_size) batches, or ceil(n / batch_size).
 
         Raises:
-            ValueError: if `batch_size` is less than 1, or if `x` and `target` differ in length.
+            TypeError: if `order` is not a tensor, or if there are several generators for one
+                network.
+            ValueError: if `batch_size` is less than 1, if `x` and `target` differ in length, if
+                there is not one generator or order for each network, or if both are given.
+            IndexError: if `order` is not int64, or if a number in it is not that of a row.
             RuntimeError: as a call.
 
         Ctrl-C ends it between two batches. It warns of gradients that are not finite.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        if len(x) != len(target):
-            raise ValueError(f"target must have {len(x)} rows like x, got {len(target)}")
-        order = torch.randperm(len(x), generator=generator) if shuffle else None
-        batches = -(-len(x) // batch_size)
+        rows = self._count_rows("x", x)
+        if rows != self._count_rows("target", target):
+            raise ValueError(
+                f"target must have {rows} rows like x, got {self._count_rows('target', target)}"
+            )
+        if order is None:
+            order = random_order(rows, self._networks, generator) if shuffle else None
+        elif generator is not None:
+            raise ValueError("generator must be None if there is an order, got both")
+        else:
+            order = checked_order(order, rows, self._networks)
+        batches = -(-(rows if order is None else order.shape[-1]) // batch_size)
         return self._steps(x, target, order, batch_size, batches, progress)
+
+    def _count_rows(self, name: str, tensor: Tensor) -> int:
+        """The rows of x or target. Raises RuntimeError if they don't suit an ensemble."""
+        if self._networks is None:
+            return len(tensor)
+        dim = self._dim_of(name, tensor)
+        return tensor.shape[is_one_for_each(name, tensor, self._networks, dim)]
+
+    def _dim_of(self, name: str, tensor: Tensor) -> int:
+        """The number of dimensions of x or target of one network of an ensemble."""
+        is_class = name == "target" and self._loss == "cross_entropy"
+        return 1 if is_class and not tensor.is_floating_point() else 2
 
     # -- Many steps --------------------------------------------------------------------------
 
@@ -220,14 +279,15 @@ class TrainingStep:
         progress: Progress | None,
     ) -> Tensor:
         """The losses of `total` steps. Without a batch size, each takes all rows of x."""
-        losses: Tensor | None = x.new_empty(0) if total == 0 else None
+        shape = (total, *self._loss_shape)
+        losses: Tensor | None = x.new_empty(shape) if total == 0 else None
         done, first_bad = 0, -1
-        rows_of_step = batch_size or max(1, len(x))
+        rows_of_step = batch_size or max(1, self._count_rows("x", x))
         while done < total:
             began = time.perf_counter()
             try:
                 trainer = self._trainer_for(x, target)
-                losses = x.new_empty(total) if losses is None else losses
+                losses = x.new_empty(shape) if losses is None else losses
                 at_once = max(1, int(SECONDS_OF_A_CALL / (self._seconds_of_a_row * rows_of_step)))
                 part = losses[done : done + at_once]
                 bad = trainer.train(
@@ -237,16 +297,16 @@ class TrainingStep:
                     batch_size,
                     order,
                     self._max_norm,
+                    self._lr,
                 )
                 self.reason = None
             except Unknown as reason:
                 self.reason = str(reason)
-                rows = batch_of(len(x), order, batch_size, done) if batch_size else ...
-                loss = self._one_by_one(x[rows], target[rows])
-                losses = loss.new_empty(total) if losses is None else losses
+                loss = self._without_operator(x, target, order, batch_size, done)
+                losses = loss.new_empty(shape) if losses is None else losses
                 part = losses[done : done + 1]
                 part[0] = loss
-                bad = -1 if loss.isfinite() else done
+                bad = -1 if loss.isfinite().all() else done
             took = time.perf_counter() - began
             self._seconds_of_a_row = max(took, 1e-6) / (len(part) * rows_of_step)
             first_bad = bad if first_bad < 0 else first_bad
@@ -276,6 +336,10 @@ class TrainingStep:
     def _matrices(self, network: Network, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """x and the target as the operator takes them."""
         target = converted_target(self._loss, target, x)
+        if self._networks is not None:
+            self._count_rows("x", x)
+            self._count_rows("target", target)
+            return x.contiguous(), target.contiguous()
         has_classes = self._loss == "cross_entropy" and target.dtype is torch.int64
         out = network.weights[-1].shape[0]
         expected = x.shape[:-1] if has_classes else (*x.shape[:-1], out)
@@ -284,6 +348,35 @@ class TrainingStep:
         return as_matrix(x), target.reshape(-1) if has_classes else as_matrix(target)
 
     # -- Without the operator ----------------------------------------------------------------
+
+    def _without_operator(
+        self, x: Tensor, target: Tensor, order: Tensor | None, batch_size: int | None, step: int
+    ) -> Tensor:
+        """The step of a number, for the rows of its batch. Without a batch size, all rows."""
+        if self._networks is not None:
+            return self._each_alone(x, target, order, batch_size, step)
+        rows = batch_of(len(x), order, batch_size, step) if batch_size else ...
+        return self._one_by_one(x[rows], target[rows])
+
+    def _each_alone(
+        self, x: Tensor, target: Tensor, order: Tensor | None, batch_size: int | None, step: int
+    ) -> Tensor:
+        """A step of an ensemble: one of every network by itself. Returns the losses."""
+        assert isinstance(self._net, ReluMLPEnsemble)
+        rows = self._count_rows("x", x)
+        self._count_rows("target", target)
+        singles = split(self._net, self._optimizer, self._lr)
+        losses = []
+        for e, (net, optimizer) in enumerate(singles):
+            x_e = x[e] if x.dim() == 3 else x
+            target_e = target[e] if target.dim() > self._dim_of("target", target) else target
+            order_e = order[e] if order is not None and order.dim() == 2 else order
+            batch = batch_of(rows, order_e, batch_size, step) if batch_size else ...
+            alone = TrainingStep(net, self._loss, optimizer, max_norm=self._max_norm)
+            losses.append(alone(x_e[batch], target_e[batch]))
+        merge(self._net, self._optimizer, singles)
+        count_step(self._optimizer)
+        return torch.stack(losses)
 
     def _one_by_one(self, x: Tensor, target: Tensor) -> Tensor:
         """A step with the optimizer's own `step`. Without a network, autograd differentiates."""
@@ -335,7 +428,35 @@ def as_matrix(tensor: Tensor) -> Tensor:
 
 def batch_of(rows: int, order: Tensor | None, batch_size: int, step: int) -> Any:
     """The index of the rows of a step."""
-    batches = max(1, -(-rows // batch_size))
+    batches = max(1, -(-(rows if order is None else len(order)) // batch_size))
     begin = step % batches * batch_size
     part = slice(begin, begin + batch_size)
     return part if order is None else order[part]
+
+
+def random_order(
+    rows: int, networks: int | None, generator: torch.Generator | Sequence[torch.Generator] | None
+) -> Tensor:
+    """A random order of rows, (rows,), or with a sequence of generators (networks, rows)."""
+    if generator is None or isinstance(generator, torch.Generator):
+        return torch.randperm(rows, generator=generator)
+    if networks is None:
+        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+    if len(generator) != networks:
+        raise ValueError(f"generator must have {networks} generators, got {len(generator)}")
+    return torch.stack([torch.randperm(rows, generator=each) for each in generator])
+
+
+def checked_order(order: Tensor, rows: int, networks: int | None) -> Tensor:
+    """An order that a caller gave, contiguous."""
+    if not isinstance(order, Tensor):
+        raise TypeError(f"order must be a Tensor, got {type(order).__name__}")
+    if order.dim() != 1 and (networks is None or order.dim() != 2 or len(order) != networks):
+        expected = "(n,)" if networks is None else f"(n,) or ({networks}, n)"
+        raise ValueError(f"order must have shape {expected}, got {tuple(order.shape)}")
+    if order.dtype is not torch.int64:
+        raise IndexError(f"order must be int64, got {checks.name_of(order.dtype)}")
+    if order.numel() and not (order.min() >= 0 and order.max() < rows):
+        wrong = order[(order < 0) | (order >= rows)][0]
+        raise IndexError(f"order must have numbers of rows in [0, {rows}), got {wrong.item()}")
+    return order.contiguous()

@@ -269,6 +269,21 @@ class Trainee {
   BiasCorrection correction_;
 };
 
+// Whether PyTorch computes the products of a batch.
+template <typename T>
+bool needs_library(const Training<T>& training) {
+  const int64_t rows = std::min(training.batch, training.order_size),
+                rest = training.order_size % training.batch;
+  Network<T> network = training.network;
+  for (const int64_t of_batch : {rows, rest}) {
+    network.x.rows = of_batch;
+    if (of_batch > 0 && plan_of(network).layers == LayersKind::library) {
+      return true;
+    }
+  }
+  return false;
+}
+
 } // namespace
 
 template <typename T>
@@ -284,7 +299,11 @@ int64_t train(
     T* losses) {
   const int64_t networks = training.networks;
   std::vector<int64_t> not_finite(networks, -1);
-  parallel_for(networks, 1, [&](int64_t begin, int64_t end) {
+  // The bits of PyTorch's products depend on the number of threads, and inside
+  // of a parallel loop they have one. So with them, networks take turns.
+  const int64_t at_once =
+      networks > 1 && needs_library(training) ? networks : 1;
+  parallel_for(networks, at_once, [&](int64_t begin, int64_t end) {
     for (int64_t e = begin; e < end; ++e) {
       Trainee<T> trainee(training, e);
       for (int64_t b = first; b < last; ++b) {

@@ -72,7 +72,7 @@ FIGURES = {
 }
 
 # The files that a program writes without --out. The others write none.
-WRITTEN = {"levenberg_marquardt": ["demo/levenberg_marquardt.png"]}
+WRITTEN = {name: [f"demo/{name}.png"] for name in ("levenberg_marquardt", "sweep")}
 
 
 @pytest.mark.slow
@@ -389,3 +389,22 @@ def test_bounds_hold_and_are_no_wider_than_need_be(load, sizes, bias):
     }
     assert all(fraction < 1 for fraction in fractions.values()), fractions
     assert max(fractions.values()) > 1e-3, fractions
+
+
+def test_a_sweep_that_is_not_the_same_alone(load):
+    """The losses of one network, or a parameter of it, off by one bit."""
+    module = load("sweep", 0)
+    x, target = data = list(module.make_data(10))
+    module.RUNS, module.EPOCHS = module.RUNS[:3], 2
+    ensemble, losses = module.train_all(x, target)
+    module.check_alone(1, ensemble, losses, data)
+    wrong = losses.clone()
+    wrong[-1, 1] = wrong[-1, 1].nextafter(torch.tensor(torch.inf))
+    with pytest.raises(SystemExit, match="seed 1 has other losses"):
+        module.check_alone(1, ensemble, wrong, data)
+    with torch.no_grad():
+        bias = ensemble.get_parameter("4.bias")[1]
+        bias.copy_(bias.nextafter(torch.tensor(torch.inf)))
+    with pytest.raises(SystemExit, match="parameters"):
+        module.check_alone(1, ensemble, losses, data)
+    module.check_alone(2, ensemble, losses, data)
