@@ -4,10 +4,10 @@
     PYTHONPATH=. python benchmarks/training.py --table docs/training.md
 
 A step is the mean squared error, its gradients and Adam, in float32. Each candidate does `STEPS`
-steps in a call, and the candidates take turns in one process, in an order that rotates. A figure
-is the median over the rounds, in microseconds a step. A ratio is the median of the ratios round by
-round, with its 95 % confidence interval. "again" is a second copy of the baseline: its distance
-from 1 shows the noise.
+steps in a call, and the candidates take turns in one process, in an order drawn at random. A
+figure is the median over the rounds, in microseconds a step. A ratio is the median of the ratios
+round by round, with its 95 % confidence interval. "again" is a second copy of the baseline: its
+distance from 1 shows the noise.
 
 One step at a time, all candidates use the same rows. So do `repeat` and JAX's `scan`. In an epoch
 the rows of each step are gathered from a data set of `STEPS` batches, in a new random order, whose
@@ -26,7 +26,9 @@ import json
 import math
 import multiprocessing
 import os
+import random
 import statistics
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -42,7 +44,7 @@ from torch import Tensor, nn
 from relu_mlp import ReluMLP, TrainingStep, loss_and_grads
 from relu_mlp.cli.arguments import count
 from relu_mlp.cli.bench.candidates import Shape, name_of, parameters_of
-from relu_mlp.cli.bench.turns import machine, median_of_ratios, time_by_turns
+from relu_mlp.cli.bench.turns import machine, median_of_ratios
 
 #: Calls alone count at 64x3-2-1, and matrix products at 2048x64-64-64.
 SHAPES: list[Shape] = [
@@ -56,6 +58,9 @@ SHAPES: list[Shape] = [
 
 #: The steps of a call, and the batches of the data set.
 STEPS = 50
+
+#: A turn is one call, and more where calls are shorter than this.
+SHORTEST_TURN_S = 2e-3
 
 #: So small that timing changes nothing. With a usual learning rate thousands of steps on the same
 #: rows would fit them, the gradients would shrink to subnormal numbers, and arithmetic with these
@@ -405,12 +410,37 @@ def check_losses(name: str, candidates: dict[str, Steps]) -> None:
             raise RuntimeError(f"{name}: the losses differ: {of_kind}")
 
 
+def time_in_random_order(candidates: dict[str, Steps], rounds: int) -> dict[str, list[float]]:
+    """The seconds of a call of each candidate in each round.
+
+    In an order that rotates, a candidate always follows the same one. With that, one of two copies
+    of the baseline once took half of the other's time.
+    """
+    calls = {}
+    for name, steps in candidates.items():
+        steps()  # compiles, or creates the optimizer's state
+        begin = time.perf_counter()
+        steps()
+        calls[name] = math.ceil(SHORTEST_TURN_S / (time.perf_counter() - begin))
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    order = random.Random(0)
+    for _ in range(rounds):
+        for name in order.sample(list(candidates), len(candidates)):
+            steps = candidates[name]
+            steps()  # not counted: the caches hold what the candidate before has left
+            begin = time.perf_counter()
+            for _ in range(calls[name]):
+                steps()
+            times[name].append((time.perf_counter() - begin) / calls[name])
+    return times
+
+
 def measure(case: str, shape: Shape, threads: int, rounds: int) -> tuple[list[Figure], list[Ratio]]:
     _, make, comparisons = CASES[case]
     name = name_of(shape)
     check_losses(name, make(Problem.make(shape, LEARNING_RATE_OF_CHECK)))
     candidates = make(Problem.make(shape, LEARNING_RATE))
-    times = time_by_turns(candidates, rounds, turn_ms=5)
+    times = time_in_random_order(candidates, rounds)
     figures = [
         Figure(case, name, threads, candidate, round(statistics.median(of) / STEPS * 1e6, 2))
         for candidate, of in times.items()
