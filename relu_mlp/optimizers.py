@@ -52,6 +52,9 @@ def _adam_numbers(group: Mapping[str, Any]) -> list[float]:
     ]
 
 
+#: The dtypes of Adam's count of steps.
+STEP_DTYPES = (torch.float32, torch.float64)
+
 NUMBERS = {"sgd": _sgd_numbers, "adam": _adam_numbers}
 
 
@@ -115,6 +118,8 @@ def read_update(optimizer: Optimizer, parameters: Sequence[Tensor]) -> Update | 
             found = of_parameter.get(name)
             if type(found) is not Tensor:
                 return "the optimizer has no state yet"
+            if name == "step" and (found.dtype not in STEP_DTYPES or found.numel() != 1):
+                return "the optimizer's count of steps is not one number"
             if name != "step" and (
                 found.shape != parameter.shape
                 or found.dtype is not parameter.dtype

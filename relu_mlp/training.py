@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 import warnings
@@ -15,6 +16,9 @@ from torch.optim import Optimizer
 
 from . import checks, functional, interception
 from ._torch_private import (
+    FORWARD_AD,
+    LEVEL,
+    are_functorch_transforms_active,
     below_autograd,
     children_of,
     count_step,
@@ -23,7 +27,7 @@ from ._torch_private import (
 )
 from .functional import Loss, is_plain, is_served, loss_and_grads
 from .fusion.sequential import FusedSequential
-from .interception import are_layers_replaced
+from .interception import are_layers_replaced, dispatch_modes
 from .modules import ReluMLP
 from .ops import NO_TENSOR, extension, implementation_for
 from .optimizers import Update, increment_versions, read_update
@@ -88,7 +92,8 @@ class TrainingStep:
             `torch.nn.utils.clip_grad_norm_(net.parameters(), max_norm)`; None for no clipping.
 
     Raises:
-        TypeError: if `net` is not a module or `optimizer` not an optimizer.
+        TypeError: if `net` is not a module, or `optimizer` not an optimizer or one whose step
+            needs a closure, such as `torch.optim.LBFGS`.
         ValueError: if the loss is unknown, if `max_norm` is not positive, or if the optimizer has
             no parameter of `net`.
 
@@ -117,6 +122,11 @@ class TrainingStep:
             raise ValueError(f"loss must be {checks.listed(LOSSES)}, got {loss!r}")
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be an Optimizer, got {type(optimizer).__name__}")
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise TypeError(
+                f"optimizer must step without a closure, got {type(optimizer).__name__}"
+            )
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm must be positive, got {max_norm}")
         own = {id(p) for p in net.parameters()}
@@ -140,6 +150,7 @@ class TrainingStep:
             The loss, of shape (), in the dtype of x and without a graph.
 
         Raises:
+            TypeError: if x or the target is not a tensor.
             RuntimeError: as `loss_and_grads`, before anything is changed.
         """
         return self._steps(x, target, None, None, 1, None)[0]
@@ -218,12 +229,17 @@ class TrainingStep:
         progress: Progress | None,
     ) -> Tensor:
         """The losses of `total` steps. Without a batch size, each takes all rows of x."""
+        for name, tensor in (("x", x), ("target", target)):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
         losses: Tensor | None = x.new_empty(0) if total == 0 else None
         done, at_once, first_bad = 0, 1, -1
         while done < total:
             began = time.perf_counter()
             network = self._network(x, target)
             update = network if isinstance(network, str) else self._update(x, network)
+            if isinstance(update, Update) and batch_size is not None and x.dim() != 2:
+                update = "x has other than 2 dimensions"  # the operator's rows are of all but one
             if isinstance(network, Network) and isinstance(update, Update):
                 losses = x.new_empty(total) if losses is None else losses
                 part = losses[done : done + at_once]
@@ -244,7 +260,7 @@ class TrainingStep:
             at_once = max(1, min(16 * at_once, int(len(part) * SECONDS_OF_A_CALL / took)))
             if progress is not None:
                 progress(done, total)
-        if first_bad >= 0 and total > 1:
+        if first_bad >= 0 and (total > 1 or batch_size is not None):
             warnings.warn(
                 f"the gradients are not finite in step {first_bad} of {total}, counted from 0",
                 RuntimeWarning,
@@ -260,9 +276,13 @@ class TrainingStep:
             return "net is not an unchanged network of Linear and ReLU"
         if is_any_autocast_enabled() or not is_served(x) or not is_plain(target):
             return "autocast or a mode is active, or x or target is not an ordinary tensor"
+        if are_functorch_transforms_active() or FORWARD_AD[LEVEL] >= 0:
+            return "a transform of torch.func or forward-mode AD is active"
         if x.requires_grad or target.requires_grad:
             return "x or target requires a gradient"
         present = network.present
+        if not any(p.requires_grad for p in present):
+            return "no parameter requires a gradient"
         if len(set(map(id, present))) < len(present):
             return "two layers share a parameter"
         if any(get_parameter_hooks(p) != (None, None) for p in present):
@@ -275,6 +295,8 @@ class TrainingStep:
             return f"x is {x.dtype} on {x.device}, and not float32 or float64 on the CPU"
         if implementation_for(x) is not extension:
             return "the extension is not used"
+        if dispatch_modes():
+            return "a mode is active"
         if not all(p.is_contiguous() for p in network.present):
             return "a parameter is not contiguous"
         return read_update(self.optimizer, network.parameters)
@@ -297,7 +319,9 @@ class TrainingStep:
         Returns the first step whose gradients are not finite, or -1.
         """
         weights, biases, activation = network
-        if target.dtype is not x.dtype and not target.is_floating_point():
+        if target.dtype is not x.dtype and not (
+            target.is_floating_point() or target.is_complex()
+        ):
             target = target.to(x.dtype)
         check_shape(target, (*x.shape[:-1], weights[-1].shape[0]))
         x, target = as_matrix(x), as_matrix(target)
@@ -309,7 +333,7 @@ class TrainingStep:
                 biases,
                 update.state,
                 losses,
-                ROWS_IN_PLACE if order is None else order,
+                NO_TENSOR if order is None else order,
                 self.loss,
                 activation,
                 update.kind,
@@ -366,9 +390,6 @@ class TrainingStep:
 
 
 _train = torch.ops.relu_mlp._train.default
-
-#: An order that stands for all rows, in place.
-ROWS_IN_PLACE = torch.empty(0, dtype=torch.int64)
 
 
 def as_matrix(tensor: Tensor) -> Tensor:

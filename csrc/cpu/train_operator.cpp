@@ -24,11 +24,26 @@ struct Arguments {
 };
 
 // The networks are stacked if there is a dimension before those of a weight.
+// Returns 0 for a network that is not stacked.
 int64_t count_networks(const Arguments& a) {
   if (a.weights.empty()) {
     fail("weights must have at least one entry, got none");
   }
-  return a.weights[0].dim() == 3 ? a.weights[0].size(0) : 0;
+  const Tensor& first = a.weights[0];
+  if (first.dim() == 3 && first.size(0) == 0) {
+    fail("weights[0] must have at least one network, got ", shape(first));
+  }
+  return first.dim() == 3 ? first.size(0) : 0;
+}
+
+// Checks x or the target: (rows, features), or one such matrix per network.
+void check_rows(const Tensor& tensor, int64_t networks, const char* name) {
+  const int64_t dim = tensor.dim();
+  if (dim != 2 && (dim != 3 || tensor.size(0) != networks)) {
+    fail(
+        name, " must have shape (rows, features) or (", networks,
+        ", rows, features), got ", shape(tensor));
+  }
 }
 
 // The first of stacked tensors, as a view. `dim` is the number of dimensions of
@@ -52,6 +67,11 @@ void check_stack(
     std::size_t n) {
   if (!tensor.is_contiguous()) {
     fail(name, "[", n, "] must be contiguous");
+  }
+  if (networks == 0 && tensor.dim() != dim) {
+    fail(
+        name, "[", n, "] must have ", dim, " dimensions, got shape ",
+        shape(tensor));
   }
   if (networks > 0 && (tensor.dim() != dim + 1 || tensor.size(0) != networks)) {
     fail(
@@ -143,6 +163,7 @@ class States {
 
 // Adam's count of steps, a tensor of one element.
 double read_steps(const Tensor& tensor) {
+  check_storage(tensor, "a count of steps");
   if (tensor.numel() == 1 && tensor.dtype() == aoti_torch_dtype_float32()) {
     return *tensor.data<const float>();
   }
@@ -191,18 +212,15 @@ int64_t checked_train(const Arguments& a) {
       first_of_all(a.weights, 2, stacked, "weights");
   const std::vector<Tensor> biases =
       first_of_all(a.biases, 1, stacked, "biases");
+  check_rows(a.x, networks, "x");
+  check_rows(a.target, networks, "target");
   const Tensor x = first_of(a.x, 2), target = first_of(a.target, 2);
   check_layers(x, weights, biases);
   check_storage(a.x, "x");
   check_output_like("target", target, x, weights);
   check_storage(a.target, "target");
-  for (const auto& [name, tensor] :
-       {std::pair("x", &a.x), std::pair("target", &a.target)}) {
-    if (tensor->dim() == 3 && tensor->size(0) != networks) {
-      fail(
-          name, " must have size ", networks, " in the first dimension, got ",
-          shape(*tensor));
-    }
+  if (matrix<const T>(x).col_stride != 1 || !target.is_contiguous()) {
+    fail("the rows of x and the target must be contiguous");
   }
   check_order(a, stacked, x.size(0));
   const std::vector<Group> groups = parse_groups(a);
@@ -220,11 +238,14 @@ int64_t checked_train(const Arguments& a) {
   }
   const int64_t batches = a.last - a.first;
   check_like_x(a.losses, x, "losses");
-  if (!a.losses.is_contiguous() || a.losses.numel() != batches * networks) {
+  // The product of the two numbers could overflow.
+  if (!a.losses.is_contiguous() || a.losses.numel() % networks != 0 ||
+      a.losses.numel() / networks != batches) {
     fail(
-        "losses must be contiguous with ", batches * networks,
-        " elements, got shape ", shape(a.losses));
+        "losses must be contiguous with one element for each of ", batches,
+        " batches and ", networks, " networks, got shape ", shape(a.losses));
   }
+  check_storage(a.losses, "losses");
 
   Operands<T> operands(3 + 2 * layers, false);
   Training<T> training{
@@ -244,14 +265,14 @@ int64_t checked_train(const Arguments& a) {
       {},
       a.lrs,
       a.max_norm};
-  if (training.network.x.col_stride != 1 || !target.is_contiguous()) {
-    fail("the rows of x and the target must be contiguous");
-  }
   if (a.order.numel() > 0) {
     training.order = a.order.data<const int64_t>();
     training.order_size = a.order.size(a.order.dim() - 1);
     training.order_step = a.order.dim() == 2 ? training.order_size : 0;
   }
+  // A batch has memory of its own.
+  training.batch =
+      std::min(a.batch, std::max<int64_t>(1, training.order_size));
 
   States states(a.state);
   std::vector<std::pair<const Tensor*, double>> steps;
@@ -259,12 +280,14 @@ int64_t checked_train(const Arguments& a) {
     const bool is_weight = n < layers;
     const std::size_t l = is_weight ? n : n - layers;
     Trained<T> p{};
-    if (is_weight || training.network.layers[l].bias) {
+    const int64_t group = a.groups[n];
+    // A bias without elements may have a state nevertheless.
+    const bool exists = is_weight || training.network.layers[l].bias;
+    if (exists || (group >= 0 && !a.biases.empty())) {
       const Tensor& tensor = is_weight ? a.weights[l] : a.biases[l];
       check_storage(tensor, is_weight ? "weights[" : "biases[", l, "]");
       p.data = tensor.template data<T>();
       p.count = tensor.numel() / networks;
-      const int64_t group = a.groups[n];
       if (group >= int64_t(groups.size())) {
         fail("groups[", n, "] must be below ", groups.size(), ", got ", group);
       }
@@ -283,6 +306,9 @@ int64_t checked_train(const Arguments& a) {
           p.buffer = states.next_like<T>(tensor, x);
         }
       }
+    }
+    if (!exists) {
+      p = {};
     }
     (is_weight ? training.weights : training.biases).push_back(p);
   }
