@@ -6,7 +6,7 @@ import inspect
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -249,11 +249,11 @@ class TrainingStep:
                 assert isinstance(update, str)
                 self.reason = update
                 rows = batch_of(len(x), order, batch_size, done) if batch_size else ...
-                loss = self._one_by_one(network, x[rows], target[rows])
+                loss, is_finite = self._one_by_one(network, x[rows], target[rows])
                 losses = loss.new_empty(total) if losses is None else losses
                 part = losses[done : done + 1]
                 part[0] = loss
-                bad = -1 if loss.isfinite() else done
+                bad = -1 if is_finite else done
             took = max(time.perf_counter() - began, 1e-6)
             first_bad = bad if first_bad < 0 else first_bad
             done += len(part)
@@ -324,6 +324,8 @@ class TrainingStep:
         ):
             target = target.to(x.dtype)
         check_shape(target, (*x.shape[:-1], weights[-1].shape[0]))
+        if not target.is_cpu:
+            raise RuntimeError(f"target must be on {x.device} like x, got {target.device}")
         x, target = as_matrix(x), as_matrix(target)
         with below_autograd():
             bad = _train(
@@ -353,8 +355,13 @@ class TrainingStep:
 
     # -- Without the operator ----------------------------------------------------------------
 
-    def _one_by_one(self, network: Network | str, x: Tensor, target: Tensor) -> Tensor:
-        """A step with the optimizer's own `step`. Without a network, autograd differentiates."""
+    def _one_by_one(
+        self, network: Network | str, x: Tensor, target: Tensor
+    ) -> tuple[Tensor, bool]:
+        """A step with the optimizer's own `step`. Without a network, autograd differentiates.
+
+        Returns the loss, and whether the gradients are finite.
+        """
         if isinstance(network, str):
             with torch.enable_grad():
                 y = self.net(x)
@@ -367,12 +374,13 @@ class TrainingStep:
             self.optimizer.zero_grad()
             for parameter, grad in zip(network.present, grads, strict=True):
                 parameter.grad = grad if parameter.requires_grad else None
+        is_finite = are_finite(self.net.parameters())
         if self.max_norm is not None:
             nn.utils.clip_grad_norm_(self.net.parameters(), self.max_norm)
         self.optimizer.step()
         for parameter in self.net.parameters():
             parameter.grad = None
-        return loss.detach()
+        return loss.detach(), is_finite
 
     def _gradients(self, network: Network, x: Tensor, target: Tensor) -> list[Tensor]:
         """The loss, and the gradients of the parameters that are present."""
@@ -403,6 +411,12 @@ def batch_of(rows: int, order: Tensor | None, batch_size: int, step: int) -> Any
     begin = step % batches * batch_size
     part = slice(begin, begin + batch_size)
     return part if order is None else order[part]
+
+
+def are_finite(parameters: Iterable[Tensor]) -> bool:
+    """Whether the dense gradients of parameters are finite."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    return all(bool(g.isfinite().all()) for g in grads if g.layout is torch.strided)
 
 
 def check_shape(target: Tensor, shape: Sequence[int]) -> None:
