@@ -828,6 +828,7 @@ _PARAMETER_HOOKS = tuple(
     )
     is not None
 )
+#: The dicts of a parameter's hooks, or None for each. They may be empty.
 get_parameter_hooks: Callable[[Tensor], Any] = (
     attrgetter(*_PARAMETER_HOOKS) if len(_PARAMETER_HOOKS) == 2 else lambda parameter: ("unknown",)
 )

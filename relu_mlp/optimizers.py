@@ -84,12 +84,29 @@ def why_not(optimizer: Optimizer) -> str | None:
     return None
 
 
+def why_not_tensors(optimizer: Optimizer, dtype: torch.dtype) -> str | None:
+    """Why hyperparameters that are tensors can't be numbers in steps of this dtype; or None.
+
+    The optimizer computes with them in their own dtype.
+    """
+    for group in optimizer.param_groups:
+        if any(isinstance(beta, Tensor) for beta in group.get("betas", ())):
+            return "the betas are tensors"
+        for value in group.values():
+            if isinstance(value, Tensor) and value.dtype not in (torch.float64, dtype):
+                return "a hyperparameter is a tensor of another dtype"
+    return None
+
+
 def read_update(optimizer: Optimizer, parameters: Sequence[Tensor]) -> Update | str:
     """How the optimizer would update these parameters of a network, or why that can't be said.
 
     A parameter that is missing in the network is NO_TENSOR.
     """
     reason = why_not(optimizer)
+    if reason is not None:
+        return reason
+    reason = why_not_tensors(optimizer, parameters[0].dtype)
     if reason is not None:
         return reason
     kind = KINDS[type(optimizer)]
