@@ -171,7 +171,7 @@ def test_sgd_has_the_bits_of_the_optimizer(dtype):
 
     Both have the fused multiply-add, or neither has.
     """
-    if not support.contracts_like_pytorch():
+    if not training.contracts_like_pytorch():
         pytest.skip("one of the two has no fused multiply-add")
     for seed in range(60):
         r = random.Random(seed)

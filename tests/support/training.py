@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import relu_mlp
 from relu_mlp import TrainingStep, loss_and_grads
 
 LOSSES = {
@@ -62,6 +63,12 @@ def step_by_gradients(net, loss, optimizer, x, target, max_norm=None):
 
 
 MODULES = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh}
+
+
+def contracts_like_pytorch() -> bool:
+    """Whether PyTorch's kernels and the operator's use the same fused multiply-adds."""
+    has_fma = "AVX" in torch.backends.cpu.get_cpu_capability()
+    return has_fma and relu_mlp.build_info().instruction_set != "baseline"
 
 
 # -- Random steps --------------------------------------------------------------------------------
