@@ -67,8 +67,11 @@ def _names_of_state(kind: str, group: Mapping[str, Any]) -> tuple[str, ...]:
     return "exp_avg", "exp_avg_sq", "step"
 
 
-def why_not(optimizer: Optimizer) -> str | None:
-    """Why the operator can't do this optimizer's steps, whatever its state is; or None."""
+def why_not(optimizer: Optimizer, dtype: torch.dtype) -> str | None:
+    """Why the operator can't do this optimizer's steps, whatever its state is; or None.
+
+    `dtype` is that of the parameters.
+    """
     kind = type(optimizer)
     if kind not in KINDS:
         return f"the optimizer is a {kind.__name__}, and not SGD, Adam or AdamW"
@@ -79,22 +82,14 @@ def why_not(optimizer: Optimizer) -> str | None:
     for group in optimizer.param_groups:
         if group["differentiable"] or group.get("capturable"):
             return "the optimizer is differentiable or capturable"
-        if any(isinstance(value, Tensor) and value.requires_grad for value in group.values()):
-            return "a hyperparameter requires a gradient"
-    return None
-
-
-def why_not_tensors(optimizer: Optimizer, dtype: torch.dtype) -> str | None:
-    """Why hyperparameters that are tensors can't be numbers in steps of this dtype; or None.
-
-    The optimizer computes with them in their own dtype.
-    """
-    for group in optimizer.param_groups:
+        for value in group.values():
+            # The optimizer computes with a tensor in its own dtype.
+            if isinstance(value, Tensor) and (
+                value.requires_grad or value.dtype not in (torch.float64, dtype)
+            ):
+                return "a hyperparameter is a tensor that requires a gradient or has another dtype"
         if any(isinstance(beta, Tensor) for beta in group.get("betas", ())):
             return "the betas are tensors"
-        for value in group.values():
-            if isinstance(value, Tensor) and value.dtype not in (torch.float64, dtype):
-                return "a hyperparameter is a tensor of another dtype"
     return None
 
 
@@ -103,10 +98,7 @@ def read_update(optimizer: Optimizer, parameters: Sequence[Tensor]) -> Update | 
 
     A parameter that is missing in the network is NO_TENSOR.
     """
-    reason = why_not(optimizer)
-    if reason is not None:
-        return reason
-    reason = why_not_tensors(optimizer, parameters[0].dtype)
+    reason = why_not(optimizer, parameters[0].dtype)
     if reason is not None:
         return reason
     kind = KINDS[type(optimizer)]

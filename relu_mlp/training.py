@@ -232,6 +232,7 @@ class TrainingStep:
         for name, tensor in (("x", x), ("target", target)):
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+        warns = total > 1 or batch_size is not None
         losses: Tensor | None = x.new_empty(0) if total == 0 else None
         done, at_once, first_bad = 0, 1, -1
         while done < total:
@@ -249,7 +250,7 @@ class TrainingStep:
                 assert isinstance(update, str)
                 self.reason = update
                 rows = batch_of(len(x), order, batch_size, done) if batch_size else ...
-                loss, is_finite = self._one_by_one(network, x[rows], target[rows])
+                loss, is_finite = self._one_by_one(network, x[rows], target[rows], warns)
                 losses = loss.new_empty(total) if losses is None else losses
                 part = losses[done : done + 1]
                 part[0] = loss
@@ -260,7 +261,7 @@ class TrainingStep:
             at_once = max(1, min(16 * at_once, int(len(part) * SECONDS_OF_A_CALL / took)))
             if progress is not None:
                 progress(done, total)
-        if first_bad >= 0 and (total > 1 or batch_size is not None):
+        if first_bad >= 0 and warns:
             warnings.warn(
                 f"the gradients are not finite in step {first_bad} of {total}, counted from 0",
                 RuntimeWarning,
@@ -280,11 +281,17 @@ class TrainingStep:
             return "a transform of torch.func or forward-mode AD is active"
         if x.requires_grad or target.requires_grad:
             return "x or target requires a gradient"
+        if torch.is_anomaly_enabled():
+            return "autograd detects anomalies"
         present = network.present
         if not any(p.requires_grad for p in present):
             return "no parameter requires a gradient"
         if len(set(map(id, present))) < len(present):
             return "two layers share a parameter"
+        # The order of their updates would matter.
+        addresses = [address for p in present if (address := p.data_ptr())]
+        if len(set(addresses)) < len(addresses):
+            return "two parameters share their memory"
         if any(any(get_parameter_hooks(p)) for p in present):  # a copy has empty dicts of hooks
             return "a parameter has a hook"
         return network
@@ -297,7 +304,7 @@ class TrainingStep:
             return "the extension is not used"
         if dispatch_modes():
             return "a mode is active"
-        if not all(p.is_contiguous() for p in network.present):
+        if not all(p.is_contiguous() and not p.is_neg() for p in network.present):
             return "a parameter is not contiguous"
         return read_update(self.optimizer, network.parameters)
 
@@ -319,9 +326,7 @@ class TrainingStep:
         Returns the first step whose gradients are not finite, or -1.
         """
         weights, biases, activation = network
-        if target.dtype is not x.dtype and not (
-            target.is_floating_point() or target.is_complex()
-        ):
+        if target.dtype is not x.dtype and not (target.is_floating_point() or target.is_complex()):
             target = target.to(x.dtype)
         check_shape(target, (*x.shape[:-1], weights[-1].shape[0]))
         if not target.is_cpu:
@@ -356,11 +361,11 @@ class TrainingStep:
     # -- Without the operator ----------------------------------------------------------------
 
     def _one_by_one(
-        self, network: Network | str, x: Tensor, target: Tensor
+        self, network: Network | str, x: Tensor, target: Tensor, checks_gradients: bool
     ) -> tuple[Tensor, bool]:
         """A step with the optimizer's own `step`. Without a network, autograd differentiates.
 
-        Returns the loss, and whether the gradients are finite.
+        Returns the loss, and whether the gradients are finite as far as they were checked.
         """
         if isinstance(network, str):
             with torch.enable_grad():
@@ -374,7 +379,7 @@ class TrainingStep:
             self.optimizer.zero_grad()
             for parameter, grad in zip(network.present, grads, strict=True):
                 parameter.grad = grad if parameter.requires_grad else None
-        is_finite = are_finite(self.net.parameters())
+        is_finite = not checks_gradients or are_finite(self.net.parameters())
         if self.max_norm is not None:
             nn.utils.clip_grad_norm_(self.net.parameters(), self.max_norm)
         self.optimizer.step()

@@ -142,7 +142,7 @@ def test_rate_as_a_tensor(kind):
     twins.check()
     for optimizer in twins.both:
         optimizer.param_groups[0]["lr"] = torch.tensor(0.01)
-    twins.check("a hyperparameter is a tensor of another dtype")
+    twins.check("a tensor that requires a gradient or has another dtype")
 
 
 def test_betas_as_tensors():
@@ -175,7 +175,7 @@ def test_implementations_of_the_optimizer(kind, options):
 
 def test_a_rate_that_requires_a_gradient():
     rate = torch.tensor(0.03, requires_grad=True)
-    Twins("SGD", lr=rate).check("a hyperparameter requires a gradient")
+    Twins("SGD", lr=rate).check("a tensor that requires a gradient")
 
 
 def test_a_differentiable_optimizer():
@@ -418,6 +418,10 @@ def test_parameters_that_are_views(kind):
     for net in (twins.net, twins.twin):
         net[2].weight.data = net[2].weight.data.T.contiguous().T
     twins.check("a parameter is not contiguous")
+    for net in (twins.net, twins.twin):
+        net[2].weight.data = support.negated(net[2].weight.data)
+        assert net[2].weight.is_neg()
+    twins.check("a parameter is not contiguous")
 
 
 def test_layers_without_outputs():
@@ -440,6 +444,15 @@ def test_tied_layers():
     net[2].weight = net[0].weight
     for kind in KINDS:
         Twins(kind, copy.deepcopy(net)).check("two layers share a parameter")
+
+
+@every_kind
+def test_parameters_in_the_same_memory(kind):
+    """With a weight decay, the order of their updates matters."""
+    twins = Twins(kind, weight_decay=0.1)
+    for net in (twins.net, twins.twin):
+        net[0].bias.data = net[2].weight.data[0]
+    twins.check("two parameters share their memory")
 
 
 def test_an_input_in_the_memory_of_a_weight():

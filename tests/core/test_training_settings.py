@@ -121,6 +121,13 @@ def test_flops(backend):
     assert_close_to(step, others)
 
 
+def test_anomaly_detection(backend):
+    """It raises where the backward pass makes a NaN, before the parameters change."""
+    step, _, x, target = make()
+    with torch.autograd.set_detect_anomaly(True), pytest.warns(UserWarning, match="Error detected"):
+        unchanged(step, lambda: step(x, target * float("nan")))
+
+
 def test_a_default_device(backend):
     step, others, x, target = make()
     with torch.device("cpu"):
