@@ -113,7 +113,7 @@ class Update:
         self._requires_grad = [p.requires_grad for p in parameters]
         self._members = [list(group["params"]) for group in optimizer.param_groups]
         self._flags = [self.kind.is_set(group) for group in optimizer.param_groups]
-        self._values: list[Any] = []
+        self._last_values: list[Any] = []
         self._hyperparameters: list[float] = []
         self._check_members()
         for n, parameter in enumerate(parameters):
@@ -191,7 +191,7 @@ class Update:
             if any(map(group.get, OFF)):
                 raise Unknown("the optimizer is differentiable or capturable")
         values = [self.kind.read(group) for group in groups]
-        if values != self._values:
+        if values != self._last_values:
             tensors = [v for of_group in values for v in of_group if isinstance(v, Tensor)]
             for tensor in tensors:
                 # The optimizer computes with a tensor in its own dtype.
@@ -205,7 +205,7 @@ class Update:
             for of_group in values:
                 numbers += self.kind.numbers(of_group)
             # A tensor may change in place, so its number is read again in every call.
-            self._values = [] if tensors else values
+            self._last_values = [] if tensors else values
             self._hyperparameters = numbers
         return self._hyperparameters
 

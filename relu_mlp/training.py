@@ -137,6 +137,22 @@ class TrainingStep:
         return f"TrainingStep({type(self._net).__name__}, {self._loss!r}, {name})"
 
     @property
+    def net(self) -> nn.Module:
+        return self._net
+
+    @property
+    def loss(self) -> Loss:
+        return self._loss
+
+    @property
+    def optimizer(self) -> Optimizer:
+        return self._optimizer
+
+    @property
+    def max_norm(self) -> float | None:
+        return self._max_norm
+
+    @property
     def lr(self) -> tuple[float, ...] | None:
         """The learning rate of each network of an ensemble; None for those of the groups."""
         return None if self._lr is None else tuple(self._lr)
@@ -267,7 +283,7 @@ class TrainingStep:
     def _count_rows(self, name: str, tensor: Tensor) -> int:
         """The rows of x or target. Raises RuntimeError if they don't suit an ensemble."""
         if self._networks is None:
-            return len(tensor)
+            return len(tensor) if tensor.dim() else 1
         dim = self._dim_of(name, tensor)
         return tensor.shape[is_one_for_each(name, tensor, self._networks, dim)]
 
@@ -297,9 +313,9 @@ class TrainingStep:
         while done < total:
             began = time.perf_counter()
             try:
+                trainer = self._trainer_for(x, target)
                 if batch_size is not None and self._networks is None and x.dim() != 2:
                     raise Unknown("x is not a matrix")
-                trainer = self._trainer_for(x, target)
                 losses = x.new_empty(shape) if losses is None else losses
                 at_once = max(1, int(SECONDS_OF_A_CALL / (self._seconds_of_a_row * rows_of_step)))
                 part = losses[done : done + at_once]

@@ -1,4 +1,4 @@
-"""The operator `_train` and its kernels: sizes around a vector's, wrong arguments, memory."""
+"""The operators of `TrainingStep` and their kernels: sizes around a vector's, wrong arguments, memory."""
 
 import math
 import random
@@ -175,8 +175,18 @@ def arguments_of(optimizer="adam", dtype=torch.float32, networks=()):
     }
 
 
+#: What a trainer keeps. The others are arguments of every call.
+OF_TRAINER = ("weights", "biases", "state", "loss", "output_activation", "optimizer", "groups")
+
+
 def call(arguments):
-    return torch.ops.relu_mlp._train.default(*arguments.values())
+    operators = torch.ops.relu_mlp
+    trainer = operators._new_trainer(*[arguments[name] for name in OF_TRAINER])
+    try:
+        names = [name for name in arguments if name not in OF_TRAINER]
+        return operators._train(trainer, *[arguments[name] for name in names])
+    finally:
+        operators._delete_trainer(trainer)
 
 
 def tensors_of(arguments):
@@ -285,7 +295,7 @@ WRONG = {
     "state too short": {"state": lambda v: v[:-1]},
     "state too long": {"state": lambda v: [*v, v[0]]},
     "no state": {"state": []},
-    "loss": {"loss": "l1"},
+    "loss": {"loss": "l3"},
     "activation": {"output_activation": "gelu"},
     "optimizer": {"optimizer": "lbfgs"},
     "hyperparameters too few": {"hyperparameters": lambda v: v[:-1]},
@@ -345,7 +355,7 @@ def test_wrong_arguments(optimizer, networks, name):
 def test_messages_name_the_argument(optimizer, networks):
     for key, value, words in [
         ("x", torch.ones(6, 3).double(), "float64 like x"),
-        ("x", torch.ones(3), "x must have shape"),
+        ("x", torch.ones(3), "x must have 2 dimensions"),
         ("target", torch.ones(6, 1), "target must have the output's shape"),
         ("losses", torch.zeros(5), "losses must be contiguous with one element for each of 2"),
         ("order", torch.tensor([7]), r"numbers of rows in [0, 6), got 7"),
@@ -355,6 +365,19 @@ def test_messages_name_the_argument(optimizer, networks):
         ("optimizer", "x", "optimizer must be 'sgd' or 'adam', got 'x'"),
     ]:
         assert words in refuses({**arguments_of(optimizer, networks=networks), key: value})
+
+
+def test_a_trainer_that_is_not_there():
+    arguments = arguments_of()
+    numbers = [torch.ops.relu_mlp._new_trainer(*[arguments[n] for n in OF_TRAINER]) for _ in "ab"]
+    torch.ops.relu_mlp._delete_trainer(numbers[0])
+    torch.ops.relu_mlp._delete_trainer(numbers[0])  # it may be repeated
+    rest = [arguments[name] for name in arguments if name not in OF_TRAINER]
+    for number in (numbers[0], numbers[1] + 1000, -1, 0):
+        with pytest.raises(RuntimeError, match=f"there is no trainer {number}"):
+            torch.ops.relu_mlp._train(number, *rest)
+    assert torch.ops.relu_mlp._train(numbers[1], *rest) == -1
+    torch.ops.relu_mlp._delete_trainer(numbers[1])
 
 
 def test_untrained_parameters_have_no_state():
