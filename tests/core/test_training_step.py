@@ -549,7 +549,7 @@ def test_bad_arguments_of_the_constructor():
             TrainingStep(net_, "mse", optimizer)
     for loss in ("l3", None, ["mse"], nn.MSELoss()):
         with pytest.raises(
-            ValueError, match="loss must be .sse., .half_sse., .* or .cross_entropy., got"
+            ValueError, match=r"loss must be 'sse', .* or 'cross_entropy', got"
         ):
             TrainingStep(net, loss, sgd)
     for max_norm in (0, -1.0, float("nan")):

@@ -1,4 +1,4 @@
-"""The operators of `TrainingStep` and their kernels: sizes around a vector's, wrong arguments, memory."""
+"""The operators of `TrainingStep` and their kernels: sizes, wrong arguments, memory."""
 
 import math
 import random
