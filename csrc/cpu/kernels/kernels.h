@@ -38,6 +38,14 @@ struct ProductArgs {
   bool continues = false;
 };
 
+template <typename C>
+using ElementLoss = double (*)(
+    C* gradient,
+    const C* y,
+    const C* target,
+    int64_t count,
+    C scale);
+
 // Kernels that compute in C, float or double.
 template <typename C>
 struct Kernels {
@@ -63,6 +71,13 @@ struct Kernels {
   void (*bias_relu)(Matrix<C> z, const C* bias, bool relu);
   // delta = delta where a > 0 or is NaN, else 0, in place.
   void (*mask)(C* delta, const C* a, int64_t count);
+  // exps(i, j) = exp(y(i, j) - largest[i]), where largest[i] is the largest
+  // element of row i, and sums[i] the sum of its exps. All rows are contiguous.
+  // exps may be y.
+  void (*softmax)(Matrix<C> exps, Matrix<const C> y, C* largest, double* sums);
+  // The losses l1, huber and bce_with_logits: the gradient of scale * loss at y,
+  // and the sum of the loss, which is returned.
+  ElementLoss<C> l1, huber, bce_with_logits;
 };
 
 // Kernels for a 16-bit format, bfloat16 or float16. Rounding is to the nearest,

@@ -5,6 +5,7 @@
 #include "convert16.h"
 #include "dots.h"
 #include "gemm.h"
+#include "losses.h"
 #include "pack.h"
 
 namespace relu_mlp::cpu::RELU_MLP_ISA {
@@ -16,9 +17,19 @@ namespace {
 
 template <typename C>
 constexpr Kernels<C> kernels = {
-    lanes<C>, max_vectors* lanes<C>, max_rows(max_vectors), product<C>,
-    pack<C>,  linear_by_dots<C>,     column_sums<C>,        bias_relu<C>,
-    mask<C>};
+    lanes<C>,
+    max_vectors* lanes<C>,
+    max_rows(max_vectors),
+    product<C>,
+    pack<C>,
+    linear_by_dots<C>,
+    column_sums<C>,
+    bias_relu<C>,
+    mask<C>,
+    softmax<C>,
+    element_loss<AbsoluteError, C>,
+    element_loss<HuberError, C>,
+    element_loss<BinaryCrossEntropy, C>};
 
 constexpr Kernels16 bfloat16 = {
     widen_bfloat16, round_to_bfloat16, relu<0x7f80>, mask<0x7f80>,
