@@ -162,19 +162,25 @@ void loss_and_grads(StableIValue* stack) {
   const auto target = take<Tensor>(stack[1]);
   const auto weights = take<std::vector<Tensor>>(stack[2]);
   const auto biases = take<std::vector<Tensor>>(stack[3]);
-  const auto loss = take<std::string>(stack[4]);
+  const auto loss_name = take<std::string>(stack[4]);
   const auto output_activation = take<std::string>(stack[5]);
   check_layers(x, weights, biases);
-  check_output_like("target", target, x, weights);
+  const Loss loss = parse_loss(loss_name);
+  check_target(target, x, weights, loss);
+  const Activation activation = parse_activation(output_activation);
+  const bool by_class = has_classes(loss, target);
   if (passes.checks_devices) {
     check_devices(x, weights, biases);
     check_device(target, x, "target");
+  } else if (by_class) {
+    check_classes(target, x, weights);
   }
 
   Tensor x_holder, target_holder;
   LossAndGradients result = passes.loss_and_grads(
-      as_matrix(x, x_holder), as_matrix(target, target_holder), weights, biases,
-      parse_loss(loss), parse_activation(output_activation));
+      as_matrix(x, x_holder),
+      by_class ? target : as_matrix(target, target_holder), weights, biases,
+      loss, activation);
 
   std::vector<Tensor>& gradients = result.gradients;
   gradients.erase(gradients.begin()); // the gradient of x

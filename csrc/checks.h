@@ -218,6 +218,63 @@ inline void check_output_like(
   check_storage(tensor, name);
 }
 
+// Whether the target of a loss has a class for each row, and not values.
+inline bool has_classes(Loss loss, const Tensor& target) {
+  return loss == Loss::cross_entropy &&
+      target.dtype() == aoti_torch_dtype_int64();
+}
+
+inline void check_target(
+    const Tensor& target,
+    const Tensor& x,
+    const std::vector<Tensor>& weights,
+    Loss loss) {
+  if (loss == Loss::cross_entropy && x.dim() > 2) {
+    fail(
+        "x must have the shape (rows, in_features) or (in_features,) for cross "
+        "entropy, got ",
+        shape(x), ": flatten its leading dimensions, and those of target");
+  }
+  if (!has_classes(loss, target)) {
+    if (loss == Loss::cross_entropy && target.dtype() != x.dtype()) {
+      fail(
+          "target must be int64 for classes, or ", dtype_name(x),
+          " like x for probabilities, got ", dtype_name(target));
+    }
+    check_output_like("target", target, x, weights);
+    return;
+  }
+  const std::vector<int64_t> rows(x.sizes(), x.sizes() + x.dim() - 1);
+  if (target.dim() != x.dim() - 1 ||
+      !std::equal(rows.begin(), rows.end(), target.sizes())) {
+    fail(
+        "target must have the shape ", shape(rows),
+        " of x without its last dimension to hold classes, got ",
+        shape(target));
+  }
+  check_storage(target, "target");
+}
+
+// Rejects classes that are not columns of y. relu_mlp/ops/backend.py raises the
+// IndexError that PyTorch raises. The tensor is on the CPU.
+inline void check_classes(
+    const Tensor& target,
+    const Tensor& x,
+    const std::vector<Tensor>& weights) {
+  const int64_t rows = target.numel(), classes = weights.back().size(0);
+  const int64_t stride = target.dim() > 0 ? target.strides()[0] : 1;
+  const int64_t* const data = target.data<const int64_t>();
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t found = data[i * stride];
+    if ((found < 0 || found >= classes) && found != ignored_class) {
+      fail(
+          "target is out of bounds: a class must be at least 0 and less than ",
+          classes, ", or ", ignored_class, " to be ignored, got ", found,
+          x.dim() > 1 ? " in row " + std::to_string(i) : "");
+    }
+  }
+}
+
 // Checks an argument of backward_vjp that has a '0' or '1' for each of `count`
 // tensors.
 inline void check_flags(

@@ -11,6 +11,7 @@
 //   forward(network, hidden, y)
 //   backward(network, pass)
 //   has_vjp                     whether it has vjp(network, pass)
+//   serves(loss)                whether backward(network, pass) has this loss
 #pragma once
 
 #include "operands.h"
@@ -129,6 +130,12 @@ struct PassesOf {
       Loss loss,
       Activation output_activation) {
     return dispatch(x.dtype(), [&]<typename T>() {
+      if (!Device<T>::serves(loss)) {
+        fail(
+            "relu_mlp::loss_and_grads has no kernel for the loss '",
+            loss_names[int(loss)],
+            "' on this device. relu_mlp.loss_and_grads serves it.");
+      }
       Device<T> device(x);
       Operands<T> operands(2 + 2 * weights.size(), device.needs_contiguous);
       const Network<T> network = whole_network<T>(
@@ -136,10 +143,9 @@ struct PassesOf {
       const std::string flags = needs_of_loss(network);
       BackwardPass<T> pass{Needs{flags}};
       pass.recompute = true;
-      pass.target = operands.whole(target);
-      pass.loss_scale = loss_scale(loss, target.numel());
       LossAndGradients result{empty<0>({}, x), {}};
-      pass.loss = result.loss.template data<T>();
+      set_loss(
+          pass, loss, operands.target(target), result.loss.template data<T>());
       result.gradients = run(device, network, x, pass);
       return result;
     });

@@ -98,21 +98,22 @@ struct Needs {
   }
 };
 
-// loss_scale * sum (y - target)^2.
-enum class Loss { sse, half_sse, mse };
-inline constexpr std::string_view loss_names[] = {"sse", "half_sse", "mse"};
+// The losses. Each is a scale times a sum: over the elements of e = y - target,
+// or over the rows (network.h: loss_scale, cpu/losses.h).
+enum class Loss {
+  sse, // e^2, scale 1
+  half_sse, // e^2, scale 1/2
+  mse, // e^2, scale 1 / elements
+  l1, // |e|, scale 1 / elements
+  huber, // e^2 / 2 where |e| < 1, else |e| - 1/2; scale 1 / elements
+  bce_with_logits, // binary cross entropy of sigmoid(y), scale 1 / elements
+  cross_entropy, // cross entropy of softmax(y), scale 1 / rows with a class
+};
+inline constexpr std::string_view loss_names[] = {
+    "sse",   "half_sse",        "mse",          "l1",
+    "huber", "bce_with_logits", "cross_entropy"};
 
-// `count` is the number of elements of y.
-inline double loss_scale(Loss loss, int64_t count) {
-  switch (loss) {
-    case Loss::sse:
-      return 1.0;
-    case Loss::half_sse:
-      return 0.5;
-    case Loss::mse:
-      return 1.0 / double(count);
-  }
-  return 0.0; // not reached
-}
+// A row of this class has no cross entropy.
+inline constexpr int64_t ignored_class = -100;
 
 } // namespace relu_mlp

@@ -53,6 +53,24 @@ struct Network {
   }
 };
 
+// What a loss compares y with.
+template <typename T>
+struct Target {
+  // Of the shape of y, contiguous. For cross entropy these are probabilities,
+  // and `classes` may be given instead.
+  Matrix<const T> values = {};
+  // (rows, 1), contiguous: a class from 0 on, or ignored_class.
+  Matrix<const int64_t> classes = {};
+};
+
+template <typename T>
+Target<T> rows_of(const Target<T>& target, int64_t first, int64_t rows) {
+  const auto part = [&](const auto& m) {
+    return m.data ? rows_of(m, first, rows) : m;
+  };
+  return {part(target.values), part(target.classes)};
+}
+
 // The operands and results of a backward pass. An operand that `needs` does not
 // require has no data.
 template <typename T>
@@ -69,10 +87,12 @@ struct BackwardPass {
   // each, without data if it is 0, or none. CUDA's passes take none.
   std::vector<Matrix<const T>> grad_hidden = {};
 
-  // If `loss` is null: the gradient of y, of any strides. Otherwise: the
-  // contiguous target of *loss = loss_scale * sum (y - target)^2.
+  // If `loss` is null: the gradient of y, of any strides. Otherwise the pass
+  // writes the loss to *loss, and propagates its gradient. set_loss() sets these
+  // four members.
   Matrix<const T> grad_output = {};
-  Matrix<const T> target = {};
+  Loss kind_of_loss = Loss::sse;
+  Target<T> target = {};
   double loss_scale = 0;
   T* loss = nullptr;
 
@@ -84,6 +104,47 @@ struct BackwardPass {
     return loss || needs.reads_y(output_activation);
   }
 };
+
+// The factor of the sum in a loss of these rows. It is infinite for a mean over
+// nothing, which makes the loss NaN, as in PyTorch.
+template <typename T>
+double loss_scale(Loss loss, const Target<T>& target) {
+  const Matrix<const T>& values = target.values;
+  switch (loss) {
+    case Loss::sse:
+      return 1.0;
+    case Loss::half_sse:
+      return 0.5;
+    case Loss::mse:
+    case Loss::l1:
+    case Loss::huber:
+    case Loss::bce_with_logits:
+      return 1.0 / double(values.rows * values.cols);
+    case Loss::cross_entropy: {
+      if (!target.classes.data) {
+        return 1.0 / double(values.cols > 0 ? values.rows : 0);
+      }
+      const int64_t *begin = target.classes.data,
+                    *end = begin + target.classes.rows;
+      return 1.0 / double(end - begin - std::count(begin, end, ignored_class));
+    }
+  }
+  return 0.0; // not reached
+}
+
+// Makes a pass compute this loss of its rows at *result. A caller that trains
+// batch by batch calls it for every batch.
+template <typename T>
+void set_loss(
+    BackwardPass<T>& pass,
+    Loss loss,
+    const Target<T>& target,
+    T* result) {
+  pass.kind_of_loss = loss;
+  pass.target = target;
+  pass.loss_scale = loss_scale(loss, target);
+  pass.loss = result;
+}
 
 // The operands and results of the vector-Jacobian product of a backward pass.
 // relu_mlp/second_order.py has the formulas. The network has x and the weights

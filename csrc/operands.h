@@ -32,6 +32,14 @@ class Operands {
     const auto m = matrix<const T>(tensor);
     return m.col_stride == 1 ? m : whole(tensor);
   }
+  // The target of a loss: values, or a class for each row.
+  Target<T> target(const Tensor& tensor) {
+    if (tensor.dtype() != aoti_torch_dtype_int64()) {
+      return {whole(tensor), {}};
+    }
+    const Tensor& classes = as_contiguous(tensor, copies_.emplace_back());
+    return {{}, contiguous(classes.data<const int64_t>(), classes.numel(), 1)};
+  }
   // A weight or y.
   Matrix<const T> parameter(const Tensor& tensor) {
     return needs_contiguous_ ? whole(tensor) : rows(tensor);

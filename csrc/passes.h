@@ -1,7 +1,7 @@
 // The passes that every device implements: the whole forward pass, the whole
 // backward pass, and both with a loss in between. The operators check the
 // arguments before they call a pass. x, y, the gradient of y and the target are
-// matrices.
+// matrices, but classes are a target (rows), or () for one row.
 #pragma once
 
 #include <string>

@@ -125,6 +125,64 @@ def check_like_output(name: str, tensor: Tensor, x: Tensor, shape: torch.Size) -
     check_storage(name, tensor)
 
 
+def check_target(
+    target: Tensor, x: Tensor, weights: Sequence[Tensor], has_classes: bool, loss: str
+) -> None:
+    """Raises RuntimeError unless a loss can compare the network's output with `target`.
+
+    `has_classes` says whether it has a class for each row, and not values. A class that is no
+    column of y is an IndexError.
+    """
+    classes = weights[-1].shape[0]
+    if loss == "cross_entropy" and x.dim() > 2:
+        raise RuntimeError(
+            "x must have the shape (rows, in_features) or (in_features,) for cross entropy, got "
+            f"{tuple(x.shape)}: flatten its leading dimensions, and those of target"
+        )
+    if not has_classes:
+        if loss == "cross_entropy" and target.dtype != x.dtype:
+            raise RuntimeError(
+                f"target must be int64 for classes, or {name_of(x.dtype)} like x for "
+                f"probabilities, got {name_of(target.dtype)}"
+            )
+        check_like_output("target", target, x, torch.Size([*x.shape[:-1], classes]))
+        return
+    if target.shape != x.shape[:-1]:
+        raise RuntimeError(
+            f"target must have the shape {tuple(x.shape[:-1])} of x without its last dimension to "
+            f"hold classes, got {tuple(target.shape)}"
+        )
+    check_device("target", target, x)
+    check_storage("target", target)
+    check_classes(target, classes)
+
+
+#: How the message of an IndexError begins, here and in the library, whose errors are RuntimeErrors.
+OUT_OF_BOUNDS = "target is out of bounds"
+
+
+def check_classes(target: Tensor, classes: int) -> None:
+    """Raises IndexError for a class that is not a column of y, where its value can be read.
+
+    On a GPU that would wait for it. There PyTorch's own kernels find a class out of bounds.
+    """
+    if (
+        type(target) not in (Tensor, Parameter)
+        or target.device.type != "cpu"
+        or torch.compiler.is_compiling()
+        or get_tracing_state()
+    ):
+        return
+    is_bad = ((target < 0) | (target >= classes)) & (target != -100)
+    if is_bad.any():
+        row = int(is_bad.flatten().nonzero()[0])
+        raise IndexError(
+            f"{OUT_OF_BOUNDS}: a class must be at least 0 and less than {classes}, or -100 to be "
+            f"ignored, got {int(target.flatten()[row])}"
+            + (f" in row {row}" if target.dim() else "")
+        )
+
+
 def check_storage(name: str, tensor: Tensor) -> None:
     """Raises RuntimeError if the storage of an ordinary tensor lacks memory for its elements.
 

@@ -41,7 +41,7 @@ from .ops import (
     this_thread,
 )
 
-Loss = Literal["sse", "half_sse", "mse"]
+Loss = Literal["sse", "half_sse", "mse", "l1", "huber", "bce_with_logits", "cross_entropy"]
 
 if get_args(Loss) != tuple(reference.LOSSES):
     raise ImportError("Loss and reference.LOSSES must have the same names in the same order")
@@ -337,14 +337,26 @@ def loss_and_grads(
     graph. This is for training loops written by hand. With y = `relu_mlp(x, weights, biases)`, the
     loss is
 
-        ``"sse"``        the sum of (y - target)^2
-        ``"half_sse"``   half of that sum
-        ``"mse"``        the mean of (y - target)^2 over all elements
+        ``"sse"``              the sum of (y - target)^2
+        ``"half_sse"``         half of that sum
+        ``"mse"``              the mean of (y - target)^2 over all elements
+        ``"l1"``               the mean of |y - target|, `F.l1_loss`
+        ``"huber"``            the mean of (y - target)^2 / 2 where |y - target| < 1, and of
+                               |y - target| - 1/2 elsewhere: `F.huber_loss`
+        ``"bce_with_logits"``  `F.binary_cross_entropy_with_logits`: the mean of
+                               -target log(p) - (1 - target) log(1 - p) with p = sigmoid(y)
+        ``"cross_entropy"``    `F.cross_entropy`: the mean over the rows of -log(p) at the class of
+                               the row, with p = softmax(y)
+
+    On the CPU the outputs of all rows never exist at once, whatever the loss.
 
     Args:
-        x, weights, biases, output_activation: as in `relu_mlp`.
+        x, weights, biases, output_activation: as in `relu_mlp`. For cross entropy x is
+            (rows, in_features) or (in_features,).
         target: (*, out_features), the shape of y, with the dtype and device of x. Integers and
-            bools are converted to the dtype of x.
+            bools are converted to the dtype of x. For cross entropy such a target has
+            probabilities, and classes are int64 (or uint8) of shape (*): from 0 to
+            out_features - 1, or -100 for a row that is left out of the mean.
         loss: the name of the loss.
 
     Returns:
@@ -355,8 +367,10 @@ def loss_and_grads(
     Raises:
         TypeError: as in `relu_mlp`, or if `target` is not a tensor.
         ValueError: as in `relu_mlp`, or if the loss is unknown.
-        RuntimeError: as in `relu_mlp`; if `target` has another shape, dtype or device; or under
-            `torch.func` and forward-mode differentiation.
+        RuntimeError: as in `relu_mlp`; if `target` has another shape, dtype or device; if x has
+            more than two dimensions for cross entropy; or under `torch.func` and forward-mode
+            differentiation.
+        IndexError: for a class out of bounds on the CPU; on a GPU PyTorch's kernels report it.
     """
     if is_any_autocast_enabled():
         with disable_autocast():
@@ -370,7 +384,10 @@ def loss_and_grads(
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a Tensor, got {type(target).__name__}")
     refuse_transforms("loss_and_grads", x, target, weight_list, present)
-    if target.dtype is not x.dtype and not (target.is_floating_point() or target.is_complex()):
+    if loss == "cross_entropy":
+        if target.dtype is torch.uint8:  # PyTorch's other dtype of classes
+            target = target.long()
+    elif target.dtype is not x.dtype and not (target.is_floating_point() or target.is_complex()):
         target = target.to(x.dtype)
     biases = present if type(x) in PLAIN else stand_ins(present)
     with below_autograd():

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -41,19 +41,57 @@ from .activations import ACTIVATION_BACKWARDS as ACTIVATION_BACKWARDS
 from .activations import ACTIVATIONS as ACTIVATIONS
 from .activations import select as select
 
-#: (y - target) -> the loss, by its name.
-LOSSES = {
-    "sse": lambda error: error.square().sum(),
-    "half_sse": lambda error: 0.5 * error.square().sum(),
-    "mse": lambda error: error.square().mean(),
+#: A row of this class has no cross entropy.
+IGNORED_CLASS = -100
+
+
+def cross_entropy_backward(y: Tensor, target: Tensor) -> Tensor:
+    """The gradient of the mean cross entropy at y, (rows, classes) or (classes,).
+
+    With p = softmax(y) of each row and N rows,
+
+        target of probabilities t:   (p * sum of t over the row - t) / N
+        target of classes c:         (p - 1 at c, and p elsewhere) / N
+
+    where N counts the rows whose class is not IGNORED_CLASS. The others have a gradient of 0, or
+    NaN where p is NaN, as in PyTorch.
+    """
+    p = torch.softmax(y, -1)
+    if not has_classes("cross_entropy", target):
+        rows = max(1, target.shape[:-1].numel())
+        return (p * target.sum(-1, keepdim=True) - target) / rows
+    is_counted = target != IGNORED_CLASS
+    columns = torch.arange(y.shape[-1], device=y.device)
+    slope = p - (columns == target[..., None]).to(p.dtype)
+    return slope * is_counted[..., None] / is_counted.sum().clamp(min=1)
+
+
+#: (y, target) -> the loss, by its name.
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sse": lambda y, target: (y - target).square().sum(),
+    "half_sse": lambda y, target: 0.5 * (y - target).square().sum(),
+    "mse": lambda y, target: (y - target).square().mean(),
+    "l1": lambda y, target: (y - target).abs().mean(),
+    "huber": lambda y, target: F.huber_loss(y, target),
+    "bce_with_logits": lambda y, target: F.binary_cross_entropy_with_logits(y, target),
+    "cross_entropy": lambda y, target: F.cross_entropy(y, target),
 }
 
-#: (y - target) -> the gradient of the loss at y.
-LOSS_BACKWARDS = {
-    "sse": lambda error: 2 * error,
-    "half_sse": lambda error: error,
-    "mse": lambda error: (2 / max(1, error.numel())) * error,
+#: (y, target) -> the gradient of the loss at y.
+LOSS_BACKWARDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sse": lambda y, target: 2 * (y - target),
+    "half_sse": lambda y, target: y - target,
+    "mse": lambda y, target: (2 / max(1, y.numel())) * (y - target),
+    "l1": lambda y, target: (1 / max(1, y.numel())) * torch.sign(y - target),
+    "huber": lambda y, target: (1 / max(1, y.numel())) * (y - target).clamp(-1, 1),
+    "bce_with_logits": lambda y, target: (torch.sigmoid(y) - target) / max(1, y.numel()),
+    "cross_entropy": cross_entropy_backward,
 }
+
+
+def has_classes(loss: str, target: Tensor) -> bool:
+    """Whether the target of a loss has a class for each row, and not values."""
+    return loss == "cross_entropy" and target.dtype == torch.int64
 
 
 def as_matrix(tensor: Tensor) -> Tensor:
@@ -334,20 +372,49 @@ def loss_and_grads(
 ) -> tuple[Tensor, list[Tensor]]:
     """The loss, and its gradients with respect to all weights, then to all biases.
 
-    ``"sse"`` is the sum of (y - target)^2, ``"half_sse"`` half of that sum, and ``"mse"`` the mean
-    over all elements. `target` has the shape of y. The other arguments are as in `forward`. The
-    gradient of a missing bias has no elements.
+    With y (*, out_features), e = y - target, and means over all elements, the losses are
+
+        ``"sse"``              sum of e^2
+        ``"half_sse"``         half of that sum
+        ``"mse"``              mean of e^2
+        ``"l1"``               mean of |e|
+        ``"huber"``            mean of e^2 / 2 where |e| < 1, and of |e| - 1/2 elsewhere
+        ``"bce_with_logits"``  mean of -target log(p) - (1 - target) log(1 - p), p = sigmoid(y)
+        ``"cross_entropy"``    mean over the rows of -(sum of t log(p) over the row), p = softmax(y)
+
+    and `LOSS_BACKWARDS` has their gradients at y. `target` has the shape of y. For cross entropy
+    its rows are the probabilities t, or it has a class for each row, int64 of the shape of x
+    without its last dimension: t is then 1 at the class and 0 elsewhere, and rows of the class
+    IGNORED_CLASS are left out. x is then (rows, in_features) or (in_features,).
+
+    The other arguments are as in `forward`. The gradient of a missing bias has no elements.
     """
-    y, hidden = forward(x, weights, biases, output_activation, True)
-    checks.check_like_output("target", target, x, y.shape)
+    return loss_and_grads_between(
+        forward, backward, x, target, weights, biases, loss, output_activation
+    )
+
+
+def loss_and_grads_between(
+    forward: Callable[..., tuple[Tensor, list[Tensor]]],
+    backward: Callable[..., list[Tensor]],
+    x: Tensor,
+    target: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    loss: str,
+    output_activation: str,
+) -> tuple[Tensor, list[Tensor]]:
+    """`loss_and_grads` with the loss between these two passes, which may be the library's."""
+    checks.check_layers(x, weights, biases)
     checks.check_name("loss", loss, LOSSES)
-    error = y - target
-    grad_output = LOSS_BACKWARDS[loss](error)
+    checks.check_target(target, x, weights, has_classes(loss, target), loss)
+    y, hidden = forward(x, weights, biases, output_activation, True)
+    grad_output = LOSS_BACKWARDS[loss](y, target)
     has_bias = [bias_of(biases, layer) is not None for layer in range(len(weights))]
     needs = needs_of(False, [True] * len(weights), has_bias)
     saved = pack(x, y, weights, hidden, output_activation, needs)
     grads = iter(backward(grad_output, saved, output_activation, needs))
-    return LOSSES[loss](error), [
+    return LOSSES[loss](y, target), [
         next(grads) if present else x.new_empty(0)
         for present in [True] * len(weights) + has_bias[: len(biases)]
     ]

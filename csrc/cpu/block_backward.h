@@ -9,6 +9,7 @@
 
 #include "block_forward.h"
 #include "elementwise.h"
+#include "losses.h"
 
 namespace relu_mlp::cpu {
 
@@ -22,29 +23,35 @@ class BlockBackward {
   BlockBackward(
       const Network<T>& network,
       const L& layers,
-      int64_t block,
+      const Plan& plan,
       const BackwardPass<T>& pass)
       : network_(network),
         layers_(layers),
         pass_(pass),
-        block_(block),
-        forward_(network, layers, block) {}
+        block_(plan.block),
+        elements_per_task_(plan.tuning->elements_per_task),
+        forward_(network, layers, plan.block) {}
 
   // Computes the gradients of the rows [begin, end). Writes those of weights to
   // grad_weights[l] (out, in), adds those of biases to grad_biases[l] (out),
-  // and adds the sum of squares of a loss to *squares.
+  // and adds the sum of a loss, without its scale, to *loss.
   void run(
       int64_t begin,
       int64_t end,
       const std::vector<Sum*>& grad_weights,
       const std::vector<double*>& grad_biases,
-      double* squares) {
+      double* loss) {
     const Needs& needs = pass_.needs;
     const std::size_t layers = network_.layers.size();
     const std::size_t lowest = needs.lowest_layer();
-    const bool widens_grad_x = rounds && needs.x();
-    const int64_t delta_size = block_ * network_.widest(widens_grad_x ? 0 : 1);
-    Buffer<C> delta_memory[2] = {Buffer<C>(delta_size), Buffer<C>(delta_size)};
+    // The gradients of every other layer's output go to the same memory.
+    int64_t delta_width[2] = {};
+    for (std::size_t l = rounds && needs.x() ? 0 : 1; l <= layers; ++l) {
+      int64_t& width = delta_width[(layers - l) % 2];
+      width = std::max(width, network_.width(l));
+    }
+    Buffer<C> delta_memory[2] = {
+        Buffer<C>(block_ * delta_width[0]), Buffer<C>(block_ * delta_width[1])};
     const Buffer<C> scratch(layers_.scratch_size(block_, network_.widest(0)));
     if (pass_.recompute) {
       for (std::size_t l = 1; l <= layers; ++l) {
@@ -64,7 +71,7 @@ class BlockBackward {
             computed_);
       }
       Matrix<const C> delta =
-          output_delta(row, rows, delta_memory[0].get(), squares);
+          output_delta(row, rows, delta_memory[0].get(), loss);
       for (std::size_t l = layers; l-- > lowest;) {
         const bool propagates = needs.propagation_through(l);
         Matrix<const C> a = {};
@@ -104,11 +111,7 @@ class BlockBackward {
 
   // delta_L (rows, out): grad_output itself if it can be used in place, else at
   // `to`.
-  Matrix<const C> output_delta(
-      int64_t row,
-      int64_t rows,
-      C* to,
-      double* squares) {
+  Matrix<const C> output_delta(int64_t row, int64_t rows, C* to, double* loss) {
     const Activation phi = network_.output_activation;
     const Matrix<C> delta =
         contiguous(to, rows, network_.width(network_.layers.size()));
@@ -119,9 +122,9 @@ class BlockBackward {
       y = forward_.widen_to(widened_.get(), rows_of(pass_.y, row, rows));
     }
     if (pass_.loss) {
-      *squares += squared_error(
-          phi, delta, y, rows_of(pass_.target, row, rows),
-          2 * pass_.loss_scale);
+      *loss += loss_and_delta(
+          pass_.kind_of_loss, phi, delta, y, rows_of(pass_.target, row, rows),
+          pass_.loss_scale, elements_per_task_);
       return as_const(delta);
     }
     const Matrix<const T> grad = rows_of(pass_.grad_output, row, rows);
@@ -169,6 +172,7 @@ class BlockBackward {
   const L& layers_;
   const BackwardPass<T>& pass_;
   const int64_t block_; // rows of a block
+  const int64_t elements_per_task_;
   BlockForward<T, L> forward_;
   Buffer<C> widened_; // a saved activation of a block
   std::vector<Buffer<C>> computed_; // a_1 ... a_{L-1} and y of a block

@@ -99,6 +99,9 @@ class CpuDevice {
   static constexpr bool needs_contiguous = false;
   static constexpr int64_t unknown_width = 0;
   static constexpr Activate<T> activate = cpu::activate<T>;
+  static constexpr bool serves(Loss) {
+    return true;
+  }
 
   explicit CpuDevice(const Tensor& like) : like_(like) {}
 

@@ -57,17 +57,16 @@ void walk_backward(
   const L layers(network, plan, PassNeeds{pass.recompute, &pass.needs});
   ChunkSums<T, typename L::Sum> sums(
       network, plan, pass.grad_weights, pass.grad_biases);
-  std::vector<double> squares(plan.chunks);
+  std::vector<double> losses(plan.chunks);
   for_each_chunk(
       plan, network.x.rows, [&](int64_t c, int64_t begin, int64_t end) {
-        BlockBackward<T, L>(network, layers, plan.block, pass)
-            .run(
-                begin, end, sums.weights_of(c), sums.biases_of(c), &squares[c]);
+        BlockBackward<T, L>(network, layers, plan, pass)
+            .run(begin, end, sums.weights_of(c), sums.biases_of(c), &losses[c]);
       });
   if (pass.loss) {
     double sum = 0;
-    for (const double chunk_squares : squares) {
-      sum += chunk_squares;
+    for (const double of_chunk : losses) {
+      sum += of_chunk;
     }
     *pass.loss = T(compute_t<T>(pass.loss_scale * sum));
   }

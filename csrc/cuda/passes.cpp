@@ -71,6 +71,10 @@ class CudaDevice {
   static constexpr bool needs_contiguous = true;
   static constexpr int64_t unknown_width = 1; // fused kernels reject width 0
   static constexpr Activate<T> activate = nullptr;
+  // The other losses are computed between the passes (relu_mlp/ops/backend.py).
+  static constexpr bool serves(Loss loss) {
+    return loss == Loss::sse || loss == Loss::half_sse || loss == Loss::mse;
+  }
 
   explicit CudaDevice(const Tensor& like)
       : guard_(like), like_(like), stream_(current_stream()) {}
@@ -137,7 +141,7 @@ class CudaDevice {
     }
     to.y = pass.y.data;
     to.grad_output = pass.grad_output;
-    to.target = pass.target.data;
+    to.target = pass.target.values.data;
     to.loss_scale = pass.loss_scale;
     to.grad_x = pass.grad_x;
 

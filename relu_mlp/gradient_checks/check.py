@@ -195,7 +195,9 @@ def _check_network(
         x, target, weight_list, given_biases, loss=loss, output_activation=output_activation
     )
     # Copies, because autograd may not save a tensor that was made in inference mode.
-    x64, target64 = (t.detach().to(torch.float64, copy=True) for t in (x, target))
+    x64 = x.detach().to(torch.float64, copy=True)
+    is_of_values = loss != "cross_entropy" or target.is_floating_point()
+    target64 = target.detach().to(torch.float64 if is_of_values else torch.int64, copy=True)
     inputs, names = {}, [f"weights[{n}]" for n in range(len(weight_list))]
     for layer, name in enumerate(names):
         inputs[name] = weight_list[layer]
@@ -208,7 +210,7 @@ def _check_network(
         return [given[name] for name in names], of_biases
 
     def function(*tensors: Tensor) -> Tensor:
-        return reference.LOSSES[loss](native(x64, *split(tensors), activation) - target64)
+        return reference.LOSSES[loss](native(x64, *split(tensors), activation), target64)
 
     def backward(*tensors: Tensor) -> list[Tensor | None]:
         of_weights, of_biases = split(tensors)

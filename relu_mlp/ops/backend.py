@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import reference
 from .._torch_private import call_of
+from ..checks import OUT_OF_BOUNDS
 from .library import HAS_CUDA, LIBRARY_PATH, LIBRARY_PROBLEM, REMEDY, process, this_thread
 
 
@@ -62,6 +63,42 @@ def _call_of(name: str) -> Any:
     return staticmethod(raising_out_of_memory(call)) if HAS_CUDA else call
 
 
+def raising_index_error(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes `call` raise IndexError for a class out of bounds, as PyTorch does."""
+
+    def called(*arguments: Any) -> Any:
+        try:
+            return call(*arguments)
+        except RuntimeError as error:
+            if str(error).startswith(OUT_OF_BOUNDS):
+                raise IndexError(*error.args) from None
+            raise
+
+    return called
+
+
+#: The losses that the library's kernels for CUDA compute.
+LOSSES_ON_CUDA = ("sse", "half_sse", "mse")
+
+
+def loss_between_passes(call: Callable[..., Any]) -> Callable[..., Any]:
+    """`call` of loss_and_grads where it has the loss; elsewhere the loss between the operators."""
+
+    def called(*arguments: Any) -> Any:
+        if arguments[0].is_cuda and arguments[4] not in LOSSES_ON_CUDA:
+            return reference.loss_and_grads_between(
+                extension.forward, extension.backward, *arguments
+            )
+        return call(*arguments)
+
+    return called
+
+
+def _loss_and_grads() -> Any:
+    call = raising_index_error(original_call("loss_and_grads"))
+    return staticmethod(raising_out_of_memory(loss_between_passes(call)) if HAS_CUDA else call)
+
+
 class Extension:
     """The operators of the library."""
 
@@ -70,7 +107,7 @@ class Extension:
     backward = _call_of("backward")
     backward_vjp = _call_of("backward_vjp")
     recompute_backward = _call_of("recompute_backward")
-    loss_and_grads = _call_of("loss_and_grads")
+    loss_and_grads = _loss_and_grads()
 
 
 extension = Extension()

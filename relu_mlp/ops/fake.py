@@ -98,7 +98,6 @@ def loss_and_grads(
 ) -> tuple[Tensor, list[Tensor]]:
     checks.check_layers(x, weights, biases)
     checks.check_name("output_activation", output_activation, ACTIVATIONS)
-    output_shape = torch.Size([*x.shape[:-1], weights[-1].shape[0]])
-    checks.check_like_output("target", target, x, output_shape)
     checks.check_name("loss", loss, reference.LOSSES)
+    checks.check_target(target, x, weights, reference.has_classes(loss, target), loss)
     return x.new_empty(()), [p.new_empty(p.shape) for p in [*weights, *biases]]

@@ -249,7 +249,7 @@ class LayeredPasses {
     T* const delta = memory.template data<T>();
     if (pass.loss) {
       loss_delta(
-          phi, delta, pass.y.data, pass.target.data, count, cols,
+          phi, delta, pass.y.data, pass.target.values.data, count, cols,
           pass.loss_scale, pass.loss, sums(total), stream_);
     } else {
       relu_mlp::cuda::output_delta(
