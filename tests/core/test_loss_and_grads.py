@@ -10,6 +10,8 @@ import torch.nn.functional as F
 import relu_mlp as package
 import support
 from relu_mlp import LossAndGrads, loss_and_grads, ops, reference, relu_mlp
+from relu_mlp._torch_private import below_autograd
+from relu_mlp.ops.backend import loss_between_passes
 from support import Bounded, make_case_with_target
 
 #: Nothing here depends on whether the native node records a graph.
@@ -564,6 +566,33 @@ def test_memory_layouts_of_classes(backend, strange):
             )
         found = named(loss_and_grads(x, given, weights, biases, loss="cross_entropy"))
         assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says it is on a GPU, where the library has no kernel for some losses."""
+
+    is_cuda = True
+
+
+@needs_library
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_without_a_kernel_are_computed_between_the_passes(kind):
+    x, target, weights, biases = case_of(kind, [3, 6, 4], [7], "all", torch.float64)
+    calls = []
+
+    def kernel(*arguments):
+        calls.append(arguments)
+        return ops.extension.loss_and_grads(x, *arguments[1:])
+
+    call = loss_between_passes(kernel)
+    with below_autograd():
+        loss, grads = call(x.as_subclass(OnGpu), target, weights, biases, loss_of(kind), "tanh")
+    assert len(calls) == (kind in ("sse", "half_sse", "mse"))
+    native = by_autograd(x, target, weights, biases, loss_of(kind), "tanh")
+    for found, expected in zip(
+        [loss, *grads], [native.loss, *native.weights, *native.biases], strict=True
+    ):
+        torch.testing.assert_close(torch.Tensor(found), expected, rtol=1e-12, atol=1e-13)
 
 
 @needs_library

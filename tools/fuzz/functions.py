@@ -204,6 +204,8 @@ def public_loss_and_grads(case: Case) -> str:
     x, target, weights, biases, loss, activation = tree_map(to_float64, arguments)
     if not valid:
         return "answered"
+    if not arguments[1].is_floating_point():
+        target = arguments[1]  # classes
     parameters = [t.requires_grad_() for t in [*weights, *(biases or [])] if t is not None]
     value = LOSSES[loss](native(x, weights, biases, output_activation=activation), target)
     grads = iter(torch.autograd.grad(value, parameters, materialize_grads=True))
