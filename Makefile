@@ -16,7 +16,7 @@ CROSS ?= aarch64-linux-gnu-g++
 EMULATOR ?= qemu-aarch64 -cpu cortex-a72
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast torch-suite lint format warnings docs bench overhead bench-clients abi fuzz sanitize cross test-aarch64 cuda-check gpu-wheel build wheel matrix clean FORCE
+.PHONY: help demo test test-fast torch-suite lint format warnings docs bench overhead bench-clients bench-training abi fuzz sanitize cross test-aarch64 cuda-check gpu-wheel build wheel matrix clean FORCE
 .NOTPARALLEL:
 # ninja would look there for a jobserver that nobody passes on to it.
 unexport MAKEFLAGS
@@ -100,6 +100,10 @@ overhead: $(call needs,torch) build/extension  ## measure what a call costs wher
 
 bench-clients: $(call needs,clients) build/extension  ## measure training with other libraries, plain and fused, 5 minutes; ARGS="--only sac --rounds 20 --out FILE"
 	PYTHONPATH=. $(PYTHON) benchmarks/clients.py $(ARGS)
+
+# With ARGS it does not replace the results.
+bench-training: $(call needs,bench-training) build/extension  ## measure whole training steps, with JAX and scikit-learn, 5 minutes; writes benchmarks/results; ARGS="--only 64x3-2-1 --threads 1"
+	PYTHONPATH=. $(PYTHON) benchmarks/training.py --out $(if $(ARGS),build/bench/training.json,benchmarks/results/training.json) $(ARGS)
 
 # -W default: what PyTorch deprecates differs from one to the next.
 abi: build/extension  ## run the tests of the same binary under other PyTorches, OTHERS="python-a python-b"

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from relu_mlp import LossAndGrads
+from relu_mlp import LossAndGrads, ReluMLP
 
 
 def by_autograd(
@@ -34,6 +34,18 @@ def by_autograd(
     grads = torch.autograd.grad(loss, leaves)
     grad_biases = grads[len(weights) :] if biases else None
     return LossAndGrads(loss.detach(), grads[: len(weights)], grad_biases)
+
+
+def network(weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None) -> ReluMLP:
+    """A `ReluMLP` that starts from copies of these parameters."""
+    sizes = [weights[0].shape[1], *map(len, weights)]
+    net = ReluMLP(sizes[0], sizes[1:-1], sizes[-1], bias=biases is not None).to(weights[0])
+    pairs = zip(weights, biases or [None] * len(weights), strict=True)
+    for linear, (weight, bias) in zip(net[::2], pairs, strict=True):
+        linear.weight.data.copy_(weight)
+        if bias is not None:
+            linear.bias.data.copy_(bias)
+    return net
 
 
 def named(result: LossAndGrads) -> dict[str, Tensor]:
@@ -176,6 +188,25 @@ def shaken(gradients: Callable[..., LossAndGrads]) -> Callable[..., LossAndGrads
         return gradients(x, target, weights, biases)
 
     return disturbed
+
+
+def losses_if_shaken(
+    x: Tensor,
+    target: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    rate: float,
+    n: int,
+) -> Tensor:
+    """The losses (n,) of gradient descent by autograd, with `shaken` gradients."""
+    weights, biases = [w.clone() for w in weights], [b.clone() for b in biases]
+    gradients, losses = shaken(by_autograd), []
+    for _ in range(n):
+        loss, *grads = gradients(x, target, weights, biases)
+        losses.append(loss)
+        for parameter, grad in zip([*weights, *biases], [*grads[0], *grads[1]], strict=True):
+            parameter -= rate * grad
+    return torch.stack(losses)
 
 
 def roundings(x: Tensor, weights: Sequence[Tensor]) -> int:

@@ -3,7 +3,8 @@
     python examples/four_runs.py
 
 Repeats source document 001: a network of 64 x 3 -> 2 -> 1, 500 steps, learning rate 1e-6.
-Gradients by hand, by the package and by autograd must give the same loss curve. The program
+Gradients by hand, by the package and by autograd must give the same loss curve, and so must the
+package's training in one call. The program
 stops with an error if two curves differ by more than rounding explains. At the end it shows what
 the document's two mistakes do to the curve.
 """
@@ -19,7 +20,7 @@ from torch import Tensor
 import agreement
 import relu_mlp
 from agreement import by_autograd
-from relu_mlp import LossAndGrads, loss_and_grads
+from relu_mlp import LossAndGrads, TrainingStep, loss_and_grads
 
 STEPS = 500
 LEARNING_RATE = 1e-6
@@ -84,6 +85,18 @@ def train(
     return torch.stack(losses)
 
 
+def train_in_one_call(
+    x: Tensor,
+    target: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """What `train` does, by the package in one call."""
+    net = agreement.network(weights, biases)
+    optimizer = torch.optim.SGD(net.parameters(), lr=LEARNING_RATE)
+    return TrainingStep(net, "sse", optimizer).repeat(x, target, STEPS)
+
+
 def train_by_adam(
     x: Tensor, target: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
 ) -> Tensor:
@@ -113,7 +126,8 @@ def main() -> None:
         for by, gradients in ways.items():
             found = gradients(*start)
             agreement.compare_gradients(f"{what}, first step", found, by, expected, bounds)
-        curves[what] = {by: train(gradients, *start) for by, gradients in ways.items()}
+        curves[what] = {"in one call": train_in_one_call(*start)}
+        curves[what] |= {by: train(gradients, *start) for by, gradients in ways.items()}
         if_shaken = train(agreement.shaken(by_autograd), *start)
         n = agreement.roundings(x, [w1, w2])
         agreement.compare_curves(what, curves[what], if_shaken, n)

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 import agreement
 from agreement import by_autograd
-from relu_mlp import LossAndGrads, loss_and_grads
+from relu_mlp import LossAndGrads, TrainingStep, loss_and_grads
 
 STEPS = 500
 LEARNING_RATE = 1e-6
@@ -54,6 +55,13 @@ def train(
     return torch.stack(losses)
 
 
+def train_in_one_call(x: Tensor, target: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """What `train` does, by the package in one call."""
+    net = agreement.network(weights)
+    optimizer = torch.optim.SGD(net.parameters(), lr=LEARNING_RATE)
+    return TrainingStep(net, "sse", optimizer).repeat(x, target, STEPS)
+
+
 def main() -> None:
     torch.manual_seed(0)
     shapes = (64, 1000), (64, 10), (100, 1000), (10, 100)
@@ -65,10 +73,13 @@ def main() -> None:
     for by, gradients in ways.items():
         agreement.compare_gradients("first step", gradients(*start), by, expected, bounds)
 
+    trainings = {"in one call": train_in_one_call}
+    trainings |= {by: partial(train, gradients) for by, gradients in ways.items()}
+    torch.optim.SGD([w1], lr=LEARNING_RATE)  # the first one imports much of PyTorch, for a second
     double, seconds = {}, {}
-    for by, gradients in ways.items():
+    for by, training in trainings.items():
         started = time.perf_counter()
-        double[by] = train(gradients, *start)
+        double[by] = training(*start)
         seconds[by] = time.perf_counter() - started
     if_shaken = train(agreement.shaken(by_autograd), *start)
     agreement.compare_curves("float64", double, if_shaken, agreement.roundings(x, [w1, w2]))
@@ -82,7 +93,7 @@ def main() -> None:
     print(f"\n    {'in float64':>16}{'in float32':>48}")
     print("step" + "".join(f"{by.removeprefix('by '):>16}" for by in [*ways, *ways]))
     for step in [*range(10), 49, *range(99, STEPS, 100)]:
-        losses = [*double.values(), *single.values()]
+        losses = [curves[by] for curves in (double, single) for by in ways]
         print(f"{step:4}" + "".join(f"{curve[step].item():16.9g}" for curve in losses))
     times = ", ".join(f"{by} {time:.2f} s" for by, time in seconds.items())
     print(f"\n{STEPS} steps in float64: {times}")

@@ -17,7 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from relu_mlp import LossAndGrads, Parameters, jacobian, linearize, loss_and_grads, relu_mlp
+from relu_mlp import (
+    LossAndGrads,
+    Parameters,
+    ReluMLP,
+    TrainingStep,
+    jacobian,
+    linearize,
+    loss_and_grads,
+    relu_mlp,
+)
 
 # The data of the document: temperatures in an unknown unit, scaled, and in degrees Celsius.
 X = 0.1 * torch.tensor([35.7, 55.9, 58.2, 81.9, 56.3, 48.9, 33.9, 21.8, 48.4, 60.4, 68.4])[:, None]
@@ -94,6 +103,19 @@ def fit_line(gradients: Callable[..., LossAndGrads]) -> list[float]:
     return [*shown, b.item(), w.item()]
 
 
+def fit_line_in_one_call() -> list[float]:
+    """What `fit_line` does. A network without hidden layers is a straight line."""
+    net = ReluMLP(1, [], 1)
+    net.load_state_dict({"0.weight": torch.ones(1, 1), "0.bias": torch.zeros(1)})
+    step = TrainingStep(net, "mse", torch.optim.SGD(net.parameters(), lr=1e-2))
+    losses = step.repeat(X, TARGET, EPOCHS[-1])
+    return [
+        *(losses[epoch - 1].item() for epoch in EPOCHS),
+        net[0].bias.item(),
+        net[0].weight.item(),
+    ]
+
+
 def main() -> None:
     x = torch.arange(1.0, 9.0).view(4, 2)
     J = compare_jacobians(x, [torch.ones(1, 2)], [torch.zeros(1)]).weights[0].view(4, 2)
@@ -105,8 +127,10 @@ def main() -> None:
     table = pd.DataFrame({"known": KNOWN}, [*(f"loss {epoch}" for epoch in EPOCHS), "b", "w"])
     for way, gradients in ways.items():
         table[way] = fit_line(gradients)
+    table["TrainingStep"] = fit_line_in_one_call()
+    for way in table.columns[1:]:
         check(f"the line by {way}", torch.tensor(table[way].to_list()), KNOWN, LIMIT)
-    print(table.map("{:.6f}".format), "\n")
+    print(table.map("{:.6f}".format).to_string(), "\n")
 
     torch.manual_seed(0)
     sizes = (8, 3), (8, 2), (4, 3), (2, 4), (4,), (2,)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import agreement
-from relu_mlp import loss_and_grads
+from relu_mlp import ReluMLP, TrainingStep, loss_and_grads
 
 N, D, C = 4, 3, 2  # rows, inputs, outputs
 STEP = 1e-4  # the document's
@@ -56,6 +56,15 @@ def third_derivative(W: Tensor, X: Tensor, T: Tensor) -> Tensor:
     return (X**3).T @ ((Y - T) * d3 + 3 * d1 * d2)
 
 
+def by_one_step(W: Tensor, X: Tensor, T: Tensor, activation: str | None) -> Tensor:
+    """How far one step of gradient descent with the learning rate 1 moves W: by the gradient."""
+    net = ReluMLP(D, [], C, bias=False, output_activation=activation, dtype=W.dtype)
+    net.load_state_dict({"0.weight": W.T})
+    step = TrainingStep(net, "half_sse", torch.optim.SGD(net.parameters(), lr=1.0))
+    step.repeat(X, T, 1)  # with 100 in place of 1, this is a training
+    return W - net[0].weight.detach().T
+
+
 def numerical_bound(
     W: Tensor, X: Tensor, T: Tensor, activation: str | None, step: float, dtype: torch.dtype
 ) -> Tensor:
@@ -93,6 +102,9 @@ def check(X: Tensor, W: Tensor, T: Tensor, activation: str | None) -> None:
     what = f"{network}: gradient of W"
     agreement.compare(what, (hand, autograd), ("by hand", "by autograd"), 2 * bound)
     agreement.compare(what, (package, autograd), ("by loss_and_grads", "by autograd"), 2 * bound)
+    moved = by_one_step(W, X, T, activation)
+    limit = 2 * bound + agreement.gamma(2) * (W.abs() + moved.abs())  # of two differences
+    agreement.compare(what, (moved, autograd), ("by one step", "by autograd"), limit)
     limit = bound + numerical_bound(W, X, T, activation, STEP, torch.float64)
     agreement.compare(what, (double, hand), ("numerically", "by hand"), limit)
     if activation:

@@ -5,7 +5,8 @@
 Repeats source document 000. Trains a network of 64 x 3 -> 2 -> 1 by gradient descent, and then
 one with three outputs. Every step computes the loss and all gradients three times: by hand, in
 the lines below; by the package, in one call; and by autograd. The program stops with an error if
-two of them differ by more than rounding explains. It runs on the CPU, and also on a GPU if there
+two of them differ by more than rounding explains. Then the package does the same training in one
+call, and must find the same losses. It runs on the CPU, and also on a GPU if there
 is one.
 """
 
@@ -18,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import agreement
-from relu_mlp import LossAndGrads, loss_and_grads
+from agreement import by_autograd
+from relu_mlp import LossAndGrads, TrainingStep, loss_and_grads
 
 ROWS, INPUTS, HIDDEN = 64, 3, 2
 STEPS = 500
@@ -46,6 +48,15 @@ def by_hand(
     return LossAndGrads(loss, (grad_w1, grad_w2), (grad_b1, grad_b2))
 
 
+def train_in_one_call(
+    x: Tensor, target: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
+) -> Tensor:
+    """The losses (STEPS,) of the whole training, by the package."""
+    net = agreement.network(weights, biases)
+    optimizer = torch.optim.SGD(net.parameters(), lr=LEARNING_RATE)
+    return TrainingStep(net, "sse", optimizer).repeat(x, target, STEPS)
+
+
 def train(outputs: int, device: str) -> None:
     """Trains with the gradients by hand, and compares all three in every step."""
     torch.manual_seed(0)
@@ -56,14 +67,15 @@ def train(outputs: int, device: str) -> None:
     x, target = random(ROWS, INPUTS), random(ROWS, outputs)
     weights = [random(HIDDEN, INPUTS), random(outputs, HIDDEN)]
     biases = [random(HIDDEN), random(outputs)]
+    start = x, target, [w.clone() for w in weights], [b.clone() for b in biases]
 
     print(f"{ROWS} x {INPUTS} -> {HIDDEN} -> {outputs} on {device}: loss and norm of each gradient")
     print(f"{'step':>4}  {'':10}  {'by hand':>16}  {'loss_and_grads':>16}  {'autograd':>16}")
-    largest = 0.0
+    largest, losses = 0.0, []
     for step in range(STEPS):
         hand = by_hand(x, target, weights, biases)
         package = loss_and_grads(x, target, weights, biases)
-        autograd = agreement.by_autograd(x, target, weights, biases)
+        autograd = by_autograd(x, target, weights, biases)
 
         bounds = agreement.gradient_bounds(x, target, weights, biases)
         for result, by in [(hand, "by hand"), (package, "by loss_and_grads")]:
@@ -76,10 +88,16 @@ def train(outputs: int, device: str) -> None:
                 norms = "".join(f"  {column[name].norm().item():16.9f}" for column in columns)
                 print(f"{step:4}  {name:10}{norms}")
 
+        losses.append(hand.loss)
         for parameter, grad in zip([*weights, *biases], [*hand.weights, *hand.biases], strict=True):
             parameter -= LEARNING_RATE * grad
 
-    print(f"largest difference in {STEPS} steps: {largest:.2g} of what rounding explains\n")
+    print(f"largest difference in {STEPS} steps: {largest:.2g} of what rounding explains")
+    curves = {"in one call": train_in_one_call(*start), "by hand": torch.stack(losses)}
+    if_shaken = agreement.losses_if_shaken(*start, LEARNING_RATE, STEPS)
+    n = agreement.roundings(x, weights)
+    agreement.compare_curves(f"all {STEPS} steps", curves, if_shaken, n)
+    print()
     if outputs > 1:
         y = F.linear(F.relu(F.linear(x, weights[0], biases[0])), weights[1], biases[1])
         grad_y = 2 * (y - target)

@@ -16,6 +16,7 @@ in scripting.py, with all other support for TorchScript.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 from collections.abc import Callable, Mapping
@@ -828,6 +829,7 @@ _PARAMETER_HOOKS = tuple(
     )
     is not None
 )
+#: The dicts of a parameter's hooks, or None for each. They may be empty.
 get_parameter_hooks: Callable[[Tensor], Any] = (
     attrgetter(*_PARAMETER_HOOKS) if len(_PARAMETER_HOOKS) == 2 else lambda parameter: ("unknown",)
 )
@@ -844,9 +846,23 @@ _COUNTED_STEP = (
 
 
 def is_step_replaced(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether somebody other than a scheduler has replaced the method `step`."""
-    step = vars(optimizer).get("step")
-    return step is not None and not hasattr(step, _COUNTED_STEP)
+    """Whether somebody other than a scheduler has replaced a method that a step calls."""
+    own, kind = vars(optimizer), type(optimizer)
+    step = own.get("step")
+    if "zero_grad" in own or not (_is_by_pytorch(kind.step) and _is_by_pytorch(kind.zero_grad)):
+        return True
+    # `functools.wraps` copies the attribute to the wrappers of others.
+    return step is not None and not (
+        hasattr(step, _COUNTED_STEP) and getattr(step, "__wrapped__", None) is kind.step
+    )
+
+
+@functools.cache
+def _is_by_pytorch(function: Any) -> bool:
+    """Whether a function, and everything that it wraps, is PyTorch's own."""
+    home = str(getattr(function, "__globals__", {}).get("__name__"))
+    inner = getattr(function, "__wrapped__", None)
+    return home.startswith("torch.") and (inner is None or _is_by_pytorch(inner))
 
 
 def count_step(optimizer: torch.optim.Optimizer) -> None:

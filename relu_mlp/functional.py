@@ -341,8 +341,8 @@ def loss_and_grads(
         ``"half_sse"``         half of that sum
         ``"mse"``              the mean of (y - target)^2 over all elements
         ``"l1"``               the mean of |y - target|, `F.l1_loss`
-        ``"huber"``            `F.huber_loss`: the mean of (y - target)^2 / 2 where that is < 1/2,
-                               and of |y - target| - 1/2 elsewhere
+        ``"huber"``            the mean of (y - target)^2 / 2 where |y - target| < 1, and of
+                               |y - target| - 1/2 elsewhere: `F.huber_loss`
         ``"bce_with_logits"``  `F.binary_cross_entropy_with_logits`: the mean of
                                -target log(p) - (1 - target) log(1 - p) with p = sigmoid(y)
         ``"cross_entropy"``    `F.cross_entropy`: the mean over the rows of -log(p) at the class of

@@ -71,6 +71,12 @@ KINDS: dict[type[Optimizer], Kind] = {
 }
 
 
+#: The methods of an optimizer that a step calls.
+METHODS = ("step", "zero_grad")
+
+#: The dtypes of Adam's count of steps.
+STEP_DTYPES = (torch.float32, torch.float64)
+
 #: Keys of a group, for what the operators can't do.
 OFF = ("differentiable", "capturable")
 
@@ -97,6 +103,7 @@ class Update:
         self.optimizer = optimizer
         self.kind = KINDS[type(optimizer)]
         self.parameters = parameters
+        self._dtype = parameters[0].dtype
         #: The group of every parameter; -1 if it is not trained.
         self.groups = [-1] * len(parameters)
         #: The tensors of every trained parameter, in order.
@@ -106,7 +113,7 @@ class Update:
         self._requires_grad = [p.requires_grad for p in parameters]
         self._members = [list(group["params"]) for group in optimizer.param_groups]
         self._flags = [self.kind.is_set(group) for group in optimizer.param_groups]
-        self._values: list[Any] = []
+        self._last_values: list[Any] = []
         self._hyperparameters: list[float] = []
         self._check_members()
         for n, parameter in enumerate(parameters):
@@ -139,6 +146,8 @@ class Update:
             tensor = state.get(name)
             if type(tensor) is not Tensor:
                 raise Unknown("the optimizer has no state yet")
+            if name == "step" and (tensor.dtype not in STEP_DTYPES or tensor.numel() != 1):
+                raise Unknown("the optimizer's count of steps is not one number")
             if name != "step" and not is_like(tensor, parameter):
                 raise Unknown("the optimizer's state is not like its parameters")
             if not tensor.is_cpu:
@@ -182,15 +191,21 @@ class Update:
             if any(map(group.get, OFF)):
                 raise Unknown("the optimizer is differentiable or capturable")
         values = [self.kind.read(group) for group in groups]
-        if values != self._values:
+        if values != self._last_values:
             tensors = [v for of_group in values for v in of_group if isinstance(v, Tensor)]
-            if any(tensor.requires_grad for tensor in tensors):
-                raise Unknown("a hyperparameter requires a gradient")
+            for tensor in tensors:
+                # The optimizer computes with a tensor in its own dtype.
+                if tensor.requires_grad or tensor.dtype not in (torch.float64, self._dtype):
+                    raise Unknown(
+                        "a hyperparameter is a tensor that requires a gradient or has another dtype"
+                    )
+            if any(isinstance(beta, Tensor) for g in groups for beta in g.get("betas", ())):
+                raise Unknown("the betas are tensors")
             numbers: list[float] = []
             for of_group in values:
                 numbers += self.kind.numbers(of_group)
             # A tensor may change in place, so its number is read again in every call.
-            self._values = [] if tensors else values
+            self._last_values = [] if tensors else values
             self._hyperparameters = numbers
         return self._hyperparameters
 
@@ -208,7 +223,13 @@ class Update:
             "off": OFF,
             "hooks": OPTIMIZER_HOOKS,
             "global_hooks": GLOBAL_OPTIMIZER_HOOKS,
-            "names": ("params", "param_groups", "state", "step"),
+            "names": ("params", "param_groups", "state"),
+            "absent": METHODS,
+            "methods": [
+                (kind, name, getattr(kind, name))
+                for kind in [type(self.optimizer)]
+                for name in METHODS
+            ],
             "taken": self._taken,
             "changed": self.changed,
         }

@@ -13,6 +13,9 @@ from torch.optim import Optimizer
 
 from . import functional, interception
 from ._torch_private import (
+    FORWARD_AD,
+    LEVEL,
+    are_functorch_transforms_active,
     below_autograd,
     call_of,
     children_of,
@@ -37,8 +40,6 @@ _train = raising_index_error(call_of(torch.ops.relu_mlp._train.default))
 
 #: An order that stands for all rows, in place.
 ROWS_IN_PLACE = torch.empty(0, dtype=torch.int64)
-
-NO_HOOKS = (None, None)
 
 
 class Network(NamedTuple):
@@ -88,14 +89,23 @@ def network_for(net: nn.Module, x: Tensor, target: Tensor) -> Network | str:
         return "net is not an unchanged network of Linear and ReLU"
     if is_any_autocast_enabled() or not is_served(x) or not is_plain(target):
         return "autocast or a mode is active, or x or target is not an ordinary tensor"
+    if are_functorch_transforms_active() or FORWARD_AD[LEVEL] >= 0:
+        return "a transform of torch.func or forward-mode AD is active"
+    if torch.is_anomaly_enabled():
+        return "autograd detects anomalies"
     if x.requires_grad or target.requires_grad:
         return "x or target requires a gradient"
     present = network.present
+    if not any(p.requires_grad for p in present):
+        return "no parameter requires a gradient"
     if len(set(map(id, present))) < len(present):
         return "two layers share a parameter"
-    for parameter in present:
-        if get_parameter_hooks(parameter) != NO_HOOKS:
-            return "a parameter has a hook"
+    # The order of their updates would matter.
+    addresses = [address for p in present if (address := p.data_ptr())]
+    if len(set(addresses)) < len(addresses):
+        return "two parameters share their memory"
+    if any(any(get_parameter_hooks(p)) for p in present):  # a copy has empty dicts of hooks
+        return "a parameter has a hook"
     return network
 
 
@@ -142,7 +152,7 @@ class Trainer:
         if implementation_for(x) is not extension:
             raise Unknown("the extension is not used")
         for parameter in network.present:
-            if not parameter.is_contiguous() or not parameter.is_cpu:
+            if not parameter.is_contiguous() or not parameter.is_cpu or parameter.is_neg():
                 raise Unknown("a parameter is not contiguous in the CPU's memory")
 
     def prepare_node(self, net: nn.Module) -> Any:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -75,8 +76,9 @@ class TrainingStep:
             Those of an ensemble are clipped network by network.
 
     Raises:
-        TypeError: if `net` is not a module or `optimizer` not an optimizer, or if `lr` is given and
-            `net` is not an ensemble.
+        TypeError: if `net` is not a module, if `optimizer` is not an optimizer, or one whose step
+            needs a closure such as `torch.optim.LBFGS`, or if `lr` is given and `net` is not an
+            ensemble.
         ValueError: if the loss is unknown, if `max_norm` is not positive, if `lr` has another
             length or negative entries, or if the optimizer has no parameter of `net`.
 
@@ -106,6 +108,11 @@ class TrainingStep:
             raise ValueError(f"loss must be {checks.listed(LOSSES)}, got {loss!r}")
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be an Optimizer, got {type(optimizer).__name__}")
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise TypeError(
+                f"optimizer must step without a closure, got {type(optimizer).__name__}"
+            )
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm must be positive, got {max_norm}")
         own = {id(p) for p in net.parameters()}
@@ -128,6 +135,22 @@ class TrainingStep:
     def __repr__(self) -> str:
         name = type(self._optimizer).__name__
         return f"TrainingStep({type(self._net).__name__}, {self._loss!r}, {name})"
+
+    @property
+    def net(self) -> nn.Module:
+        return self._net
+
+    @property
+    def loss(self) -> Loss:
+        return self._loss
+
+    @property
+    def optimizer(self) -> Optimizer:
+        return self._optimizer
+
+    @property
+    def max_norm(self) -> float | None:
+        return self._max_norm
 
     @property
     def lr(self) -> tuple[float, ...] | None:
@@ -157,6 +180,7 @@ class TrainingStep:
             The loss, of shape () or (networks,), in the dtype of x and without a graph.
 
         Raises:
+            TypeError: if x or the target is not a tensor.
             RuntimeError: as `loss_and_grads`, before anything is changed.
         """
         if self._step is not None:
@@ -164,6 +188,7 @@ class TrainingStep:
             if loss is not NotImplemented:
                 self.reason = None
                 return loss
+        check_tensors(x, target)
         try:
             trainer = self._trainer_for(x, target)
             loss = x.new_empty(self._loss_shape)
@@ -171,7 +196,7 @@ class TrainingStep:
             trainer.train(*operands, loss, 0, None, None, self._max_norm, self._lr)
         except Unknown as reason:
             self.reason = str(reason)
-            return self._without_operator(x, target, None, None, 0)
+            return self._without_operator(x, target, None, None, 0, watch=False)[0]
         self.reason = None
         return loss
 
@@ -258,7 +283,7 @@ class TrainingStep:
     def _count_rows(self, name: str, tensor: Tensor) -> int:
         """The rows of x or target. Raises RuntimeError if they don't suit an ensemble."""
         if self._networks is None:
-            return len(tensor)
+            return len(tensor) if tensor.dim() else 1
         dim = self._dim_of(name, tensor)
         return tensor.shape[is_one_for_each(name, tensor, self._networks, dim)]
 
@@ -279,14 +304,18 @@ class TrainingStep:
         progress: Progress | None,
     ) -> Tensor:
         """The losses of `total` steps. Without a batch size, each takes all rows of x."""
+        check_tensors(x, target)
         shape = (total, *self._loss_shape)
         losses: Tensor | None = x.new_empty(shape) if total == 0 else None
         done, first_bad = 0, -1
+        finite: list[tuple[int, Tensor]] = []  # whether the gradients of a step are finite
         rows_of_step = batch_size or max(1, self._count_rows("x", x))
         while done < total:
             began = time.perf_counter()
             try:
                 trainer = self._trainer_for(x, target)
+                if batch_size is not None and self._networks is None and x.dim() != 2:
+                    raise Unknown("x is not a matrix")
                 losses = x.new_empty(shape) if losses is None else losses
                 at_once = max(1, int(SECONDS_OF_A_CALL / (self._seconds_of_a_row * rows_of_step)))
                 part = losses[done : done + at_once]
@@ -302,17 +331,21 @@ class TrainingStep:
                 self.reason = None
             except Unknown as reason:
                 self.reason = str(reason)
-                loss = self._without_operator(x, target, order, batch_size, done)
+                loss, is_finite = self._without_operator(x, target, order, batch_size, done, True)
                 losses = loss.new_empty(shape) if losses is None else losses
                 part = losses[done : done + 1]
                 part[0] = loss
-                bad = -1 if loss.isfinite().all() else done
+                finite.append((done, is_finite))
+                bad = -1
             took = time.perf_counter() - began
             self._seconds_of_a_row = max(took, 1e-6) / (len(part) * rows_of_step)
             first_bad = bad if first_bad < 0 else first_bad
             done += len(part)
             if progress is not None:
                 progress(done, total)
+        for step, is_finite in finite:  # read at the end, because a GPU would have to wait
+            if first_bad < 0 and not is_finite:
+                first_bad = step
         if first_bad >= 0:
             warnings.warn(
                 f"the gradients are not finite in step {first_bad} of {total}, counted from 0",
@@ -342,6 +375,8 @@ class TrainingStep:
             return x.contiguous(), target.contiguous()
         has_classes = self._loss == "cross_entropy" and target.dtype is torch.int64
         out = network.weights[-1].shape[0]
+        if not target.is_cpu:
+            checks.check_device("target", target, x)
         expected = x.shape[:-1] if has_classes else (*x.shape[:-1], out)
         if target.shape != expected or (self._loss == "cross_entropy" and x.dim() > 2):
             checks.check_target(target, x, network.weights, has_classes, self._loss)
@@ -350,13 +385,23 @@ class TrainingStep:
     # -- Without the operator ----------------------------------------------------------------
 
     def _without_operator(
-        self, x: Tensor, target: Tensor, order: Tensor | None, batch_size: int | None, step: int
-    ) -> Tensor:
-        """The step of a number, for the rows of its batch. Without a batch size, all rows."""
+        self,
+        x: Tensor,
+        target: Tensor,
+        order: Tensor | None,
+        batch_size: int | None,
+        step: int,
+        watch: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """The step of a number, for the rows of its batch. Without a batch size, all rows.
+
+        Returns the loss, and whether the gradients are finite, as far as they are watched.
+        """
         if self._networks is not None:
-            return self._each_alone(x, target, order, batch_size, step)
+            losses = self._each_alone(x, target, order, batch_size, step)
+            return losses, losses.isfinite().all()
         rows = batch_of(len(x), order, batch_size, step) if batch_size else ...
-        return self._one_by_one(x[rows], target[rows])
+        return self._one_by_one(x[rows], target[rows], watch)
 
     def _each_alone(
         self, x: Tensor, target: Tensor, order: Tensor | None, batch_size: int | None, step: int
@@ -378,7 +423,7 @@ class TrainingStep:
         count_step(self._optimizer)
         return torch.stack(losses)
 
-    def _one_by_one(self, x: Tensor, target: Tensor) -> Tensor:
+    def _one_by_one(self, x: Tensor, target: Tensor, watch: bool) -> tuple[Tensor, Tensor]:
         """A step with the optimizer's own `step`. Without a network, autograd differentiates."""
         network = network_for(self._net, x, target)
         if isinstance(network, str):
@@ -397,12 +442,13 @@ class TrainingStep:
             self._optimizer.zero_grad()
             for parameter, grad in zip(network.present, grads, strict=True):
                 parameter.grad = grad if parameter.requires_grad else None
+        is_finite = are_finite(self._net.parameters()) if watch else TRUE
         if self._max_norm is not None:
             nn.utils.clip_grad_norm_(self._net.parameters(), self._max_norm)
         self._optimizer.step()
         for parameter in self._net.parameters():
             parameter.grad = None
-        return loss.detach()
+        return loss.detach(), is_finite
 
     def _gradients(self, network: Network, x: Tensor, target: Tensor) -> list[Tensor]:
         """The loss, and the gradients of the parameters that are present."""
@@ -417,6 +463,22 @@ class TrainingStep:
             output_activation=None if activation == "none" else activation,  # type: ignore[arg-type]
         )
         return [loss, *of_weights, *(grad for grad in of_biases or () if grad is not None)]
+
+
+TRUE = torch.tensor(True)
+
+
+def are_finite(parameters: Iterable[Tensor]) -> Tensor:
+    """Whether the dense gradients of parameters are finite."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    found = [grad.isfinite().all() for grad in grads if grad.layout is torch.strided]
+    return torch.stack(found).all() if found else TRUE
+
+
+def check_tensors(x: object, target: object) -> None:
+    for name, tensor in (("x", x), ("target", target)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
 
 
 def as_matrix(tensor: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/anomaly_mode.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/variable.h>
 #include <torch/csrc/inductor/aoti_torch/utils.h>
@@ -41,7 +42,11 @@ struct Step {
   std::vector<PyObject*> off; // keys of a group whose values are false
   std::vector<PyObject*> hooks; // keys of the optimizer whose dicts are empty
   std::vector<PyObject*> global_hooks; // dicts that are empty
-  PyObject* step; // a key that the optimizer has not
+  std::vector<PyObject*> absent; // keys that the optimizer has not
+  struct Method {
+    PyObject *type, *name, *value;
+  };
+  std::vector<Method> methods; // of the optimizer's class
   std::vector<State> taken;
   std::vector<at::Tensor> changed; // by a step
 };
@@ -139,7 +144,7 @@ bool read_groups(const Step& step, std::vector<double>& numbers) {
   return true;
 }
 
-bool has_hooks(const Step& step) {
+bool is_optimizer_changed(const Step& step) {
   for (PyObject* key : step.hooks) {
     if (!is_empty_dict(PyDict_GetItemWithError(step.optimizer_dict, key))) {
       return true;
@@ -150,7 +155,20 @@ bool has_hooks(const Step& step) {
       return true;
     }
   }
-  return PyDict_GetItemWithError(step.optimizer_dict, step.step) != nullptr;
+  for (PyObject* key : step.absent) {
+    if (PyDict_GetItemWithError(step.optimizer_dict, key)) {
+      return true;
+    }
+  }
+  for (const Step::Method& method : step.methods) {
+    PyObject* now = PyObject_GetAttr(method.type, method.name);
+    const bool is_same = now == method.value;
+    Py_XDECREF(now);
+    if (!is_same) {
+      return true;
+    }
+  }
+  return false;
 }
 
 bool is_state_unchanged(const Step& step) {
@@ -204,6 +222,12 @@ bool is_network_unchanged(const Step& step) {
         expected.requires_grad() != step.requires_grad[n] ||
         has_hook(expected)) {
       return false;
+    }
+    for (std::size_t other = 0; other < n; ++other) { // in the same memory
+      if (expected.numel() > 0 &&
+          step.tensors[other].data_ptr() == expected.data_ptr()) {
+        return false;
+      }
     }
   }
   return true;
@@ -268,7 +292,11 @@ PyObject* new_step(PyObject*, PyObject* known) {
   step->params = names.at(0);
   step->param_groups = names.at(1);
   step->state = names.at(2);
-  step->step = names.at(3);
+  step->absent = items_of(get("absent"));
+  for (PyObject* method : items_of(get("methods"))) {
+    const std::vector<PyObject*> parts = items_of(method);
+    step->methods.push_back({parts.at(0), parts.at(1), parts.at(2)});
+  }
   for (PyObject* entry : items_of(get("taken"))) {
     const std::vector<PyObject*> parts = items_of(entry);
     State state{parts.at(0), parts.at(1), {}};
@@ -296,7 +324,7 @@ PyObject* train_step(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
                                 : nullptr;
   if (!step || !direct || !is_enabled || !is_thread_plain() ||
       at::impl::torch_function_mode_enabled() || is_observed() ||
-      !is_backend_extension()) {
+      torch::autograd::AnomalyMode::is_enabled() || !is_backend_extension()) {
     return python();
   }
   const at::Tensor *x = data(arguments[1]), *target = data(arguments[2]);
@@ -307,7 +335,7 @@ PyObject* train_step(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
            ? target->dim() == 2
            : target->scalar_type() == at::kLong && target->dim() == 1);
   std::vector<double> hyperparameters;
-  if (!fits || !is_network_unchanged(*step) || has_hooks(*step) ||
+  if (!fits || !is_network_unchanged(*step) || is_optimizer_changed(*step) ||
       !is_state_unchanged(*step) || !read_groups(*step, hyperparameters)) {
     return python();
   }

@@ -16,60 +16,20 @@
 
 namespace relu_mlp::cpu {
 
-// -- Losses of the error e = y - target of each element ----------------------
-//
-// The gradient at y is factor * scale * slope(e).
+// -- Losses of elements -------------------------------------------------------
 
-struct SquaredError {
-  static constexpr double factor = 2;
-  template <typename F>
-  static double value(F e) {
-    return double(e) * double(e);
-  }
-  template <typename F>
-  static F slope(F e) {
-    return e;
-  }
-};
-
-// The slope is 0 for NaN too, as in PyTorch.
-struct AbsoluteError {
-  static constexpr double factor = 1;
-  template <typename F>
-  static double value(F e) {
-    return double(e < F(0) ? -e : e);
-  }
-  template <typename F>
-  static F slope(F e) {
-    return e > F(0) ? F(1) : e < F(0) ? F(-1) : F(0);
-  }
-};
-
-struct HuberError {
-  static constexpr double factor = 1;
-  template <typename F>
-  static double value(F e) {
-    const double size = AbsoluteError::value(e);
-    return size < 1 ? 0.5 * size * size : size - 0.5;
-  }
-  template <typename F>
-  static F slope(F e) {
-    return e > F(1) ? F(1) : e < F(-1) ? F(-1) : e;
-  }
-};
-
-// The sum of Error::value, and the gradient through phi. Row is the row of phi
-// in the table of activations. The compiler vectorizes the loop because its
-// eight sums are independent.
-template <typename Error, typename Row, typename F>
-double error_loss(
+// The sum of (y - target)^2, and the gradient of scale times that sum through
+// phi. Row is the row of phi in the table of activations. The compiler
+// vectorizes the loop because its eight sums are independent.
+template <typename Row, typename F>
+double squared_error(
     F* delta,
     const F* y,
     const F* target,
     int64_t count,
     double scale) {
   constexpr int64_t together = 8;
-  const F steepness = F(Error::factor * scale);
+  const F slope = F(2 * scale);
   double sums[together] = {};
   int64_t i = 0;
   for (; i + together <= count; i += together) {
@@ -79,17 +39,16 @@ double error_loss(
       error[u] = output[u] - target[i + u];
     }
     for (int64_t u = 0; u < together; ++u) {
-      sums[u] += Error::value(error[u]);
+      sums[u] += double(error[u]) * double(error[u]);
     }
     for (int64_t u = 0; u < together; ++u) {
-      delta[i + u] =
-          Row::backward(steepness * Error::slope(error[u]), output[u]);
+      delta[i + u] = Row::backward(slope * error[u], output[u]);
     }
   }
   for (; i < count; ++i) {
     const F output = y[i], error = output - target[i];
-    sums[0] += Error::value(error);
-    delta[i] = Row::backward(steepness * Error::slope(error), output);
+    sums[0] += double(error) * double(error);
+    delta[i] = Row::backward(slope * error, output);
   }
   double sum = 0;
   for (const double part : sums) {
@@ -117,29 +76,32 @@ double element_loss(
     const F* target,
     int64_t count,
     double scale) {
+  const auto& kernels = chosen_kernels<F>();
+  const auto by_kernel = [&](ElementLoss<F> kernel) {
+    const double sum = kernel(delta, y, target, count, F(scale));
+    through_activation<Row>(delta, y, count);
+    return sum;
+  };
   switch (loss) {
     case Loss::sse:
     case Loss::half_sse:
     case Loss::mse:
-      return error_loss<SquaredError, Row>(delta, y, target, count, scale);
+      return squared_error<Row>(delta, y, target, count, scale);
     case Loss::l1:
-      return error_loss<AbsoluteError, Row>(delta, y, target, count, scale);
+      return by_kernel(kernels.l1);
     case Loss::huber:
-      return error_loss<HuberError, Row>(delta, y, target, count, scale);
-    case Loss::bce_with_logits: {
-      const double sum = chosen_kernels<F>().bce_with_logits(
-          delta, y, target, count, F(scale));
-      through_activation<Row>(delta, y, count);
-      return sum;
-    }
+      return by_kernel(kernels.huber);
+    case Loss::bce_with_logits:
+      return by_kernel(kernels.bce_with_logits);
     case Loss::cross_entropy:
       break; // consists of rows
   }
   return 0;
 }
 
-// The elements that are converted from 16 bits at once.
-constexpr int64_t converted_at_once = 512;
+// The elements that are converted from 16 bits at once, in one row and in
+// several.
+constexpr int64_t converted_at_once = 512, converted_rows_elements = 4096;
 
 // element_loss for elements that may have 16 bits.
 template <typename Row, typename C, typename T>
@@ -308,31 +270,30 @@ double cross_entropy(
     const Target<T>& target,
     double scale) {
   using F = compute_t<C>;
-  const auto& kernels = chosen_kernels<F>();
+  constexpr int64_t most_rows = 64;
   const int64_t cols = y.cols;
-  double sum = 0;
-  if constexpr (is_16bit<C>) {
-    const Buffer<F> exps(cols);
-    for (int64_t i = 0; i < y.rows; ++i) {
-      SoftmaxRow<F> softmax{exps.get(), 0, 0};
-      widen(exps.get(), y.row(i), cols);
-      const Matrix<F> row = contiguous(exps.get(), 1, cols);
-      kernels.softmax(row, as_const(row), &softmax.largest, &softmax.sum);
-      sum += cross_entropy_of_row<Row>(delta, y, target, i, softmax, scale);
+  const int64_t together = is_16bit<C>
+      ? std::clamp<int64_t>(
+            converted_rows_elements / std::max<int64_t>(1, cols), 1, most_rows)
+      : most_rows;
+  const Buffer<F> converted(is_16bit<C> ? together * cols : 0);
+  F largest[most_rows];
+  double sums[most_rows], sum = 0;
+  for (int64_t first = 0; first < y.rows; first += together) {
+    const int64_t rows = std::min(together, y.rows - first);
+    Matrix<F> exps = contiguous(converted.get(), rows, cols);
+    Matrix<const F> logits = as_const(exps);
+    if constexpr (is_16bit<C>) {
+      widen(exps.data, y.row(first), rows * cols);
+    } else {
+      exps = rows_of(delta, first, rows);
+      logits = rows_of(y, first, rows);
     }
-  } else {
-    constexpr int64_t together = 64;
-    F largest[together];
-    double sums[together];
-    for (int64_t first = 0; first < y.rows; first += together) {
-      const int64_t rows = std::min(together, y.rows - first);
-      kernels.softmax(
-          rows_of(delta, first, rows), rows_of(y, first, rows), largest, sums);
-      for (int64_t i = 0; i < rows; ++i) {
-        sum += cross_entropy_of_row<Row>(
-            delta, y, target, first + i,
-            {delta.row(first + i), largest[i], sums[i]}, scale);
-      }
+    chosen_kernels<F>().softmax(exps, logits, largest, sums);
+    for (int64_t i = 0; i < rows; ++i) {
+      sum += cross_entropy_of_row<Row>(
+          delta, y, target, first + i, {exps.row(i), largest[i], sums[i]},
+          scale);
     }
   }
   return sum;

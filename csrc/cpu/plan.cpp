@@ -73,6 +73,14 @@ Plan one_chunk(const Call& call, LayersKind layers, int64_t block) {
   return {{}, layers, block, rows_of(call), 1, {}, call.tuning};
 }
 
+// The rows of a block of a single chunk, of which there are at most `most`.
+int64_t large_block(const Call& call, int64_t most) {
+  const Tuning& t = *call.tuning;
+  const int64_t fitting =
+      std::max(t.min_block_rows, t.large_block_elements / call.widest());
+  return equal_parts(rows_of(call), std::min(most, fitting));
+}
+
 // A power of 2 of chunks, which many numbers of threads divide. A block has
 // about `block_elements` elements in the widest layer.
 Plan many_chunks(const Call& call, LayersKind layers, int64_t block_elements) {
@@ -116,8 +124,7 @@ Plan bf16_one_block(const Call& call) {
 }
 Plan bf16_shared(const Call& call) {
   return one_chunk(
-      call, LayersKind::bf16,
-      equal_parts(rows_of(call), call.tuning->large_block_rows));
+      call, LayersKind::bf16, large_block(call, call.tuning->large_block_rows));
 }
 
 bool serves_bf16_chunks(const Call& call) {
@@ -134,7 +141,7 @@ Plan gemm_chunks(const Call& call) {
 Plan gemm_shared(const Call& call) {
   return one_chunk(
       call, LayersKind::packed,
-      equal_parts(rows_of(call), call.tuning->gemm_large_block_rows));
+      large_block(call, call.tuning->gemm_large_block_rows));
 }
 
 // PyTorch's products would round sums over several blocks to 16 bits, so 16-bit
@@ -145,7 +152,7 @@ Plan library(const Call& call) {
       call, LayersKind::library,
       call.capabilities.is_16bit()
           ? rows
-          : equal_parts(rows, call.tuning->large_block_rows));
+          : large_block(call, call.tuning->large_block_rows));
 }
 bool always(const Call&) {
   return true;

@@ -97,6 +97,11 @@ void check_stack(
   if (!tensor.is_contiguous()) {
     fail(name, "[", n, "] must be contiguous");
   }
+  if (networks == 0 && tensor.dim() != dim) {
+    fail(
+        name, "[", n, "] must have ", dim, " dimensions, got shape ",
+        shape(tensor));
+  }
   if (networks > 0 && (tensor.dim() != dim + 1 || tensor.size(0) != networks)) {
     fail(
         name, "[", n, "] must have ", dim + 1, " dimensions and size ",
@@ -192,6 +197,7 @@ class States {
 
 // Adam's count of steps, a tensor of one element.
 double read_steps(const Tensor& tensor) {
+  check_storage(tensor, "a count of steps");
   if (tensor.numel() == 1 && tensor.dtype() == aoti_torch_dtype_float32()) {
     return *tensor.data<const float>();
   }
@@ -301,11 +307,14 @@ int64_t checked_train(const Trainer& trainer, const Arguments& a) {
   }
   const int64_t batches = a.last - a.first;
   check_like_x(a.losses, x, "losses");
-  if (!a.losses.is_contiguous() || a.losses.numel() != batches * networks) {
+  // The product of the two numbers could overflow.
+  if (!a.losses.is_contiguous() || a.losses.numel() % networks != 0 ||
+      a.losses.numel() / networks != batches) {
     fail(
-        "losses must be contiguous with ", batches * networks,
-        " elements, got shape ", shape(a.losses));
+        "losses must be contiguous with one element for each of ", batches,
+        " batches and ", networks, " networks, got shape ", shape(a.losses));
   }
+  check_storage(a.losses, "losses");
 
   Operands<T> operands(3 + 2 * layers, false);
   Training<T> training{
@@ -329,6 +338,8 @@ int64_t checked_train(const Trainer& trainer, const Arguments& a) {
     training.order_size = a.order.size(a.order.dim() - 1);
     training.order_step = a.order.dim() == 2 ? training.order_size : 0;
   }
+  // A batch has memory of its own.
+  training.batch = std::min(a.batch, std::max<int64_t>(1, training.order_size));
 
   States states(trainer.state);
   std::vector<std::pair<const Tensor*, double>> steps;
@@ -336,12 +347,14 @@ int64_t checked_train(const Trainer& trainer, const Arguments& a) {
     const bool is_weight = n < layers;
     const std::size_t l = is_weight ? n : n - layers;
     Trained<T> p{};
-    if (is_weight || training.network.layers[l].bias) {
+    const int64_t group = trainer.groups[n];
+    // A bias without elements may have a state nevertheless.
+    const bool exists = is_weight || training.network.layers[l].bias;
+    if (exists || (group >= 0 && !trainer.biases.empty())) {
       const Tensor& tensor = is_weight ? trainer.weights[l] : trainer.biases[l];
       check_storage(tensor, is_weight ? "weights[" : "biases[", l, "]");
       p.data = tensor.template data<T>();
       p.count = tensor.numel() / networks;
-      const int64_t group = trainer.groups[n];
       if (group >= int64_t(groups.size())) {
         fail("groups[", n, "] must be below ", groups.size(), ", got ", group);
       }
@@ -360,6 +373,9 @@ int64_t checked_train(const Trainer& trainer, const Arguments& a) {
           p.buffer = states.next_like<T>(tensor, x);
         }
       }
+    }
+    if (!exists) {
+      p = {};
     }
     (is_weight ? training.weights : training.biases).push_back(p);
   }
@@ -382,6 +398,9 @@ int64_t new_trainer(
     std::vector<int64_t> groups) {
   if (weights.empty()) {
     fail("weights must have at least one entry, got none");
+  }
+  if (weights[0].dim() == 3 && weights[0].size(0) == 0) {
+    fail("weights[0] must have a network or more, got ", shape(weights[0]));
   }
   if (optimizer != "sgd" && optimizer != "adam") {
     fail("optimizer must be 'sgd' or 'adam', got '", optimizer, "'");

@@ -92,8 +92,12 @@ struct Tuning {
   // The rows of a block whose products threads share. PyTorch's products, and
   // large ones of bfloat16, reach their full rate with this many rows.
   int64_t large_block_rows = 2048;
-  // The same for this package's products in float and double. Larger blocks
-  // leave the cache: 2048 rows are slower.
+  // But no more rows than have this many elements in the widest layer, so that
+  // the outputs of 4096 rows for 100 000 classes never exist at once. A weight
+  // that wide is read, and its gradient read and written, for every block.
+  int64_t large_block_elements = 1 << 23;
+  // The most rows for this package's products in float and double. Larger
+  // blocks leave the cache: 2048 rows are slower.
   int64_t gemm_large_block_rows = 512;
 
   // -- Packing (packing.cpp) -------------------------------------------------

@@ -14,6 +14,7 @@ from relu_mlp import ReluMLP, loss_and_grads
 from support.bad_arguments import (
     B0,
     B1,
+    CLASSES,
     NETWORKS,
     NO_ACTIVATIONS,
     NO_LOSSES,
@@ -50,15 +51,30 @@ def test_loss_and_grads(bad):
 
 
 @pytest.mark.parametrize(("target", "error", "words"), TARGETS.values(), ids=list(TARGETS))
-@pytest.mark.parametrize("loss", ["sse", "mse"])
+@pytest.mark.parametrize("loss", ["sse", "mse", "l1", "huber", "bce_with_logits"])
 def test_target(target, error, words, loss):
     call = lambda: loss_and_grads(X, target, [W0, W1], [B0, B1], loss=loss)  # noqa: E731
     under_every_backend(call, error, words)
 
 
+@pytest.mark.parametrize(("target", "error", "words"), CLASSES.values(), ids=list(CLASSES))
+def test_target_of_cross_entropy(target, error, words):
+    call = lambda: loss_and_grads(X, target, [W0, W1], [B0, B1], loss="cross_entropy")  # noqa: E731
+    under_every_backend(call, error, words)
+
+
+@pytest.mark.parametrize("target", [torch.ones(2, 5).long(), torch.ones(2, 2, 5)], ids=["c", "p"])
+def test_cross_entropy_of_a_batch_of_batches(target):
+    """PyTorch would take dimension 1 for the classes."""
+    x = torch.ones(2, 5, 3)
+    words = ["x", "(rows, in_features)", "(2, 5, 3)", "flatten"]
+    call = lambda: loss_and_grads(x, target, [W0, W1], loss="cross_entropy")  # noqa: E731
+    under_every_backend(call, RuntimeError, words)
+
+
 @pytest.mark.parametrize("loss", NO_LOSSES, ids=repr)
 def test_unknown_loss(loss):
-    words = ["loss", "'sse'", "'half_sse'", "'mse'", repr(loss)]
+    words = ["loss", "'sse'", "'half_sse'", "'mse'", "'cross_entropy'", repr(loss)]
     under_every_backend(lambda: loss_and_grads(X, T, [W0, W1], loss=loss), ValueError, words)
 
 

@@ -179,6 +179,9 @@ def test_results_without_a_graph_share_no_memory(backend, layers, activation, bi
                 relu_mlp.loss_and_grads(x, u, *network, loss=loss, **settings)
                 for loss in reference.LOSSES
             ],
+            relu_mlp.loss_and_grads(
+                x, torch.ones(rows).long(), *network, loss="cross_entropy", **settings
+            ),
             relu_mlp.jacobian(x, *network, **settings),
             linear.y,
             linear.vjp(u),

@@ -133,6 +133,9 @@ PROGRAM = """
     import torch, torch._dynamo, torch.export
     from torch import nn
     from torch.func import functional_call, grad, hessian, jvp, vmap
+    from torch.optim.optimizer import (
+        register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+    )
 
     torch.set_num_threads(1)
 
@@ -147,6 +150,40 @@ PROGRAM = """
 
     def same(actual, expected):
         torch.testing.assert_close(actual, expected, check_stride=False)
+
+    class PlainStep:
+        def __init__(self, net, loss, optimizer):
+            self.net, self.optimizer = net, optimizer
+
+        def __call__(self, x, target):
+            self.optimizer.zero_grad()
+            torch.nn.functional.mse_loss(self.net(x), target).backward()
+            self.optimizer.step()
+
+    def trained(net, kind):
+        net, seen, handles = copy.deepcopy(net), [], []
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        step = kind(net, "mse", optimizer)
+        hook = lambda *_: seen.append(1)
+        for register in (
+            lambda: None,
+            lambda: optimizer.register_step_pre_hook(hook),
+            lambda: optimizer.register_step_post_hook(hook),
+            lambda: register_optimizer_step_pre_hook(hook),
+            lambda: register_optimizer_step_post_hook(hook),
+            lambda: net[0].weight.register_hook(lambda grad: 2 * grad),
+            lambda: net[2].bias.register_post_accumulate_grad_hook(hook),
+        ):
+            handle = register()
+            for _ in range(2):
+                step(torch.ones(5, 3, dtype=torch.float64), torch.ones(5, 2, dtype=torch.float64))
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error")
+                    scheduler.step()
+            if handle is not None:
+                handle.remove()
+        return [*net.parameters(), torch.tensor(len(seen))]
 
     def check(paths):
         missing = hide(paths)
@@ -236,6 +273,8 @@ PROGRAM = """
         same(net[:2](x), native[:2](x))
         other = relu_mlp.fuse(nn.Sequential(copy.deepcopy(native), nn.Identity(), nn.Flatten()))
         same(other(x), native(x).flatten(1))
+
+        same(trained(native, relu_mlp.TrainingStep), trained(native, PlainStep))
 
         if len(paths) > 1 or any(part in paths[0] for part in COMPILED):
             same(torch.compile(net, backend="eager")(x), native(x))

@@ -427,6 +427,50 @@ def test_calls_leave_nothing_behind():
     assert not {name: left for name, left in found.items() if left[0] > 8 or left[1] >= 1}
 
 
+# -- The memory of a call ---------------------------------------------------------
+
+
+@pytest.mark.slow
+@needs_library
+def test_the_outputs_of_all_rows_never_exist_at_once():
+    """Cross entropy with many classes: an eighth of eager's memory, and less than one matrix of
+    the outputs."""
+    code = """
+        import torch, torch.nn.functional as F
+        import relu_mlp
+        rows, classes = 4096, 20000
+        x, target = torch.randn(rows, 16), torch.randint(classes, (rows,))
+        weights = [torch.randn(32, 16), torch.randn(classes, 32, requires_grad=True)]
+
+        def ours(rows):
+            relu_mlp.loss_and_grads(x[:rows], target[:rows], weights, loss="cross_entropy")
+
+        def eager(rows):
+            y = F.linear(F.relu(F.linear(x[:rows], weights[0])), weights[1])
+            F.cross_entropy(y, target[:rows]).backward()
+
+        def peak():
+            lines = open("/proc/self/status").read().splitlines()
+            return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+        for step in (ours, eager):
+            step(2)
+            open("/proc/self/clear_refs", "w").write("5")
+            before = peak()
+            step(rows)
+            print(peak() - before)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True
+    )
+    if "clear_refs" in done.stderr:
+        pytest.skip("the system does not reset the peak of a process's memory")
+    assert done.returncode == 0, done.stderr
+    ours, eager = map(int, done.stdout.split())
+    assert ours <= eager / 8, (ours, eager)
+    assert ours * 1024 < 4096 * 20000 * 4
+
+
 # -- Memory that cannot be allocated ----------------------------------------------
 
 ALLOCATES = r"DefaultCPUAllocator: can't allocate memory: you tried to allocate \d+ bytes"

@@ -373,6 +373,7 @@ class Case {
     vjp();
     backward(true, false);
     backward(true, true);
+    other_losses();
     if (numbers_.layers() > 1) {
       backward(false, false, random_grad_hidden());
     }
@@ -568,10 +569,12 @@ class Case {
     }
     const Placed<T> placed =
         by_loss ? Placed<T>(target, rows, out, 0) : place_grad();
-    (by_loss ? pass.target : pass.grad_output) = placed.matrix;
     Array<T> loss(1);
-    pass.loss_scale = 0.5;
-    pass.loss = by_loss ? loss.data : nullptr;
+    if (by_loss) {
+      set_loss(pass, Loss::half_sse, {placed.matrix, {}}, loss.data);
+    } else {
+      pass.grad_output = placed.matrix;
+    }
     Array<T> grad_x(int64_t(numbers_.x.size()));
     std::vector<Array<T>> weight_grads, bias_grads;
     pass.grad_x = needs.x() ? grad_x.data : nullptr;
@@ -609,6 +612,100 @@ class Case {
             is_exact);
       }
     }
+  }
+
+  // The values of the losses other than squared errors. Their gradients run, and
+  // the tests in Python check them.
+  void other_losses() {
+    const std::size_t layers = numbers_.layers();
+    const int64_t rows = numbers_.rows, out = numbers_.sizes.back();
+    const Placed<T> values(numbers_.grad, rows, out, 0);
+    const Array<int64_t> classes(rows);
+    for (int64_t i = 0; i < rows; ++i) {
+      classes.data[i] =
+          out == 0 || random_.one_in(3) ? ignored_class : random_.below(out);
+    }
+    const Matrix<const int64_t> by_class{classes.data, rows, 1, 1, 1};
+    for (const auto& [kind, target] :
+         {std::pair{Loss::l1, Target<T>{values.matrix, {}}},
+          {Loss::huber, {values.matrix, {}}},
+          {Loss::bce_with_logits, {values.matrix, {}}},
+          {Loss::cross_entropy, {values.matrix, {}}},
+          {Loss::cross_entropy, {{}, by_class}}}) {
+      const std::string flags = "0" + std::string(2 * layers, '1');
+      BackwardPass<T> pass{Needs{flags}};
+      pass.recompute = true;
+      Array<T> loss(1);
+      set_loss(pass, kind, target, loss.data);
+      std::vector<Array<T>> grads;
+      const auto result = [&](int64_t count) {
+        return grads.emplace_back(count).data;
+      };
+      for (std::size_t l = 0; l < layers; ++l) {
+        pass.grad_weights.push_back(
+            result(int64_t(numbers_.weights[l].size())));
+        pass.grad_biases.push_back(result(numbers_.sizes[l + 1]));
+      }
+      with_layers(
+          [&]<typename L>() { walk_backward<L>(network_, plan_, pass); });
+      check(
+          std::string(loss_names[int(kind)]), loss.data,
+          other_loss_reference(
+              kind, target.classes.data, pass.loss_scale, a_.back()),
+          false);
+    }
+  }
+
+  // A loss of y and the numbers of `grad`, or of these classes.
+  Bounded other_loss_reference(
+      Loss kind,
+      const int64_t* classes,
+      double scale,
+      const Numbers& y) const {
+    const int64_t rows = numbers_.rows, out = numbers_.sizes.back();
+    double sum = 0, magnitude = 0;
+    for (int64_t i = 0; i < rows; ++i) {
+      const double* const z = y.data() + i * out;
+      double largest = -INFINITY, exps = 0, spread = 0;
+      for (int64_t j = 0; j < out; ++j) {
+        largest = z[j] > largest ? z[j] : largest;
+      }
+      for (int64_t j = 0; j < out; ++j) {
+        exps += std::exp(z[j] - largest);
+        const double apart = std::abs(z[j] - largest);
+        spread = std::isfinite(apart) ? std::max(spread, apart) : spread;
+      }
+      const double log_sum = std::log(exps);
+      for (int64_t j = 0; j < out; ++j) {
+        const double t = number(as<T>(numbers_.grad[i * out + j]));
+        const double e = std::abs(z[j] - t), below = z[j] < 0 ? z[j] : 0;
+        const double cross = log_sum - (z[j] - largest);
+        double term = 0, size = 0;
+        if (kind == Loss::l1) {
+          size = term = e;
+        } else if (kind == Loss::huber) {
+          size = e;
+          term = e < 1 ? e * e / 2 : e - 0.5;
+        } else if (kind == Loss::bce_with_logits) {
+          term = (1 - t) * z[j] - below + std::log1p(std::exp(-std::abs(z[j])));
+          size = 1 + std::abs((1 - t) * z[j]) - below;
+        } else if (classes) {
+          term = classes[i] == j ? cross : 0;
+          size = classes[i] == j ? 1 + log_sum + 2 * spread : 0;
+        } else {
+          term = t * cross;
+          size = std::abs(t) * (1 + log_sum + 2 * spread);
+        }
+        sum += term;
+        magnitude += size;
+      }
+    }
+    Bounded loss(1);
+    loss.value[0] = scale * sum;
+    loss.round(
+        0, scale * magnitude, rounding_of<T>().of_sum(rows * out + out),
+        rounding_of<T>());
+    return loss;
   }
 
   // The vector-Jacobian product of the backward pass.
@@ -831,7 +928,7 @@ int main(int argc, char** argv) {
     run_cases(0, 2, count, set);
     other.join();
     std::printf(
-        "%s: %lld networks, each in 4 dtypes and 7 passes\n", set.c_str(),
+        "%s: %lld networks, each in 4 dtypes and 12 passes\n", set.c_str(),
         static_cast<long long>(count));
     if (!tally.covers(required())) {
       std::fprintf(stderr, "too few networks: something has not run\n");

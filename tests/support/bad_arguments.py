@@ -126,7 +126,35 @@ TARGETS = {
 
 NO_ACTIVATIONS = ["gelu", "ReLU", "none", "", 3, True, nn.ReLU, b"relu", [], {}]
 
-NO_LOSSES = ["l1", "SSE", "", None, 3, True, b"mse", [], {}, nn.MSELoss()]
+#: Targets of cross entropy for x (5, 3) and 2 classes.
+CLASSES = {
+    "class too large": (
+        torch.tensor([0, 1, 7, 0, 1]),
+        IndexError,
+        ["target", "out of bounds", "2", "-100", "7", "row 2"],
+    ),
+    "class below 0": (torch.tensor([0, 1, -1, 0, 1]), IndexError, ["target", "2", "-1"]),
+    "classes too few": (torch.ones(4).long(), RuntimeError, ["target", "(5,)", "(4,)"]),
+    "classes of rank 2": (torch.ones(5, 2).long(), RuntimeError, ["target", "(5,)", "(5, 2)"]),
+    "classes int32": (torch.ones(5).int(), RuntimeError, ["target", "int64", "float32", "int32"]),
+    "classes bool": (torch.ones(5).bool(), RuntimeError, ["target", "int64", "float32", "bool"]),
+    "classes float32": (torch.ones(5), RuntimeError, ["target", "(5, 2)", "(5,)"]),
+    "classes elsewhere": (
+        torch.ones(5, device="meta").long(),
+        RuntimeError,
+        ["target", "cpu", "x", "meta"],
+    ),
+    "probabilities too wide": (torch.ones(5, 3), RuntimeError, ["target", "(5, 2)", "(5, 3)"]),
+    "probabilities float64": (
+        T.double(),
+        RuntimeError,
+        ["target", "int64", "float32", "x", "float64"],
+    ),
+    "probabilities elsewhere": (T.to("meta"), RuntimeError, ["target", "cpu", "x", "meta"]),
+    "classes a list": ([1, 0], TypeError, ["target", "Tensor", "list"]),
+}
+
+NO_LOSSES = ["l2", "SSE", "", None, 3, True, b"mse", [], {}, nn.MSELoss()]
 
 
 def raised(function, error, words):

@@ -194,7 +194,7 @@ def test_a_wrong_gradient_of_the_network(short, monkeypatch, capsys, way, kind):
 
 def test_a_wrong_loss_gradient(short, monkeypatch, capsys):
     """The factor 2 is missing in the table that the reference uses."""
-    monkeypatch.setitem(reference.LOSS_BACKWARDS, "mse", lambda error: error / error.numel())
+    monkeypatch.setitem(reference.LOSS_BACKWARDS, "mse", lambda y, target: (y - target) / y.numel())
     with relu_mlp.backend("reference"):
         assert "the line by one call has" in failure_of(short.main, capsys)
 

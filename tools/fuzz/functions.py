@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -30,6 +31,16 @@ from .verdict import (
     outcome,
     unchanged,
 )
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sse": lambda y, target: (y - target).square().sum(),
+    "half_sse": lambda y, target: (y - target).square().sum() / 2,
+    "mse": F.mse_loss,
+    "l1": F.l1_loss,
+    "huber": F.huber_loss,
+    "bce_with_logits": F.binary_cross_entropy_with_logits,
+    "cross_entropy": F.cross_entropy,
+}
 
 
 def native(x, weights, biases=None, *, output_activation=None, recompute=False):
@@ -168,8 +179,14 @@ def public_relu_mlp(case: Case) -> str:
 def public_loss_and_grads(case: Case) -> str:
     """In float64, where rounding hides nothing. `op_loss_and_grads` has the other dtypes."""
     net = Network(case, [torch.float64])
-    loss = case.r.choice(["sse", "half_sse", "mse"])
-    arguments: list[Any] = [net.x, net.grad, net.weights, net.biases, loss, net.activation]
+    loss = case.r.choice(list(LOSSES))
+    target = net.grad
+    if loss == "cross_entropy" and net.x.dim() > 2:
+        loss = "l1"
+    elif loss == "cross_entropy" and net.grad.shape[-1] > 0 and case.chance(0.7):
+        target = torch.randint(net.grad.shape[-1], net.grad.shape[:-1])
+        target = torch.where(torch.rand(target.shape) < 0.2, -100, target)
+    arguments: list[Any] = [net.x, target, net.weights, net.biases, loss, net.activation]
     valid = case.chance(0.6)
     if not valid:
         arguments = broken(case, arguments)
@@ -188,9 +205,7 @@ def public_loss_and_grads(case: Case) -> str:
     if not valid:
         return "answered"
     parameters = [t.requires_grad_() for t in [*weights, *(biases or [])] if t is not None]
-    error = native(x, weights, biases, output_activation=activation) - target
-    value = error.square().mean() if loss == "mse" else error.square().sum()
-    value = value / 2 if loss == "half_sse" else value
+    value = LOSSES[loss](native(x, weights, biases, output_activation=activation), target)
     grads = iter(torch.autograd.grad(value, parameters, materialize_grads=True))
     of_weights = tuple(next(grads) for _ in weights)
     of_biases = biases and tuple(None if b is None else next(grads) for b in biases)

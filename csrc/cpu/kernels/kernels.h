@@ -72,6 +72,14 @@ struct AdamArgs {
   C step_size, root_factor, eps;
 };
 
+template <typename C>
+using ElementLoss = double (*)(
+    C* gradient,
+    const C* y,
+    const C* target,
+    int64_t count,
+    C scale);
+
 // Kernels that compute in C, float or double.
 template <typename C>
 struct Kernels {
@@ -104,14 +112,9 @@ struct Kernels {
   // element of row i, and sums[i] the sum of its exps. All rows are contiguous.
   // exps may be y.
   void (*softmax)(Matrix<C> exps, Matrix<const C> y, C* largest, double* sums);
-  // gradient = scale * (sigmoid(y) - target). Returns the sum of the binary
-  // cross entropies, -target log(sigmoid(y)) - (1 - target) log(sigmoid(-y)).
-  double (*bce_with_logits)(
-      C* gradient,
-      const C* y,
-      const C* target,
-      int64_t count,
-      C scale);
+  // The losses l1, huber and bce_with_logits: the gradient of scale * loss at y,
+  // and the sum of the loss, which is returned.
+  ElementLoss<C> l1, huber, bce_with_logits;
 };
 
 // Kernels for a 16-bit format, bfloat16 or float16. Rounding is to the nearest,

@@ -5,8 +5,8 @@
 #include "convert16.h"
 #include "dots.h"
 #include "gemm.h"
+#include "losses.h"
 #include "pack.h"
-#include "softmax.h"
 #include "update.h"
 
 namespace relu_mlp::cpu::RELU_MLP_ISA {
@@ -30,7 +30,9 @@ constexpr Kernels<C> kernels = {
     sgd<C>,
     adam<C>,
     softmax<C>,
-    bce_with_logits<C>};
+    element_loss<AbsoluteError, C>,
+    element_loss<HuberError, C>,
+    element_loss<BinaryCrossEntropy, C>};
 
 constexpr Kernels16 bfloat16 = {
     widen_bfloat16, round_to_bfloat16, relu<0x7f80>, mask<0x7f80>,

@@ -1,9 +1,9 @@
-// Kernels for the losses that need an exponential: the softmax of rows, and
-// binary cross entropy.
+// Kernels for losses: the softmax of rows, and losses that are a sum over
+// elements.
 //
-// The exponential limits their speed: about 15 instructions for a vector, or
-// the bandwidth of the cache if a row is wide. All exponents are at most 0, so
-// nothing overflows.
+// The exponential limits the speed of those that have one: about 15
+// instructions for a vector, or the bandwidth of the cache if a row is wide.
+// All exponents are at most 0, so nothing overflows.
 #pragma once
 
 #include <cstring>
@@ -252,10 +252,49 @@ void softmax(Matrix<C> exps, Matrix<const C> y, C* largest, double* sums) {
   }
 }
 
-// With e = exp(-|y|), sigmoid(y) is 1 / (1 + e), or e / (1 + e) if y < 0, and
-// -log(sigmoid(y)) is log(1 + e) - min(y, 0).
+// A loss of elements y and their targets: its value, and its slope, the
+// derivative at y.
 template <typename C>
-double bce_with_logits(
+struct ValueAndSlope {
+  Vec<C> value, slope;
+};
+
+// |y - target|. The slope is 0 for NaN too, as in PyTorch.
+struct AbsoluteError {
+  template <typename C>
+  RELU_MLP_INLINE static ValueAndSlope<C> at(Vec<C> y, Vec<C> target) {
+    const Vec<C> e = y - target, zero{}, one = zero + C(1);
+    return {e < zero ? -e : e, e > zero ? one : (e < zero ? -one : zero)};
+  }
+};
+
+// e^2 / 2 where |e| < 1, else |e| - 1/2, with e = y - target. If m is
+// min(|e|, 1), both are m (|e| - m / 2).
+struct HuberError {
+  template <typename C>
+  RELU_MLP_INLINE static ValueAndSlope<C> at(Vec<C> y, Vec<C> target) {
+    const Vec<C> e = y - target, zero{}, one = zero + C(1);
+    const Vec<C> size = e < zero ? -e : e, m = size < one ? size : one;
+    return {m * (size - C(0.5) * m), e > one ? one : (e < -one ? -one : e)};
+  }
+};
+
+// -target log(p) - (1 - target) log(1 - p) with p = sigmoid(y). With
+// e = exp(-|y|), p is 1 / (1 + e), or e / (1 + e) if y < 0, and -log(p) is
+// log(1 + e) - min(y, 0).
+struct BinaryCrossEntropy {
+  template <typename C>
+  RELU_MLP_INLINE static ValueAndSlope<C> at(Vec<C> y, Vec<C> target) {
+    const Vec<C> zero{}, one = zero + C(1);
+    const Vec<C> below = y < zero ? y : zero; // 0 if y is NaN
+    const Vec<C> e = exp_of<C>(y < zero ? y : -y);
+    const Vec<C> p = (y < zero ? e : one) / (e + one);
+    return {(one - target) * y - below + log1p_of<C>(e), p - target};
+  }
+};
+
+template <typename Loss, typename C>
+double element_loss(
     C* gradient,
     const C* y,
     const C* target,
@@ -263,30 +302,24 @@ double bce_with_logits(
     C scale) {
   constexpr int64_t W = lanes<C>;
   double totals[W] = {};
-  for (int64_t i = 0; i < count; i += W) {
-    const bool is_whole = i + W <= count;
-    const int64_t rest = count - i;
-    const auto take = [&](const C* from) {
-      return is_whole ? load(from + i) : load_some(from + i, rest);
-    };
-    const Vec<C> z = take(y), t = take(target), zero{};
-    const Vec<C> below = z < zero ? z : zero; // 0 if z is NaN
-    const Vec<C> e = exp_of<C>(z < zero ? z : -z);
-    const Vec<C> sigmoid = (z < zero ? e : zero + C(1)) / (e + C(1));
-    const Vec<C> g = (sigmoid - t) * scale;
-    C terms[W];
-    store(terms, Vec<C>((C(1) - t) * z - below + log1p_of<C>(e)));
-    if (is_whole) {
-      store(gradient + i, g);
-    } else {
-      store_some(gradient + i, g, rest);
-      for (int64_t j = rest; j < W; ++j) {
-        terms[j] = 0;
-      }
-    }
+  const auto add = [&](Vec<C> values, int64_t present) {
+    C value[W];
+    store(value, values);
     for (int64_t j = 0; j < W; ++j) {
-      totals[j] += double(terms[j]);
+      totals[j] += j < present ? double(value[j]) : 0;
     }
+  };
+  int64_t i = 0;
+  for (; i + W <= count; i += W) {
+    const auto at = Loss::template at<C>(load(y + i), load(target + i));
+    store(gradient + i, Vec<C>(at.slope * scale));
+    add(at.value, W);
+  }
+  if (const int64_t rest = count - i) {
+    const auto at = Loss::template at<C>(
+        load_some(y + i, rest), load_some(target + i, rest));
+    store_some(gradient + i, Vec<C>(at.slope * scale), rest);
+    add(at.value, rest);
   }
   double total = 0;
   for (const double part : totals) {
