@@ -271,8 +271,7 @@ int64_t checked_train(const Arguments& a) {
     training.order_step = a.order.dim() == 2 ? training.order_size : 0;
   }
   // A batch has memory of its own.
-  training.batch =
-      std::min(a.batch, std::max<int64_t>(1, training.order_size));
+  training.batch = std::min(a.batch, std::max<int64_t>(1, training.order_size));
 
   States states(a.state);
   std::vector<std::pair<const Tensor*, double>> steps;
