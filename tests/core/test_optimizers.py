@@ -126,6 +126,19 @@ def test_reduce_on_plateau():
     assert twins.step.reason is None and twins.step.optimizer.param_groups[0]["lr"] < 0.01
 
 
+def test_a_first_step_by_the_operator_counts():
+    """For a scheduler that is older than the step, and for one that is younger."""
+    for is_older in (True, False):
+        twins = Twins("SGD")
+        scheduler = lr_scheduler.StepLR(twins.step.optimizer, 2) if is_older else None
+        served(twins.step, twins.x, twins.target)
+        scheduler = scheduler or lr_scheduler.StepLR(twins.step.optimizer, 2)
+        served(twins.step, twins.x, twins.target)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            scheduler.step()
+
+
 def test_scheduler_warns_without_a_step():
     twins = Twins("SGD")
     scheduler = lr_scheduler.StepLR(twins.step.optimizer, 2)
@@ -419,8 +432,8 @@ def test_parameters_that_are_views(kind):
         net[2].weight.data = net[2].weight.data.T.contiguous().T
     twins.check("a parameter is not contiguous")
     for net in (twins.net, twins.twin):
-        net[2].weight.data = support.negated(net[2].weight.data)
-        assert net[2].weight.is_neg()
+        net[2].weight.data = torch._neg_view(-net[2].weight.data.contiguous())
+        assert net[2].weight.is_contiguous()
     twins.check("a parameter is not contiguous")
 
 

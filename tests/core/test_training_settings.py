@@ -110,8 +110,18 @@ def test_a_mode_that_sees_every_operation(backend):
     assert_close_to(step, others)
 
 
+def test_a_mode_that_knows_the_operators(backend):
+    """It sees those that compute something without changing anything."""
+    step, others, x, target = make()
+    with support.count_calls() as calls:
+        step(x, target)
+    assert calls == {"forward": 0, "backward": 0, "loss_and_grads": 1, "native": 0}
+    plain_step(others[0], "mse", others[1], x, target)
+    assert_close_to(step, others)
+
+
 def test_flops(backend):
-    """Counted in a step as in `loss_and_grads`, and in no more time than the operator's."""
+    """Those of the forward pass, and of the backward pass for all parameters."""
     step, others, x, target = make()
     with FlopCounterMode(display=False) as counter:
         step(x, target)
