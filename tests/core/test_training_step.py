@@ -548,9 +548,7 @@ def test_bad_arguments_of_the_constructor():
         with pytest.raises(TypeError, match=words):
             TrainingStep(net_, "mse", optimizer)
     for loss in ("l3", None, ["mse"], nn.MSELoss()):
-        with pytest.raises(
-            ValueError, match=r"loss must be 'sse', .* or 'cross_entropy', got"
-        ):
+        with pytest.raises(ValueError, match=r"loss must be 'sse', .* or 'cross_entropy', got"):
             TrainingStep(net, loss, sgd)
     for max_norm in (0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="max_norm must be positive"):
