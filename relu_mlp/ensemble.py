@@ -240,6 +240,7 @@ class ReluMLPEnsemble(nn.Module):
         return net.train(self.training)
 
     def extra_repr(self) -> str:
+        """What `repr` says of the ensemble."""
         activation = self.output_activation
         return f"networks={len(self)}" + (f", output_activation={activation!r}" * bool(activation))
 

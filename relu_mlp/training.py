@@ -138,18 +138,22 @@ class TrainingStep:
 
     @property
     def net(self) -> nn.Module:
+        """The module that is trained."""
         return self._net
 
     @property
     def loss(self) -> Loss:
+        """The name of the loss."""
         return self._loss
 
     @property
     def optimizer(self) -> Optimizer:
+        """The optimizer, with its hyperparameters and its state."""
         return self._optimizer
 
     @property
     def max_norm(self) -> float | None:
+        """The norm to which gradients are clipped, or None."""
         return self._max_norm
 
     @property
