@@ -551,7 +551,7 @@ def page_of(document: dict[str, Any]) -> str:
         rows = [
             [shape]
             + [
-                f"{of_threads[shape, c].us_a_step:.3g}" if (shape, c) in of_threads else ""
+                f"{of_threads[shape, c].us_a_step:.1f}" if (shape, c) in of_threads else ""
                 for c in SHOWN.values()
             ]
             for shape in map(name_of, CASES[case].shapes)
