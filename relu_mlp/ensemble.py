@@ -242,7 +242,8 @@ class ReluMLPEnsemble(nn.Module):
     def extra_repr(self) -> str:
         """What `repr` says of the ensemble."""
         activation = self.output_activation
-        return f"networks={len(self)}" + (f", output_activation={activation!r}" * bool(activation))
+        of_activation = "" if activation is None else f", output_activation={activation!r}"
+        return f"networks={len(self)}{of_activation}"
 
 
 def is_one_for_each(name: str, tensor: Tensor, networks: int, dim: int = 2) -> bool:
@@ -321,11 +322,12 @@ def stacked_network_of(ensemble: ReluMLPEnsemble) -> tuple[list[Tensor], list[Te
         weights.append(layer.weight)
         biases.append(NO_TENSOR if layer.bias is None else layer.bias)
     present = [parameter for parameter in weights + biases if parameter is not NO_TENSOR]
-    if len(set(map(id, present))) < len(present):
-        raise RuntimeError("the layers of an ensemble must not share parameters")
     for parameter in present:
-        if not is_plain(parameter) or get_parameter_hooks(parameter) != (None, None):
+        if not is_plain(parameter) or any(get_parameter_hooks(parameter)):
             raise RuntimeError("the parameters of an ensemble must be dense and without hooks")
+    addresses = [address for parameter in present if (address := parameter.data_ptr())]
+    if len(set(map(id, present))) < len(present) or len(set(addresses)) < len(addresses):
+        raise RuntimeError("the layers of an ensemble must not share parameters")
     return weights, biases, ACTIVATION_NAMES[ensemble.output_activation]
 
 

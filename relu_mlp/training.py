@@ -402,30 +402,36 @@ class TrainingStep:
         Returns the loss, and whether the gradients are finite, as far as they are watched.
         """
         if self._networks is not None:
-            losses = self._each_alone(x, target, order, batch_size, step)
-            return losses, losses.isfinite().all()
+            return self._each_alone(x, target, order, batch_size, step, watch)
         rows = batch_of(len(x), order, batch_size, step) if batch_size else ...
         return self._one_by_one(x[rows], target[rows], watch)
 
     def _each_alone(
-        self, x: Tensor, target: Tensor, order: Tensor | None, batch_size: int | None, step: int
-    ) -> Tensor:
-        """A step of an ensemble: one of every network by itself. Returns the losses."""
+        self,
+        x: Tensor,
+        target: Tensor,
+        order: Tensor | None,
+        batch_size: int | None,
+        step: int,
+        watch: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """The same for an ensemble: a step of every network by itself."""
         assert isinstance(self._net, ReluMLPEnsemble)
         rows = self._count_rows("x", x)
         self._count_rows("target", target)
         singles = split(self._net, self._optimizer, self._lr)
-        losses = []
+        results = []
         for e, (net, optimizer) in enumerate(singles):
             x_e = x[e] if x.dim() == 3 else x
             target_e = target[e] if target.dim() > self._dim_of("target", target) else target
             order_e = order[e] if order is not None and order.dim() == 2 else order
             batch = batch_of(rows, order_e, batch_size, step) if batch_size else ...
             alone = TrainingStep(net, self._loss, optimizer, max_norm=self._max_norm)
-            losses.append(alone(x_e[batch], target_e[batch]))
+            results.append(alone._one_by_one(x_e[batch], target_e[batch], watch))
         merge(self._net, self._optimizer, singles)
         count_step(self._optimizer)
-        return torch.stack(losses)
+        losses, is_finite = map(torch.stack, zip(*results, strict=True))
+        return losses, is_finite.all()
 
     def _one_by_one(self, x: Tensor, target: Tensor, watch: bool) -> tuple[Tensor, Tensor]:
         """A step with the optimizer's own `step`. Without a network, autograd differentiates."""

@@ -439,6 +439,30 @@ def test_what_is_not_finite_warns_and_names_the_step(backend):
 # -- The module --------------------------------------------------------------------------
 
 
+def test_gradients_that_overflow_warn_too(backend):
+    """The loss of the step is finite."""
+    ensemble = ReluMLPEnsemble.from_networks(networks())
+    step = TrainingStep(ensemble, "sse", torch.optim.SGD(ensemble.parameters(), lr=0.1))
+    x, target = data(4, stacked=(3,))
+    x[2], target[2] = 1e29, 0
+    ensemble.get_parameter("0.weight").data[2] = 1e-7
+    ensemble.get_parameter("2.weight").data[2] = 1e-5
+    with pytest.warns(RuntimeWarning, match="in step 0 of 1"):
+        losses = step.repeat(x, target, 1)
+    assert losses.isfinite().all()
+
+
+def test_a_copy_is_trained(backend):
+    """A copied parameter has empty dicts of hooks."""
+    nets = networks()
+    ensemble = copy.deepcopy(ReluMLPEnsemble.from_networks(nets))
+    step = TrainingStep(ensemble, "sse", torch.optim.SGD(ensemble.parameters(), lr=0.1))
+    step(*data(8))
+    for net in nets:
+        TrainingStep(net, "sse", torch.optim.SGD(net.parameters(), lr=0.1))(*data(8))
+    assert_same_networks(ensemble, nets)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("hidden", [4, [], [5, 4]], ids=str)
 def test_initial_values_are_those_of_networks_one_after_another(hidden, bias):
@@ -689,27 +713,33 @@ def test_wrong_generators():
 
 
 def change_forward(step):
-    step._net.forward = lambda x: x
+    step.net.forward = lambda x: x
 
 
 def change_layer(step):
-    setattr(step._net, "0", nn.Linear(3, 4))
+    setattr(step.net, "0", nn.Linear(3, 4))
 
 
 def share(step):
-    getattr(step._net, "2").bias = getattr(step._net, "0").bias
+    getattr(step.net, "2").bias = getattr(step.net, "0").bias
+
+
+def share_memory(step):
+    bias = next(p for name, p in step.net.named_parameters() if name == "0.bias")
+    getattr(step.net, "2").bias = nn.Parameter(bias.detach()[:, :2])
 
 
 CHANGES = {
     "forward": (change_forward, "unchanged ReluMLPEnsemble"),
-    "a hook": (lambda s: s._net.register_forward_hook(print), "unchanged ReluMLPEnsemble"),
+    "a hook": (lambda s: s.net.register_forward_hook(print), "unchanged ReluMLPEnsemble"),
     "a layer": (change_layer, "replaced or patched layer 0"),
     "a hook of a parameter": (
-        lambda s: next(s._net.parameters()).register_hook(print),
+        lambda s: next(s.net.parameters()).register_hook(print),
         "without hooks",
     ),
     "a shared parameter": (share, "must not share parameters"),
-    "step": (lambda s: setattr(s._optimizer, "step", print), "optimizer must have its own step"),
+    "shared memory": (share_memory, "must not share parameters"),
+    "step": (lambda s: setattr(s.optimizer, "step", print), "optimizer must have its own step"),
 }
 
 
