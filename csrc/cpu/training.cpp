@@ -129,9 +129,15 @@ class Trainee {
       int64_t begin,
       int64_t rows,
       E* to) const {
-    for (int64_t i = 0; i < rows; ++i) {
-      std::copy_n(from.row(order_[begin + i]), from.cols, to + i * from.cols);
-    }
+    const int64_t* const order = order_ + begin;
+    const int64_t grain = std::max<int64_t>(
+        1,
+        processor_tuning().elements_per_task / std::max<int64_t>(1, from.cols));
+    parallel_for(rows, grain, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        std::copy_n(from.row(order[i]), from.cols, to + i * from.cols);
+      }
+    });
     return contiguous<const E>(to, rows, from.cols);
   }
 
