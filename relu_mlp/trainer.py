@@ -151,6 +151,8 @@ class Trainer:
             raise Unknown(f"x is {x.dtype} on {x.device}, and not float32 or float64 on the CPU")
         if implementation_for(x) is not extension:
             raise Unknown("the extension is not used")
+        if interception.dispatch_modes():  # it would see one operator and not the parts of a step
+            raise Unknown("a mode is active")
         for parameter in network.present:
             if not parameter.is_contiguous() or not parameter.is_cpu or parameter.is_neg():
                 raise Unknown("a parameter is not contiguous in the CPU's memory")

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from . import checks
 from ._torch_private import count_step
+from .batches import batch_of, checked_order, random_order
 from .ensemble import ReluMLPEnsemble, checked_rates, is_one_for_each, merge, split
 from .functional import Loss, converted_target, loss_and_grads
 from .ops import NO_TENSOR
@@ -311,6 +312,7 @@ class TrainingStep:
         check_tensors(x, target)
         shape = (total, *self._loss_shape)
         losses: Tensor | None = x.new_empty(shape) if total == 0 else None
+        matrices: tuple[Tensor, Tensor] | None = None
         done, first_bad = 0, -1
         finite: list[tuple[int, Tensor]] = []  # whether the gradients of a step are finite
         rows_of_step = batch_size or max(1, self._count_rows("x", x))
@@ -323,8 +325,10 @@ class TrainingStep:
                 losses = x.new_empty(shape) if losses is None else losses
                 at_once = max(1, int(SECONDS_OF_A_CALL / (self._seconds_of_a_row * rows_of_step)))
                 part = losses[done : done + at_once]
+                if matrices is None:  # once, because it may copy all rows
+                    matrices = self._matrices(trainer.network, x, target)
                 bad = trainer.train(
-                    *self._matrices(trainer.network, x, target),
+                    *matrices,
                     part,
                     done,
                     batch_size,
@@ -496,39 +500,3 @@ def as_matrix(tensor: Tensor) -> Tensor:
     if tensor.dim() == 2 and tensor.is_contiguous():
         return tensor
     return tensor.reshape(-1, tensor.shape[-1]).contiguous()
-
-
-def batch_of(rows: int, order: Tensor | None, batch_size: int, step: int) -> Any:
-    """The index of the rows of a step."""
-    batches = max(1, -(-(rows if order is None else len(order)) // batch_size))
-    begin = step % batches * batch_size
-    part = slice(begin, begin + batch_size)
-    return part if order is None else order[part]
-
-
-def random_order(
-    rows: int, networks: int | None, generator: torch.Generator | Sequence[torch.Generator] | None
-) -> Tensor:
-    """A random order of rows, (rows,), or with a sequence of generators (networks, rows)."""
-    if generator is None or isinstance(generator, torch.Generator):
-        return torch.randperm(rows, generator=generator)
-    if networks is None:
-        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
-    if len(generator) != networks:
-        raise ValueError(f"generator must have {networks} generators, got {len(generator)}")
-    return torch.stack([torch.randperm(rows, generator=each) for each in generator])
-
-
-def checked_order(order: Tensor, rows: int, networks: int | None) -> Tensor:
-    """An order that a caller gave, contiguous."""
-    if not isinstance(order, Tensor):
-        raise TypeError(f"order must be a Tensor, got {type(order).__name__}")
-    if order.dim() != 1 and (networks is None or order.dim() != 2 or len(order) != networks):
-        expected = "(n,)" if networks is None else f"(n,) or ({networks}, n)"
-        raise ValueError(f"order must have shape {expected}, got {tuple(order.shape)}")
-    if order.dtype is not torch.int64:
-        raise IndexError(f"order must be int64, got {checks.name_of(order.dtype)}")
-    if order.numel() and not (order.min() >= 0 and order.max() < rows):
-        wrong = order[(order < 0) | (order >= rows)][0]
-        raise IndexError(f"order must have numbers of rows in [0, {rows}), got {wrong.item()}")
-    return order.contiguous()

@@ -24,7 +24,7 @@ def count_calls() -> Iterator[dict[str, int]]:
     The keys are "forward", "backward" and "loss_and_grads", and "native" for
     the linear layers and matrix products that ran outside of them. A pass is
     counted under its direction, whichever of the operators makes it. The key
-    "backward_vjp" is there if that operator was called, and "train" if that of `TrainingStep` was.
+    "backward_vjp" is there if that operator was called.
     """
     counts = dict.fromkeys(["forward", "backward", "loss_and_grads", "native"], 0)
     passes = {
@@ -46,15 +46,13 @@ def count_calls() -> Iterator[dict[str, int]]:
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             name = func._schema.name
             if name.startswith("relu_mlp::"):
-                if (operator := name.removeprefix("relu_mlp::")) in passes:
-                    count(passes[operator])
+                count(passes[name.removeprefix("relu_mlp::")])
             elif name in PRODUCTS and not inside[0]:
                 counts["native"] += 1
             return func(*args, **(kwargs or {}))
 
     originals = {name: getattr(reference, name) for name in passes if name != "relu_mlp"}
     passes |= {f"_{name}_in_cpp": direction for name, direction in passes.items()}
-    passes["_train"] = "train"
 
     def counted(name):
         def function(*args, **kwargs):
