@@ -42,7 +42,8 @@ struct Arguments {
 class Trainers {
  public:
   static Trainers& all() {
-    static Trainers trainers;
+    // Never deleted: at exit, tensors may outlive the interpreter that they need.
+    static Trainers& trainers = *new Trainers;
     return trainers;
   }
   int64_t add(Trainer trainer) {
@@ -267,34 +268,56 @@ const Tensor& flat(const Tensor& tensor, Tensor& holder) {
   return holder;
 }
 
-template <typename T>
-int64_t checked_train(const Trainer& trainer, const Arguments& a) {
-  const int64_t stacked = trainer.stacked(),
-                networks = std::max<int64_t>(1, stacked);
-  const bool by_class = has_classes(trainer.loss, a.target);
-  const int64_t target_dim = by_class ? 1 : 2;
-  check_rows(a.x, 2, stacked, "x");
-  check_rows(a.target, target_dim, stacked, "target");
-  std::vector<Tensor> first_weights, first_biases;
-  Tensor first_x, first_target;
-  const std::vector<Tensor>& weights =
-      first_of_all(trainer.weights, 2, stacked, "weights", first_weights);
-  const std::vector<Tensor>& biases =
-      first_of_all(trainer.biases, 1, stacked, "biases", first_biases);
-  const Tensor& x = first_of(a.x, 2, first_x);
-  const Tensor& target = first_of(a.target, target_dim, first_target);
-  check_layers(x, weights, biases);
-  check_target(target, x, weights, trainer.loss);
-  if (by_class) {
-    Tensor holder;
-    check_classes(flat(a.target, holder), x, weights);
+// The operands of the first network, as views that the object owns.
+class FirstNetwork {
+ public:
+  FirstNetwork(const Trainer& trainer, const Arguments& a)
+      : by_class(has_classes(trainer.loss, a.target)),
+        x(first_of(a.x, 2, x_)),
+        target(first_of(a.target, target_dim(), target_)),
+        weights(first_of_all(
+            trainer.weights,
+            2,
+            trainer.stacked(),
+            "weights",
+            weights_)),
+        biases(first_of_all(
+            trainer.biases,
+            1,
+            trainer.stacked(),
+            "biases",
+            biases_)) {}
+
+  int64_t target_dim() const {
+    return by_class ? 1 : 2;
   }
-  check_order(a, stacked, x.size(0));
-  const std::vector<Group> groups = parse_groups(trainer, a);
-  const std::size_t layers = weights.size();
-  if (trainer.groups.size() != 2 * layers) {
+
+ private:
+  Tensor x_, target_;
+  std::vector<Tensor> weights_, biases_;
+
+ public:
+  const bool by_class;
+  const Tensor &x, &target;
+  const std::vector<Tensor>&weights, &biases;
+};
+
+void check_arguments(
+    const Trainer& trainer,
+    const Arguments& a,
+    const FirstNetwork& first,
+    int64_t networks) {
+  check_layers(first.x, first.weights, first.biases);
+  check_target(first.target, first.x, first.weights, trainer.loss);
+  if (first.by_class) {
+    Tensor holder;
+    check_classes(flat(a.target, holder), first.x, first.weights);
+  }
+  check_order(a, networks, first.x.size(0));
+  const std::size_t parameters = 2 * first.weights.size();
+  if (trainer.groups.size() != parameters) {
     fail(
-        "groups must have ", 2 * layers, " entries, got ",
+        "groups must have ", parameters, " entries, got ",
         trainer.groups.size());
   }
   if (!a.lrs.empty() && int64_t(a.lrs.size()) != networks) {
@@ -305,29 +328,108 @@ int64_t checked_train(const Trainer& trainer, const Arguments& a) {
         "batch must be at least 1 and 0 <= first <= last, got ", a.batch, ", ",
         a.first, " and ", a.last);
   }
-  const int64_t batches = a.last - a.first;
-  check_like_x(a.losses, x, "losses");
+  check_like_x(a.losses, first.x, "losses");
   // The product of the two numbers could overflow.
-  if (!a.losses.is_contiguous() || a.losses.numel() % networks != 0 ||
-      a.losses.numel() / networks != batches) {
+  const int64_t batches = a.last - a.first, losses = a.losses.numel();
+  if (!a.losses.is_contiguous() || losses % networks != 0 ||
+      losses / networks != batches) {
     fail(
         "losses must be contiguous with one element for each of ", batches,
         " batches and ", networks, " networks, got shape ", shape(a.losses));
   }
   check_storage(a.losses, "losses");
+}
 
-  Operands<T> operands(3 + 2 * layers, false);
+// A count of steps, and its value after the call.
+using Count = std::pair<const Tensor*, double>;
+
+// Sets the group and the state of a parameter.
+template <typename T>
+void read_state(
+    Trained<T>& p,
+    const Group& group,
+    const Tensor& tensor,
+    const Tensor& x,
+    int64_t batches,
+    States& states,
+    std::vector<Count>& counts) {
+  p.group = &group;
+  if (group.adam) {
+    p.mean = states.next_like<T>(tensor, x);
+    p.square = states.next_like<T>(tensor, x);
+    const Tensor& count = states.next();
+    p.steps = read_steps(count);
+    counts.push_back({&count, p.steps + double(batches)});
+    if (group.adam->amsgrad) {
+      p.max_square = states.next_like<T>(tensor, x);
+    }
+  } else if (group.sgd->momentum != 0) {
+    p.buffer = states.next_like<T>(tensor, x);
+  }
+}
+
+// Adds the parameters to `training`, and returns what becomes of the counts.
+template <typename T>
+std::vector<Count> read_parameters(
+    const Trainer& trainer,
+    const Arguments& a,
+    const Tensor& x,
+    const std::vector<Group>& groups,
+    Training<T>& training) {
+  const std::size_t layers = trainer.weights.size();
+  States states(trainer.state);
+  std::vector<Count> counts;
+  for (std::size_t n = 0; n < 2 * layers; ++n) {
+    const bool is_weight = n < layers;
+    const std::size_t l = is_weight ? n : n - layers;
+    const int64_t group = trainer.groups[n];
+    // A bias without elements may have a state nevertheless.
+    const bool exists = is_weight || training.network.layers[l].bias;
+    Trained<T> p{};
+    if (exists || (group >= 0 && !trainer.biases.empty())) {
+      const Tensor& tensor = is_weight ? trainer.weights[l] : trainer.biases[l];
+      check_storage(tensor, is_weight ? "weights[" : "biases[", l, "]");
+      p.data = tensor.template data<T>();
+      p.count = tensor.numel() / training.networks;
+      if (group >= int64_t(groups.size())) {
+        fail("groups[", n, "] must be below ", groups.size(), ", got ", group);
+      }
+      if (group >= 0) {
+        read_state(
+            p, groups[group], tensor, x, a.last - a.first, states, counts);
+      }
+    }
+    (is_weight ? training.weights : training.biases)
+        .push_back(exists ? p : Trained<T>{});
+  }
+  states.check_end();
+  return counts;
+}
+
+template <typename T>
+int64_t checked_train(const Trainer& trainer, const Arguments& a) {
+  const int64_t stacked = trainer.stacked(),
+                networks = std::max<int64_t>(1, stacked);
+  const int64_t target_dim = has_classes(trainer.loss, a.target) ? 1 : 2;
+  check_rows(a.x, 2, stacked, "x");
+  check_rows(a.target, target_dim, stacked, "target");
+  const FirstNetwork first(trainer, a);
+  check_arguments(trainer, a, first, networks);
+  const std::vector<Group> groups = parse_groups(trainer, a);
+
+  Operands<T> operands(3 + trainer.groups.size(), false);
   Training<T> training{
       whole_network<T>(
-          x, weights, biases, trainer.output_activation, activate<T>, operands),
+          first.x, first.weights, first.biases, trainer.output_activation,
+          activate<T>, operands),
       networks,
       a.x.dim() == 3 ? a.x.strides()[0] : 0,
       a.target.dim() > target_dim ? a.target.strides()[0] : 0,
       0,
-      operands.target(target),
+      operands.target(first.target),
       trainer.loss,
       nullptr,
-      x.size(0),
+      first.x.size(0),
       a.batch,
       {},
       {},
@@ -340,49 +442,11 @@ int64_t checked_train(const Trainer& trainer, const Arguments& a) {
   }
   // A batch has memory of its own.
   training.batch = std::min(a.batch, std::max<int64_t>(1, training.order_size));
-
-  States states(trainer.state);
-  std::vector<std::pair<const Tensor*, double>> steps;
-  for (std::size_t n = 0; n < 2 * layers; ++n) {
-    const bool is_weight = n < layers;
-    const std::size_t l = is_weight ? n : n - layers;
-    Trained<T> p{};
-    const int64_t group = trainer.groups[n];
-    // A bias without elements may have a state nevertheless.
-    const bool exists = is_weight || training.network.layers[l].bias;
-    if (exists || (group >= 0 && !trainer.biases.empty())) {
-      const Tensor& tensor = is_weight ? trainer.weights[l] : trainer.biases[l];
-      check_storage(tensor, is_weight ? "weights[" : "biases[", l, "]");
-      p.data = tensor.template data<T>();
-      p.count = tensor.numel() / networks;
-      if (group >= int64_t(groups.size())) {
-        fail("groups[", n, "] must be below ", groups.size(), ", got ", group);
-      }
-      if (group >= 0) {
-        p.group = &groups[group];
-        if (p.group->adam) {
-          p.mean = states.next_like<T>(tensor, x);
-          p.square = states.next_like<T>(tensor, x);
-          const Tensor& count = states.next();
-          p.steps = read_steps(count);
-          steps.push_back({&count, p.steps + double(batches)});
-          if (p.group->adam->amsgrad) {
-            p.max_square = states.next_like<T>(tensor, x);
-          }
-        } else if (p.group->sgd->momentum != 0) {
-          p.buffer = states.next_like<T>(tensor, x);
-        }
-      }
-    }
-    if (!exists) {
-      p = {};
-    }
-    (is_weight ? training.weights : training.biases).push_back(p);
-  }
-  states.check_end();
+  const std::vector<Count> counts =
+      read_parameters(trainer, a, first.x, groups, training);
   const int64_t not_finite =
       train(training, a.first, a.last, a.losses.template data<T>());
-  for (const auto& [tensor, count] : steps) {
+  for (const auto& [tensor, count] : counts) {
     write_steps(*tensor, count);
   }
   return not_finite;
