@@ -33,13 +33,13 @@ struct DirectPasses {
 struct Direct {
   std::string (*layout)();
   void (*prefer_huge_pages)(void* data, int64_t bytes);
-  // One step of a trainer on all rows (cpu/train_operator.h). Deletes the
+  // One step of trainers on all rows (cpu/train_operator.h). Deletes the
   // handles.
   void (*train)(
-      int64_t trainer,
+      const std::vector<int64_t>& trainers,
       AtenTensorHandle x,
       AtenTensorHandle target,
-      AtenTensorHandle loss,
+      AtenTensorHandle losses,
       AtenTensorHandle order,
       const std::vector<double>& hyperparameters,
       double max_norm,

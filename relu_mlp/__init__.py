@@ -3,7 +3,6 @@
 from . import _import_torch as _import_torch  # before all that imports PyTorch
 from . import flops as flops  # registers them
 from ._version import __version__
-from .ensemble import ReluMLPEnsemble
 from .functional import LossAndGrads, loss_and_grads, relu_mlp
 from .fusion.patching import fuse, unfuse
 from .fusion.report import FuseReport
@@ -26,7 +25,6 @@ __all__ = [
     "LossAndGrads",
     "Parameters",
     "ReluMLP",
-    "ReluMLPEnsemble",
     "TrainingStep",
     "__version__",
     "backend",

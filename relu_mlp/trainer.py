@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Sequence
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -23,7 +24,6 @@ from ._torch_private import (
     get_parameter_hooks,
     is_any_autocast_enabled,
 )
-from .ensemble import ReluMLPEnsemble, stacked_network_of
 from .functional import is_plain, is_served
 from .fusion.sequential import FusedSequential
 from .interception import are_layers_replaced
@@ -35,15 +35,12 @@ from .run import find_run, is_patched
 
 _new_trainer = torch.ops.relu_mlp._new_trainer.default
 _delete_trainer = torch.ops.relu_mlp._delete_trainer.default
-train_step: Any = None if node is None else raising_index_error(node.train_step)
 _train = raising_index_error(call_of(torch.ops.relu_mlp._train.default))
-
-#: An order that stands for all rows, in place.
-ROWS_IN_PLACE = torch.empty(0, dtype=torch.int64)
+train_step: Any = None if node is None else raising_index_error(node.train_step)
 
 
 class Network(NamedTuple):
-    """The network of a module, as the operators take it; stacked networks of an ensemble."""
+    """The network of a module, as the operators take it."""
 
     weights: list[Tensor]
     biases: list[Tensor]  #: one for each weight; NO_TENSOR where one is missing
@@ -61,13 +58,7 @@ class Network(NamedTuple):
 
 
 def network_of(net: nn.Module) -> Network | None:
-    """The network that a module is, if it is one and nothing of it was changed.
-
-    Raises RuntimeError for an ensemble that was changed.
-    """
-    if isinstance(net, ReluMLPEnsemble):
-        stacked = stacked_network_of(net)
-        return None if are_layers_replaced() else Network(*stacked)
+    """The network that a module is, if it is one and nothing of it was changed."""
     kind: Any = type(net)
     if kind not in (ReluMLP, FusedSequential, nn.Sequential) or is_patched(vars(net)):
         return None
@@ -120,8 +111,6 @@ class Trainer:
         self.network = network
         self.parameters = network.parameters
         self.present = network.present
-        first = network.weights[0]
-        self.networks = len(first) if first.dim() == 3 else 1
         self.update = Update(optimizer, self.parameters)
         self.number: int = _new_trainer(
             network.weights,
@@ -131,6 +120,7 @@ class Trainer:
             network.activation,
             self.update.kind.name,
             self.update.groups,
+            len(optimizer.param_groups),
         )
         weakref.finalize(self, _delete_trainer, self.number).atexit = False
 
@@ -144,20 +134,7 @@ class Trainer:
             and self.update.is_current()
         )
 
-    @staticmethod
-    def check(x: Tensor, network: Network) -> None:
-        """Raises Unknown where the operators can't train the network with x."""
-        if x.dtype not in (torch.float32, torch.float64) or not x.is_cpu:
-            raise Unknown(f"x is {x.dtype} on {x.device}, and not float32 or float64 on the CPU")
-        if implementation_for(x) is not extension:
-            raise Unknown("the extension is not used")
-        if interception.dispatch_modes():  # it would see one operator and not the parts of a step
-            raise Unknown("a mode is active")
-        for parameter in network.present:
-            if not parameter.is_contiguous() or not parameter.is_cpu or parameter.is_neg():
-                raise Unknown("a parameter is not contiguous in the CPU's memory")
-
-    def prepare_node(self, net: nn.Module) -> Any:
+    def for_node(self, net: nn.Module) -> Any:
         """What `node.train_step` takes for steps of this trainer; None without the node."""
         if node is None or type(net) is not ReluMLP:
             return None
@@ -170,51 +147,72 @@ class Trainer:
         }
         return node.new_step({**of_network, **self.update.for_node()})
 
-    def train(
-        self,
-        x: Tensor,
-        target: Tensor,
-        losses: Tensor,
-        first: int,
-        batch_size: int | None,
-        order: Tensor | None,
-        max_norm: float | None,
-        lrs: list[float] | None,
-    ) -> int:
-        """Does the steps from the number `first` on, one for each of `losses`.
-
-        Args:
-            x, target: matrices, or for stacked networks also a matrix for each.
-            losses: (steps,), for the loss of each step; () for one step. For stacked networks there
-                is one more dimension, (networks,), at the end.
-            first: the number of steps before, which says with which batch to go on.
-            batch_size: the rows of a step; None for all.
-            order: the rows in the order of the steps, (n,) or (networks, n); None for all rows in
-                place.
-            max_norm: the norm to which gradients are clipped; None for no clipping.
-            lrs: the learning rate of each of the stacked networks; None for those of the groups.
-
-        Returns:
-            The first step whose gradients are not finite, or -1.
-        """
-        hyperparameters = self.update.hyperparameters()
-        with below_autograd():
-            bad: int = _train(
-                self.number,
-                x,
-                target,
-                losses,
-                ROWS_IN_PLACE if order is None else order,
-                hyperparameters,
-                lrs or [],
-                math.inf if max_norm is None else max_norm,
-                batch_size or max(1, x.shape[-2]),
-                first,
-                first + losses.numel() // self.networks,
-            )
+    def finish(self) -> None:
+        """Leaves everything as the optimizer's own step would."""
         self.update.count()
         count_step(self.update.optimizer)
         for parameter in self.present:
             if parameter.grad is not None:
                 parameter.grad = None
-        return bad
+
+
+def check_served(x: Tensor, network: Network) -> None:
+    """Raises Unknown where the operators can't train the network with x."""
+    if x.dtype not in (torch.float32, torch.float64) or not x.is_cpu:
+        raise Unknown(f"x is {x.dtype} on {x.device}, and not float32 or float64 on the CPU")
+    if implementation_for(x) is not extension:
+        raise Unknown("the extension is not used")
+    if interception.dispatch_modes():  # it would see one operator and not the parts of a step
+        raise Unknown("a mode is active")
+    for parameter in network.present:
+        if not parameter.is_contiguous() or not parameter.is_cpu or parameter.is_neg():
+            raise Unknown("a parameter is not contiguous in the CPU's memory")
+
+
+def train(
+    trainers: Sequence[Trainer],
+    x: Tensor,
+    target: Tensor,
+    losses: Tensor,
+    first: int,
+    batch_size: int | None,
+    order: Tensor | None,
+    max_norm: float | None,
+) -> int:
+    """Does the steps from the number `first` on, one for each column of `losses`.
+
+    Args:
+        trainers: one for each network.
+        x, target: contiguous matrices, or a vector of classes as the target, for all networks; or
+            with a dimension for the networks in front.
+        losses: (networks, steps), for the losses.
+        first: the number of steps before, which says with which batch to go on.
+        batch_size: the rows of a step; None for all.
+        order: the rows in the order of the steps, (n,) or (networks, n); None for all in place.
+        max_norm: the norm to which the gradients of a network are clipped; None for no clipping.
+
+    Returns:
+        The first step whose gradients are not finite, or -1.
+
+    Raises:
+        Unknown: if the operators can't do an optimizer's step.
+    """
+    hyperparameters: list[float] = []
+    for trainer in trainers:
+        hyperparameters += trainer.update.hyperparameters()
+    with below_autograd():
+        bad: int = _train(
+            [trainer.number for trainer in trainers],
+            x,
+            target,
+            losses,
+            NO_TENSOR if order is None else order,
+            hyperparameters,
+            math.inf if max_norm is None else max_norm,
+            batch_size or max(1, x.shape[-2]),
+            first,
+            first + losses.shape[1],
+        )
+    for trainer in trainers:
+        trainer.finish()
+    return bad

@@ -108,10 +108,11 @@ bool add_number(PyObject* value, std::vector<double>& numbers) {
   return false;
 }
 
-// Reads the hyperparameters. Returns false unless the groups have the members
+// Adds the hyperparameters. Returns false unless the groups have the members
 // that they had, and nothing is on that Python has to see.
 bool read_groups(const Step& step, std::vector<double>& numbers) {
   constexpr std::size_t numbers_of_a_group = 8;
+  const std::size_t before = numbers.size();
   if (PyDict_GetItemWithError(step.optimizer_dict, step.param_groups) !=
           step.groups ||
       PyList_GET_SIZE(step.groups) != Py_ssize_t(step.members.size())) {
@@ -139,7 +140,7 @@ bool read_groups(const Step& step, std::vector<double>& numbers) {
         return false;
       }
     }
-    numbers.resize((n + 1) * numbers_of_a_group);
+    numbers.resize(before + (n + 1) * numbers_of_a_group);
   }
   return true;
 }
@@ -245,6 +246,27 @@ const at::Tensor* data(PyObject* object) {
       : nullptr;
 }
 
+// Whether x is (rows, features) and the target fits, both perhaps with a
+// dimension for the networks in front. Python converts what has another shape
+// or dtype.
+bool have_usual_shapes(
+    const at::Tensor& x,
+    const at::Tensor& target,
+    int64_t networks) {
+  const auto has_dim = [networks](const at::Tensor& tensor, int64_t dim) {
+    return tensor.dim() == dim ||
+        (networks > 0 && tensor.dim() == dim + 1 && tensor.size(0) == networks);
+  };
+  const bool has_classes = target.scalar_type() == at::kLong;
+  return (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble) &&
+      (has_classes || target.scalar_type() == x.scalar_type()) &&
+      has_dim(x, 2) && has_dim(target, has_classes ? 1 : 2);
+}
+
+const Step* step_of(PyObject* capsule) {
+  return static_cast<const Step*>(PyCapsule_GetPointer(capsule, capsule_name));
+}
+
 // A new handle, which the callee owns.
 AtenTensorHandle handle_of(const at::Tensor& tensor) {
   return torch::aot_inductor::new_tensor_handle(at::Tensor(tensor));
@@ -319,51 +341,58 @@ PyObject* train_step(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     Py_INCREF(Py_NotImplemented);
     return Py_NotImplemented;
   };
-  const auto* step = count == 4 ? static_cast<const Step*>(PyCapsule_GetPointer(
-                                      arguments[0], capsule_name))
-                                : nullptr;
-  if (!step || !direct || !is_enabled || !is_thread_plain() ||
+  if (count != 5 || !direct || !is_enabled || !is_thread_plain() ||
       at::impl::torch_function_mode_enabled() || is_observed() ||
       torch::autograd::AnomalyMode::is_enabled() || !is_backend_extension()) {
     return python();
   }
+  const std::vector<PyObject*> steps = items_of(arguments[0]);
   const at::Tensor *x = data(arguments[1]), *target = data(arguments[2]);
-  // Python converts what has another shape or dtype.
-  const bool fits = x && target && x->dim() == 2 &&
-      (x->scalar_type() == at::kFloat || x->scalar_type() == at::kDouble) &&
-      (target->scalar_type() == x->scalar_type()
-           ? target->dim() == 2
-           : target->scalar_type() == at::kLong && target->dim() == 1);
-  std::vector<double> hyperparameters;
-  if (!fits || !is_network_unchanged(*step) || is_optimizer_changed(*step) ||
-      !is_state_unchanged(*step) || !read_groups(*step, hyperparameters)) {
+  const double max_norm = PyFloat_AsDouble(arguments[3]);
+  const bool is_single = arguments[4] == Py_True;
+  const int64_t networks = std::ssize(steps);
+  if (!x || !target || PyErr_Occurred() ||
+      !have_usual_shapes(*x, *target, is_single ? 0 : networks)) {
     return python();
   }
-  const double max_norm = PyFloat_AsDouble(arguments[3]);
-  if (PyErr_Occurred()) {
-    return python();
+  std::vector<int64_t> trainers;
+  std::vector<double> hyperparameters;
+  for (PyObject* capsule : steps) {
+    const Step* step = step_of(capsule);
+    if (!step || !is_network_unchanged(*step) || is_optimizer_changed(*step) ||
+        !is_state_unchanged(*step) || !read_groups(*step, hyperparameters)) {
+      return python();
+    }
+    trainers.push_back(step->number);
   }
   static const at::Tensor rows_in_place = [] {
     const c10::InferenceMode guard(false);
     return at::Tensor(at::detail::empty_cpu({0}, at::kLong));
   }();
-  at::Tensor loss = at::detail::empty_cpu({}, x->scalar_type());
+  at::Tensor losses = at::detail::empty_cpu({networks, 1}, x->scalar_type());
   {
     const pybind11::gil_scoped_release no_gil;
-    const int64_t rows = std::max<int64_t>(1, x->size(0));
     direct->train(
-        step->number, handle_of(*x), handle_of(*target), handle_of(loss),
-        handle_of(rows_in_place), hyperparameters, max_norm, rows);
+        trainers, handle_of(*x), handle_of(*target), handle_of(losses),
+        handle_of(rows_in_place), hyperparameters, max_norm,
+        std::max<int64_t>(1, x->size(-2)));
+  }
+  for (PyObject* capsule : steps) {
+    const Step* step = step_of(capsule);
     for (const at::Tensor& tensor : step->changed) {
       torch::autograd::impl::bump_version(tensor);
     }
-  }
-  for (const at::Tensor& parameter : step->tensors) {
-    if (parameter.grad().defined()) {
-      parameter.mutable_grad().reset();
+    for (const at::Tensor& parameter : step->tensors) {
+      if (parameter.grad().defined()) {
+        parameter.mutable_grad().reset();
+      }
     }
   }
-  return THPVariable_Wrap(std::move(loss));
+  // () or (networks,)
+  const std::vector<int64_t> sizes(is_single ? 0 : 1, networks),
+      strides(sizes.size(), 1);
+  losses.unsafeGetTensorImpl()->set_sizes_and_strides(sizes, strides);
+  return THPVariable_Wrap(std::move(losses));
   END_HANDLE_TH_ERRORS
 }
 

@@ -12,7 +12,8 @@ namespace relu_mlp::node {
 // network and its optimizer.
 PyObject* new_step(PyObject* self, PyObject* known);
 
-// train_step(step, x, target, max_norm): the loss before a step on all rows, or
+// train_step(steps, x, target, max_norm, is_single): the loss of every network
+// before a step on all rows, (networks,), or () if there is a single one;
 // NotImplemented if Python has to look closer. Nothing has changed then.
 PyObject* train_step(
     PyObject* self,

@@ -14,25 +14,23 @@
 namespace relu_mlp::cpu {
 namespace {
 
-// What the networks of a trainer are, and how they are trained. The tensors are
-// those of the caller, not copies.
+// A network and how it is trained. The tensors are those of the caller, not
+// copies.
 struct Trainer {
   std::vector<Tensor> weights, biases, state;
   Loss loss;
   Activation output_activation;
   std::string optimizer;
-  std::vector<int64_t> groups;
-
-  // The number of stacked networks, or 0 if a weight is a matrix.
-  int64_t stacked() const {
-    return weights[0].dim() == 3 ? weights[0].size(0) : 0;
-  }
+  std::vector<int64_t> groups; // the group of every parameter
+  int64_t group_count;
 };
+using TrainerPointer = std::shared_ptr<const Trainer>;
 
-// The arguments of one call.
+// The arguments of a call. x and target may have a dimension for the networks
+// in front.
 struct Arguments {
   Tensor x, target, losses, order;
-  std::vector<double> hyperparameters, lrs;
+  std::vector<double> hyperparameters;
   double max_norm;
   int64_t batch, first, last;
 };
@@ -53,7 +51,7 @@ class Trainers {
     return last_;
   }
   // It stays alive while the caller has it, even if it is removed.
-  std::shared_ptr<const Trainer> find(int64_t number) {
+  TrainerPointer find(int64_t number) {
     const std::lock_guard lock(mutex_);
     const auto found = trainers_.find(number);
     if (found == trainers_.end()) {
@@ -68,94 +66,22 @@ class Trainers {
 
  private:
   std::mutex mutex_;
-  std::unordered_map<int64_t, std::shared_ptr<const Trainer>> trainers_;
+  std::unordered_map<int64_t, TrainerPointer> trainers_;
   int64_t last_ = 0;
 };
 
-// The first of stacked tensors, as a view that `holder` owns. `dim` is the number
-// of dimensions of one of them.
-const Tensor& first_of(const Tensor& stacked, int64_t dim, Tensor& holder) {
-  const int64_t extra = stacked.dim() - dim;
-  if (extra <= 0) {
-    return stacked;
-  }
-  std::vector<int64_t> sizes, strides;
-  for (int64_t d = extra; d < stacked.dim(); ++d) {
-    sizes.push_back(stacked.size(d));
-    strides.push_back(stacked.strides()[d]);
-  }
-  holder = reinterpret(stacked, sizes, strides);
-  return holder;
-}
+constexpr int64_t numbers_of_a_group = 8;
 
-// Checks that a parameter or a state is contiguous, and of as many networks.
-void check_stack(
-    const Tensor& tensor,
-    int64_t dim,
-    int64_t networks,
-    const char* name,
-    std::size_t n) {
-  if (!tensor.is_contiguous()) {
-    fail(name, "[", n, "] must be contiguous");
-  }
-  if (networks == 0 && tensor.dim() != dim) {
-    fail(
-        name, "[", n, "] must have ", dim, " dimensions, got shape ",
-        shape(tensor));
-  }
-  if (networks > 0 && (tensor.dim() != dim + 1 || tensor.size(0) != networks)) {
-    fail(
-        name, "[", n, "] must have ", dim + 1, " dimensions and size ",
-        networks, " in the first, got shape ", shape(tensor));
-  }
-}
-
-const std::vector<Tensor>& first_of_all(
-    const std::vector<Tensor>& tensors,
-    int64_t dim,
-    int64_t networks,
-    const char* name,
-    std::vector<Tensor>& holder) {
-  for (std::size_t n = 0; n < tensors.size(); ++n) {
-    if (dim == 2 || tensors[n].numel() > 0) {
-      check_stack(tensors[n], dim, networks, name, n);
-    }
-  }
-  if (networks == 0) {
-    return tensors;
-  }
-  for (const Tensor& tensor : tensors) {
-    Tensor first;
-    if (&first_of(tensor, dim, first) == &tensor) { // a missing bias
-      first = reinterpret(
-          tensor, std::array<int64_t, 1>{0}, std::array<int64_t, 1>{1});
-    }
-    holder.push_back(std::move(first));
-  }
-  return holder;
-}
-
-constexpr std::size_t numbers_of_a_group = 8;
-
-std::vector<Group> parse_groups(const Trainer& trainer, const Arguments& a) {
-  const bool is_sgd = trainer.optimizer == "sgd";
-  if (a.hyperparameters.size() % numbers_of_a_group != 0) {
-    fail(
-        "hyperparameters must have ", numbers_of_a_group,
-        " entries for each group, got ", a.hyperparameters.size());
-  }
-  std::vector<Group> groups;
-  for (std::size_t n = 0; n < a.hyperparameters.size();
-       n += numbers_of_a_group) {
-    const double* const h = &a.hyperparameters[n];
-    Group group;
-    if (is_sgd) {
+std::vector<Group> read_groups(const Trainer& trainer, const double* h) {
+  std::vector<Group> groups(trainer.group_count);
+  for (Group& group : groups) {
+    if (trainer.optimizer == "sgd") {
       group.sgd = Sgd{h[0], h[1], h[2], h[3], h[4] != 0, h[5] != 0};
     } else {
       group.adam =
           Adam{h[0], h[1], h[2], h[3], h[4], h[5] != 0, h[6] != 0, h[7] != 0};
     }
-    groups.push_back(group);
+    h += numbers_of_a_group;
   }
   return groups;
 }
@@ -217,235 +143,253 @@ void write_steps(const Tensor& tensor, double steps) {
   }
 }
 
-void check_order(const Arguments& a, int64_t networks, int64_t rows) {
-  if (a.order.numel() == 0) {
+void check_order(const Tensor& order, int64_t networks, int64_t rows) {
+  if (order.numel() == 0) {
     return;
   }
-  const int64_t dim = a.order.dim();
-  if (a.order.dtype() != aoti_torch_dtype_int64() || !a.order.is_contiguous() ||
-      dim < 1 || dim > 2 ||
-      (dim == 2 && a.order.size(0) != std::max<int64_t>(1, networks))) {
+  const int64_t dim = order.dim();
+  if (order.dtype() != aoti_torch_dtype_int64() || !order.is_contiguous() ||
+      dim < 1 || dim > 2 || (dim == 2 && order.size(0) != networks)) {
     fail(
-        "order must be contiguous int64 of shape (n,) or (networks, n), got ",
-        dtype_name(a.order), " of shape ", shape(a.order));
+        "order must be contiguous int64 of shape (n,) or (", networks,
+        ", n), got ", dtype_name(order), " of shape ", shape(order));
   }
-  check_storage(a.order, "order");
-  const int64_t* const order = a.order.data<const int64_t>();
-  for (int64_t n = 0; n < a.order.numel(); ++n) {
-    if (order[n] < 0 || order[n] >= rows) {
+  check_storage(order, "order");
+  const int64_t* const numbers = order.data<const int64_t>();
+  for (int64_t n = 0; n < order.numel(); ++n) {
+    if (numbers[n] < 0 || numbers[n] >= rows) {
       fail(
-          "order must have numbers of rows in [0, ", rows, "), got ", order[n]);
+          "order must have numbers of rows in [0, ", rows, "), got ",
+          numbers[n]);
     }
   }
 }
 
-// Checks that x or the target is contiguous, and has `dim` dimensions, or one
-// more for the networks.
-void check_rows(
-    const Tensor& tensor,
-    int64_t dim,
-    int64_t networks,
-    const char* name) {
-  const bool has_own =
-      networks > 0 && tensor.dim() == dim + 1 && tensor.size(0) == networks;
-  if (tensor.dim() != dim && !has_own) {
-    fail(
-        name, " must have ", dim, " dimensions",
-        networks ? ", or one more for the networks" : "", ", got shape ",
-        shape(tensor));
-  }
-  if (!tensor.is_contiguous()) {
-    fail(name, " must be contiguous");
-  }
-  check_storage(tensor, name);
-}
-
-// A contiguous tensor as one of one dimension, which `holder` owns.
-const Tensor& flat(const Tensor& tensor, Tensor& holder) {
-  holder = reinterpret(
-      tensor, std::array<int64_t, 1>{tensor.numel()},
-      std::array<int64_t, 1>{1});
-  return holder;
-}
-
-// The operands of the first network, as views that the object owns.
-class FirstNetwork {
- public:
-  FirstNetwork(const Trainer& trainer, const Arguments& a)
-      : by_class(has_classes(trainer.loss, a.target)),
-        x(first_of(a.x, 2, x_)),
-        target(first_of(a.target, target_dim(), target_)),
-        weights(first_of_all(
-            trainer.weights,
-            2,
-            trainer.stacked(),
-            "weights",
-            weights_)),
-        biases(first_of_all(
-            trainer.biases,
-            1,
-            trainer.stacked(),
-            "biases",
-            biases_)) {}
-
-  int64_t target_dim() const {
-    return by_class ? 1 : 2;
-  }
-
- private:
-  Tensor x_, target_;
-  std::vector<Tensor> weights_, biases_;
-
- public:
-  const bool by_class;
-  const Tensor &x, &target;
-  const std::vector<Tensor>&weights, &biases;
-};
-
-void check_arguments(
-    const Trainer& trainer,
-    const Arguments& a,
-    const FirstNetwork& first,
-    int64_t networks) {
-  check_layers(first.x, first.weights, first.biases);
-  check_target(first.target, first.x, first.weights, trainer.loss);
-  if (first.by_class) {
-    Tensor holder;
-    check_classes(flat(a.target, holder), first.x, first.weights);
-  }
-  check_order(a, networks, first.x.size(0));
-  const std::size_t parameters = 2 * first.weights.size();
-  if (trainer.groups.size() != parameters) {
-    fail(
-        "groups must have ", parameters, " entries, got ",
-        trainer.groups.size());
-  }
-  if (!a.lrs.empty() && int64_t(a.lrs.size()) != networks) {
-    fail("lrs must have ", networks, " entries, got ", a.lrs.size());
-  }
+void check_losses(const Arguments& a, int64_t networks) {
   if (a.batch < 1 || a.first < 0 || a.last < a.first) {
     fail(
         "batch must be at least 1 and 0 <= first <= last, got ", a.batch, ", ",
         a.first, " and ", a.last);
   }
-  check_like_x(a.losses, first.x, "losses");
-  // The product of the two numbers could overflow.
-  const int64_t batches = a.last - a.first, losses = a.losses.numel();
-  if (!a.losses.is_contiguous() || losses % networks != 0 ||
-      losses / networks != batches) {
+  const Tensor& losses = a.losses;
+  check_like_x(losses, a.x, "losses");
+  const int64_t steps = a.last - a.first;
+  if (losses.dim() != 2 || losses.size(0) != networks ||
+      losses.size(1) != steps || (steps > 1 && losses.strides()[1] != 1)) {
     fail(
-        "losses must be contiguous with one element for each of ", batches,
-        " batches and ", networks, " networks, got shape ", shape(a.losses));
+        "losses must have shape (", networks, ", ", steps,
+        ") and contiguous rows, got shape ", shape(losses));
   }
-  check_storage(a.losses, "losses");
+  check_storage(losses, "losses");
 }
+
+// x or target: a tensor for all networks, or one for each.
+class Shared {
+ public:
+  // `dim` is the number of dimensions for one network.
+  Shared(const Tensor& tensor, int64_t dim, int64_t networks, const char* name)
+      : tensor_(tensor), is_one_for_each_(tensor.dim() == dim + 1) {
+    if (is_one_for_each_ ? tensor.size(0) != networks : tensor.dim() != dim) {
+      fail(
+          name, " must have ", dim, " dimensions, or ", networks,
+          " networks in front of them, got shape ", shape(tensor));
+    }
+    if (!tensor.is_contiguous()) {
+      fail(name, " must be contiguous");
+    }
+    check_storage(tensor, name);
+    if (is_one_for_each_) {
+      const int64_t *sizes = tensor.sizes(), *strides = tensor.strides();
+      first_ = reinterpret(
+          tensor, std::vector(sizes + 1, sizes + 1 + dim),
+          std::vector(strides + 1, strides + 1 + dim));
+    }
+  }
+  // That of the first network. The others have the same shape.
+  const Tensor& first() const {
+    return is_one_for_each_ ? first_ : tensor_;
+  }
+  // By how many elements those of two neighboring networks are apart.
+  int64_t step() const {
+    return is_one_for_each_ ? tensor_.strides()[0] : 0;
+  }
+
+ private:
+  const Tensor& tensor_;
+  const bool is_one_for_each_;
+  Tensor first_;
+};
 
 // A count of steps, and its value after the call.
 using Count = std::pair<const Tensor*, double>;
 
-// Sets the group and the state of a parameter.
+// Sets the state of a parameter.
 template <typename T>
 void read_state(
     Trained<T>& p,
-    const Group& group,
     const Tensor& tensor,
     const Tensor& x,
-    int64_t batches,
+    int64_t steps,
     States& states,
     std::vector<Count>& counts) {
-  p.group = &group;
-  if (group.adam) {
+  if (const std::optional<Adam>& adam = p.group->adam) {
     p.mean = states.next_like<T>(tensor, x);
     p.square = states.next_like<T>(tensor, x);
     const Tensor& count = states.next();
     p.steps = read_steps(count);
-    counts.push_back({&count, p.steps + double(batches)});
-    if (group.adam->amsgrad) {
+    counts.push_back({&count, p.steps + double(steps)});
+    if (adam->amsgrad) {
       p.max_square = states.next_like<T>(tensor, x);
     }
-  } else if (group.sgd->momentum != 0) {
+  } else if (p.group->sgd->momentum != 0) {
     p.buffer = states.next_like<T>(tensor, x);
   }
 }
 
-// Adds the parameters to `training`, and returns what becomes of the counts.
+// Adds the parameters and their state to `training`.
 template <typename T>
-std::vector<Count> read_parameters(
+void read_parameters(
     const Trainer& trainer,
-    const Arguments& a,
     const Tensor& x,
-    const std::vector<Group>& groups,
-    Training<T>& training) {
+    int64_t steps,
+    Training<T>& training,
+    std::vector<Count>& counts) {
   const std::size_t layers = trainer.weights.size();
+  if (trainer.groups.size() != 2 * layers) {
+    fail(
+        "groups must have ", 2 * layers, " entries, got ",
+        trainer.groups.size());
+  }
   States states(trainer.state);
-  std::vector<Count> counts;
   for (std::size_t n = 0; n < 2 * layers; ++n) {
     const bool is_weight = n < layers;
     const std::size_t l = is_weight ? n : n - layers;
     const int64_t group = trainer.groups[n];
+    if (group >= trainer.group_count) {
+      fail(
+          "groups[", n, "] must be below ", trainer.group_count, ", got ",
+          group);
+    }
     // A bias without elements may have a state nevertheless.
     const bool exists = is_weight || training.network.layers[l].bias;
     Trained<T> p{};
     if (exists || (group >= 0 && !trainer.biases.empty())) {
+      const char* const name = is_weight ? "weights[" : "biases[";
       const Tensor& tensor = is_weight ? trainer.weights[l] : trainer.biases[l];
-      check_storage(tensor, is_weight ? "weights[" : "biases[", l, "]");
-      p.data = tensor.template data<T>();
-      p.count = tensor.numel() / training.networks;
-      if (group >= int64_t(groups.size())) {
-        fail("groups[", n, "] must be below ", groups.size(), ", got ", group);
+      if (!tensor.is_contiguous()) {
+        fail(name, l, "] must be contiguous");
       }
+      check_storage(tensor, name, l, "]");
+      p.data = tensor.template data<T>();
+      p.count = tensor.numel();
       if (group >= 0) {
-        read_state(
-            p, groups[group], tensor, x, a.last - a.first, states, counts);
+        p.group = &training.groups[group];
+        read_state(p, tensor, x, steps, states, counts);
       }
     }
     (is_weight ? training.weights : training.biases)
         .push_back(exists ? p : Trained<T>{});
   }
   states.check_end();
-  return counts;
 }
 
+// The training of one of the networks. `x` and `target` are its own.
 template <typename T>
-int64_t checked_train(const Trainer& trainer, const Arguments& a) {
-  const int64_t stacked = trainer.stacked(),
-                networks = std::max<int64_t>(1, stacked);
-  const int64_t target_dim = has_classes(trainer.loss, a.target) ? 1 : 2;
-  check_rows(a.x, 2, stacked, "x");
-  check_rows(a.target, target_dim, stacked, "target");
-  const FirstNetwork first(trainer, a);
-  check_arguments(trainer, a, first, networks);
-  const std::vector<Group> groups = parse_groups(trainer, a);
-
-  Operands<T> operands(3 + trainer.groups.size(), false);
+Training<T> training_of(
+    const Trainer& trainer,
+    const Arguments& a,
+    const Shared& x,
+    const Shared& target,
+    int64_t e,
+    const double* hyperparameters,
+    Operands<T>& operands,
+    std::vector<Count>& counts) {
+  check_layers(x.first(), trainer.weights, trainer.biases);
+  check_target(target.first(), x.first(), trainer.weights, trainer.loss);
   Training<T> training{
       whole_network<T>(
-          first.x, first.weights, first.biases, trainer.output_activation,
+          x.first(), trainer.weights, trainer.biases, trainer.output_activation,
           activate<T>, operands),
-      networks,
-      a.x.dim() == 3 ? a.x.strides()[0] : 0,
-      a.target.dim() > target_dim ? a.target.strides()[0] : 0,
-      0,
-      operands.target(first.target),
+      operands.target(target.first()),
       trainer.loss,
       nullptr,
-      first.x.size(0),
+      x.first().size(0),
       a.batch,
-      {},
-      {},
-      a.lrs,
-      a.max_norm};
+      a.max_norm,
+      read_groups(trainer, hyperparameters)};
+  training.network.x.data += e * x.step();
+  if (training.target.classes.data) {
+    training.target.classes.data += e * target.step();
+  } else {
+    training.target.values.data += e * target.step();
+  }
   if (a.order.numel() > 0) {
-    training.order = a.order.data<const int64_t>();
     training.order_size = a.order.size(a.order.dim() - 1);
-    training.order_step = a.order.dim() == 2 ? training.order_size : 0;
+    training.order = a.order.data<const int64_t>() +
+        (a.order.dim() == 2 ? e * training.order_size : 0);
   }
   // A batch has memory of its own.
   training.batch = std::min(a.batch, std::max<int64_t>(1, training.order_size));
-  const std::vector<Count> counts =
-      read_parameters(trainer, a, first.x, groups, training);
-  const int64_t not_finite =
-      train(training, a.first, a.last, a.losses.template data<T>());
+  read_parameters(trainer, x.first(), a.last - a.first, training, counts);
+  return training;
+}
+
+// Checks the classes of all networks.
+void check_all_classes(
+    const std::vector<TrainerPointer>& trainers,
+    const Tensor& target,
+    const Tensor& x) {
+  const TrainerPointer* fewest = &trainers[0];
+  for (const TrainerPointer& trainer : trainers) {
+    if (trainer->weights.back().size(0) < (*fewest)->weights.back().size(0)) {
+      fewest = &trainer;
+    }
+  }
+  const Tensor flat = reinterpret(
+      target, std::array<int64_t, 1>{target.numel()},
+      std::array<int64_t, 1>{1});
+  check_classes(flat, x, (*fewest)->weights);
+}
+
+template <typename T>
+int64_t checked_train(
+    const std::vector<TrainerPointer>& trainers,
+    const Arguments& a) {
+  const int64_t networks = std::ssize(trainers);
+  const bool by_class = has_classes(trainers[0]->loss, a.target);
+  const Shared x(a.x, 2, networks, "x"),
+      target(a.target, by_class ? 1 : 2, networks, "target");
+  check_order(a.order, networks, x.first().size(0));
+  check_losses(a, networks);
+  int64_t groups = 0;
+  std::size_t parameters = 0;
+  for (const TrainerPointer& trainer : trainers) {
+    groups += trainer->group_count;
+    parameters += 2 * trainer->weights.size();
+  }
+  if (std::ssize(a.hyperparameters) != groups * numbers_of_a_group) {
+    fail(
+        "hyperparameters must have ", numbers_of_a_group,
+        " entries for each of ", groups, " groups, got ",
+        a.hyperparameters.size());
+  }
+  Operands<T> operands(parameters + 2 * trainers.size(), false);
+  std::vector<Training<T>> trainings;
+  trainings.reserve(trainers.size());
+  std::vector<Count> counts;
+  const double* hyperparameters = a.hyperparameters.data();
+  for (const TrainerPointer& trainer : trainers) {
+    trainings.push_back(training_of(
+        *trainer, a, x, target, std::ssize(trainings), hyperparameters,
+        operands, counts));
+    hyperparameters += trainer->group_count * numbers_of_a_group;
+  }
+  if (by_class) {
+    check_all_classes(trainers, a.target, x.first());
+  }
+  const int64_t not_finite = train(
+      trainings, a.first, a.last, a.losses.template data<T>(),
+      a.losses.strides()[0]);
   for (const auto& [tensor, count] : counts) {
     write_steps(*tensor, count);
   }
@@ -459,56 +403,62 @@ int64_t new_trainer(
     std::string loss,
     std::string output_activation,
     std::string optimizer,
-    std::vector<int64_t> groups) {
+    std::vector<int64_t> groups,
+    int64_t group_count) {
   if (weights.empty()) {
     fail("weights must have at least one entry, got none");
-  }
-  if (weights[0].dim() == 3 && weights[0].size(0) == 0) {
-    fail("weights[0] must have a network or more, got ", shape(weights[0]));
   }
   if (optimizer != "sgd" && optimizer != "adam") {
     fail("optimizer must be 'sgd' or 'adam', got '", optimizer, "'");
   }
+  constexpr int64_t most_groups = 1 << 30; // so that products don't overflow
+  if (group_count < 0 || group_count > most_groups) {
+    fail("group_count must not be negative or huge, got ", group_count);
+  }
   return Trainers::all().add(
       {std::move(weights), std::move(biases), std::move(state),
        parse_loss(loss), parse_activation(output_activation),
-       std::move(optimizer), std::move(groups)});
+       std::move(optimizer), std::move(groups), group_count});
 }
 
 void delete_trainer(int64_t trainer) {
   Trainers::all().remove(trainer);
 }
 
-int64_t run_trainer(
-    int64_t trainer,
+int64_t run_trainers(
+    std::vector<int64_t> numbers,
     Tensor x,
     Tensor target,
     Tensor losses,
     Tensor order,
     std::vector<double> hyperparameters,
-    std::vector<double> lrs,
     double max_norm,
     int64_t batch,
     int64_t first,
     int64_t last) {
-  const std::shared_ptr<const Trainer> found = Trainers::all().find(trainer);
+  std::vector<TrainerPointer> trainers;
+  for (const int64_t number : numbers) {
+    trainers.push_back(Trainers::all().find(number));
+  }
+  if (trainers.empty()) {
+    fail("trainers must have at least one entry, got none");
+  }
   const Arguments arguments{
       std::move(x),
       std::move(target),
       std::move(losses),
       std::move(order),
       std::move(hyperparameters),
-      std::move(lrs),
       max_norm,
       batch,
       first,
       last};
   const int32_t dtype = arguments.x.dtype();
   if (dtype == aoti_torch_dtype_float32()) {
-    return checked_train<float>(*found, arguments);
+    return checked_train<float>(trainers, arguments);
   }
   if (dtype == aoti_torch_dtype_float64()) {
-    return checked_train<double>(*found, arguments);
+    return checked_train<double>(trainers, arguments);
   }
   fail("x must be float64 or float32, got ", dtype_name(arguments.x));
 }
@@ -516,33 +466,34 @@ int64_t run_trainer(
 } // namespace
 
 void train_once(
-    int64_t trainer,
+    const std::vector<int64_t>& trainers,
     AtenTensorHandle x,
     AtenTensorHandle target,
-    AtenTensorHandle loss,
+    AtenTensorHandle losses,
     AtenTensorHandle order,
     const std::vector<double>& hyperparameters,
     double max_norm,
     int64_t batch) {
-  run_trainer(
-      trainer, Tensor(x), Tensor(target), Tensor(loss), Tensor(order),
-      hyperparameters, {}, max_norm, batch, 0, 1);
+  run_trainers(
+      trainers, Tensor(x), Tensor(target), Tensor(losses), Tensor(order),
+      hyperparameters, max_norm, batch, 0, 1);
 }
 
 void define_training(torch::stable::detail::StableLibrary& m) {
   m.def(
       "_new_trainer(Tensor[] weights, Tensor[] biases, Tensor[] state, "
-      "str loss, str output_activation, str optimizer, int[] groups) -> int");
+      "str loss, str output_activation, str optimizer, int[] groups, "
+      "int group_count) -> int");
   m.def(
-      "_train(int trainer, Tensor x, Tensor target, Tensor(a!) losses, "
-      "Tensor order, float[] hyperparameters, float[] lrs, float max_norm, "
-      "int batch, int first, int last) -> int");
+      "_train(int[] trainers, Tensor x, Tensor target, Tensor(a!) losses, "
+      "Tensor order, float[] hyperparameters, float max_norm, int batch, "
+      "int first, int last) -> int");
   m.def("_delete_trainer(int trainer) -> ()");
 }
 
 void register_training(torch::stable::detail::StableLibrary& m) {
   m.impl("_new_trainer", boxed<new_trainer>);
-  m.impl("_train", boxed<run_trainer>);
+  m.impl("_train", boxed<run_trainers>);
 }
 
 void register_delete_trainer(torch::stable::detail::StableLibrary& m) {

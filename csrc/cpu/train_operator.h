@@ -15,10 +15,10 @@ void register_delete_trainer(torch::stable::detail::StableLibrary& m);
 
 // For direct.h.
 void train_once(
-    int64_t trainer,
+    const std::vector<int64_t>& trainers,
     AtenTensorHandle x,
     AtenTensorHandle target,
-    AtenTensorHandle loss,
+    AtenTensorHandle losses,
     AtenTensorHandle order,
     const std::vector<double>& hyperparameters,
     double max_norm,

@@ -1,7 +1,9 @@
 #include "training.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <limits>
 #include <string>
 
 #include "../arithmetic.h"
@@ -19,51 +21,19 @@ namespace {
 template <typename T>
 class Trainee {
  public:
-  Trainee(const Training<T>& training, int64_t e)
-      : training_(training),
-        e_(e),
-        network_(training.network),
-        target_(training.target),
-        flags_("0") {
-    const std::size_t layers = network_.layers.size();
-    network_.x.data += e * training.x_step;
-    move(target_.values, e * training.target_step);
-    move(target_.classes, e * training.target_step);
+  explicit Trainee(const Training<T>& training)
+      : training_(training), network_(training.network), flags_("0") {
+    const Target<T>& target = training.target;
     if (training.order) {
-      order_ = training.order + e * training.order_step;
       gathered_x_ = memory(training.batch * network_.x.cols);
-      if (target_.classes.data) {
+      if (target.classes.data) {
         gathered_classes_.resize(training.batch);
       } else {
-        gathered_target_ = memory(training.batch * target_.values.cols);
+        gathered_target_ = memory(training.batch * target.values.cols);
       }
     }
-    std::vector<T*>* const gradients[] = {
-        &pass_.grad_weights, &pass_.grad_biases};
-    const std::vector<Trained<T>>* const parameters[] = {
-        &training.weights, &training.biases};
-    for (int kind = 0; kind < 2; ++kind) {
-      for (std::size_t l = 0; l < layers; ++l) {
-        Trained<T> p = (*parameters[kind])[l];
-        const int64_t begin = e * p.count;
-        T* gradient = nullptr;
-        if (p.group) {
-          gradient = memory(p.count);
-          for (T** array :
-               {&p.data, &p.buffer, &p.mean, &p.square, &p.max_square}) {
-            *array = *array ? *array + begin : nullptr;
-          }
-          trained_.push_back({p, gradient});
-        }
-        gradients[kind]->push_back(gradient);
-        flags_ += p.group ? '1' : '0';
-      }
-    }
-    for (std::size_t l = 0; l < layers; ++l) {
-      Layer<T>& layer = network_.layers[l];
-      layer.weight.data += e * training.weights[l].count;
-      layer.bias += layer.bias ? e * training.biases[l].count : 0;
-    }
+    add_gradients(training.weights, pass_.grad_weights);
+    add_gradients(training.biases, pass_.grad_biases);
     pass_.needs = {flags_};
     pass_.recompute = true;
   }
@@ -80,12 +50,25 @@ class Trainee {
     const double clipping = clipping_factor();
     bool is_finite = true;
     for (const auto& [parameter, gradient] : trained_) {
-      is_finite &= update(parameter, gradient, clipping, batches_before);
+      is_finite &= update(*parameter, gradient, clipping, batches_before);
     }
     return is_finite;
   }
 
  private:
+  void add_gradients(
+      const std::vector<Trained<T>>& parameters,
+      std::vector<T*>& gradients) {
+    for (const Trained<T>& p : parameters) {
+      T* const gradient = p.group ? memory(p.count) : nullptr;
+      if (p.group) {
+        trained_.push_back({&p, gradient});
+      }
+      gradients.push_back(gradient);
+      flags_ += p.group ? '1' : '0';
+    }
+  }
+
   // Memory that lasts longer than a batch. It does not come from a thread's
   // scratch, which the passes need.
   T* memory(int64_t count) {
@@ -99,28 +82,21 @@ class Trainee {
     const int64_t begin = batch * training_.batch;
     const int64_t rows =
         std::min(training_.batch, training_.order_size - begin);
-    if (!order_) {
-      network_.x = rows_of(x_of_all(), begin, rows);
-      pass_.target = rows_of(target_, begin, rows);
+    const Matrix<const T>& x = training_.network.x;
+    const Target<T>& target = training_.target;
+    if (!training_.order) {
+      network_.x = rows_of(x, begin, rows);
+      pass_.target = rows_of(target, begin, rows);
       return;
     }
-    network_.x = gathered(x_of_all(), begin, rows, gathered_x_);
-    pass_.target = target_.classes.data
-        ? Target<
-              T>{{}, gathered(target_.classes, begin, rows, gathered_classes_.data())}
-        : Target<T>{
-              gathered(target_.values, begin, rows, gathered_target_), {}};
-  }
-
-  template <typename E>
-  static void move(Matrix<const E>& m, int64_t elements) {
-    m.data += m.data ? elements : 0;
-  }
-
-  Matrix<const T> x_of_all() const {
-    Matrix<const T> x = training_.network.x;
-    x.data += e_ * training_.x_step;
-    return x;
+    network_.x = gathered(x, begin, rows, gathered_x_);
+    if (target.classes.data) {
+      pass_.target.classes =
+          gathered(target.classes, begin, rows, gathered_classes_.data());
+    } else {
+      pass_.target.values =
+          gathered(target.values, begin, rows, gathered_target_);
+    }
   }
 
   template <typename E>
@@ -129,7 +105,7 @@ class Trainee {
       int64_t begin,
       int64_t rows,
       E* to) const {
-    const int64_t* const order = order_ + begin;
+    const int64_t* const order = training_.order + begin;
     const int64_t grain = std::max<int64_t>(
         1,
         processor_tuning().elements_per_task / std::max<int64_t>(1, from.cols));
@@ -148,7 +124,7 @@ class Trainee {
     }
     double sum = 0;
     for (const auto& [parameter, gradient] : trained_) {
-      sum += sum_of_squares(gradient, parameter.count);
+      sum += sum_of_squares(gradient, parameter->count);
     }
     const double factor = training_.max_norm / (std::sqrt(sum) + 1e-6);
     return factor < 1 || std::isnan(factor) ? factor : 1;
@@ -181,10 +157,6 @@ class Trainee {
                            p.steps + double(batches_before) + 1);
   }
 
-  double lr_of(double lr_of_group) const {
-    return training_.lrs.empty() ? lr_of_group : training_.lrs[e_];
-  }
-
   bool update(
       const Trained<T>& p,
       const T* gradient,
@@ -195,7 +167,7 @@ class Trainee {
     args.weight_decay = T(sgd.weight_decay);
     args.momentum = T(sgd.momentum);
     args.undampened = T(1 - sgd.dampening);
-    args.lr = T(lr_of(sgd.lr));
+    args.lr = T(sgd.lr);
     args.nesterov = sgd.nesterov;
     return all_of_ranges(p.count, [&](int64_t begin, int64_t end) {
       SgdArgs<T> range = args;
@@ -214,16 +186,15 @@ class Trainee {
       const Adam& adam,
       double step) {
     correction_.set(adam, step);
-    const double lr = lr_of(adam.lr);
     AdamArgs<T> args{};
     args.gradient_factor = T(adam.maximize ? -clipping : clipping);
     args.weight_decay = T(adam.decoupled_weight_decay ? 0 : adam.weight_decay);
     args.parameter_factor =
-        T(adam.decoupled_weight_decay ? 1 - lr * adam.weight_decay : 1);
+        T(adam.decoupled_weight_decay ? 1 - adam.lr * adam.weight_decay : 1);
     args.weight = T(1 - adam.beta1);
     args.beta2 = T(adam.beta2);
     args.weight_of_square = T(1 - adam.beta2);
-    args.step_size = T(lr / correction_.of_mean);
+    args.step_size = T(adam.lr / correction_.of_mean);
     args.root_factor = T(1 / std::sqrt(correction_.of_square));
     args.eps = T(adam.eps);
     return all_of_ranges(p.count, [&](int64_t begin, int64_t end) {
@@ -255,15 +226,12 @@ class Trainee {
   };
 
   struct Gradient {
-    Trained<T> parameter;
+    const Trained<T>* parameter;
     T* data;
   };
 
   const Training<T>& training_;
-  const int64_t e_; // which network it is
   Network<T> network_; // with the x of a batch
-  Target<T> target_; // of all rows
-  const int64_t* order_ = nullptr;
   std::string flags_;
   BackwardPass<T> pass_{Needs{}};
   std::optional<Plan> plan_; // for this many rows
@@ -299,29 +267,29 @@ int64_t Training<T>::batches_per_epoch() const {
 
 template <typename T>
 int64_t train(
-    const Training<T>& training,
+    const std::vector<Training<T>>& trainings,
     int64_t first,
     int64_t last,
-    T* losses) {
-  const int64_t networks = training.networks;
+    T* losses,
+    int64_t losses_step) {
+  const int64_t networks = std::ssize(trainings);
   std::vector<int64_t> not_finite(networks, -1);
   // The bits of PyTorch's products depend on the number of threads, and inside
   // of a parallel loop they have one. So with them, networks take turns.
-  const int64_t at_once =
-      networks > 1 && needs_library(training) ? networks : 1;
-  parallel_for(networks, at_once, [&](int64_t begin, int64_t end) {
-    for (int64_t e = begin; e < end; ++e) {
-      Trainee<T> trainee(training, e);
-      for (int64_t b = first; b < last; ++b) {
-        const int64_t done = b - first;
-        const bool is_finite =
-            trainee.run(b, done, losses + done * networks + e);
-        if (!is_finite && not_finite[e] < 0) {
-          not_finite[e] = b;
+  const bool take_turns = networks > 1 &&
+      std::any_of(trainings.begin(), trainings.end(), needs_library<T>);
+  parallel_for(
+      networks, take_turns ? networks : 1, [&](int64_t begin, int64_t end) {
+        for (int64_t e = begin; e < end; ++e) {
+          Trainee<T> trainee(trainings[e]);
+          for (int64_t b = first; b < last; ++b) {
+            T* const loss = losses + e * losses_step + b - first;
+            if (!trainee.run(b, b - first, loss) && not_finite[e] < 0) {
+              not_finite[e] = b;
+            }
+          }
         }
-      }
-    }
-  });
+      });
   int64_t earliest = -1;
   for (const int64_t b : not_finite) {
     earliest = earliest < 0 || (b >= 0 && b < earliest) ? b : earliest;
@@ -329,7 +297,17 @@ int64_t train(
   return earliest;
 }
 
-template int64_t train(const Training<float>&, int64_t, int64_t, float*);
-template int64_t train(const Training<double>&, int64_t, int64_t, double*);
+template int64_t train(
+    const std::vector<Training<float>>&,
+    int64_t,
+    int64_t,
+    float*,
+    int64_t);
+template int64_t train(
+    const std::vector<Training<double>>&,
+    int64_t,
+    int64_t,
+    double*,
+    int64_t);
 
 } // namespace relu_mlp::cpu

@@ -1,9 +1,8 @@
 // Training on plain data: for one batch of rows after the other, the gradients
 // of a loss (walk.h) and a step of an optimizer (kernels/update.h). Several
-// networks of one shape are trained side by side.
+// networks are trained side by side.
 #pragma once
 
-#include <limits>
 #include <optional>
 #include <vector>
 
@@ -29,7 +28,7 @@ struct Group {
   std::optional<Adam> adam;
 };
 
-// A weight or bias of all networks: `count` contiguous elements for each.
+// A weight or bias: `count` contiguous elements.
 template <typename T>
 struct Trained {
   T* data;
@@ -41,16 +40,10 @@ struct Trained {
   double steps = 0; // of Adam before the first batch
 };
 
+// What a network is trained with.
 template <typename T>
 struct Training {
-  // The network of which all have the shape. Its x, weights and biases are
-  // those of the first network.
-  Network<T> network;
-  int64_t networks;
-  // By how many elements x, target and order are apart in two neighboring
-  // networks; 0 if all networks share them.
-  int64_t x_step, target_step, order_step;
-
+  Network<T> network; // with the x of all rows
   Target<T> target; // of all rows
   Loss loss;
 
@@ -60,31 +53,39 @@ struct Training {
   const int64_t* order;
   int64_t order_size, batch;
 
+  // Gradients are scaled down to this norm. Infinity leaves them as they are.
+  double max_norm;
+
+  std::vector<Group> groups;
   // By layer. A missing bias has no data.
   std::vector<Trained<T>> weights, biases;
-  // The learning rate of every network, or empty for that of the group.
-  std::vector<double> lrs;
-  // Gradients are scaled down to this norm. Infinity leaves them as they are.
-  double max_norm = std::numeric_limits<double>::infinity();
 
   int64_t batches_per_epoch() const;
 };
 
-// Trains with the batches [first, last), counted over all epochs. Writes the
-// loss of network e with batch b to losses[(b - first) * networks + e].
-// Returns the first batch with a gradient that is not finite, or -1.
+// Trains every network with the batches [first, last), counted over all epochs.
+// Writes the loss of network e with batch b to
+// losses[e * losses_step + b - first]. Returns the first batch with a gradient
+// that is not finite, or -1.
 template <typename T>
 int64_t train(
-    const Training<T>& training,
+    const std::vector<Training<T>>& trainings,
     int64_t first,
     int64_t last,
-    T* losses);
+    T* losses,
+    int64_t losses_step);
 
-extern template int64_t train(const Training<float>&, int64_t, int64_t, float*);
 extern template int64_t train(
-    const Training<double>&,
+    const std::vector<Training<float>>&,
     int64_t,
     int64_t,
-    double*);
+    float*,
+    int64_t);
+extern template int64_t train(
+    const std::vector<Training<double>>&,
+    int64_t,
+    int64_t,
+    double*,
+    int64_t);
 
 } // namespace relu_mlp::cpu

@@ -51,9 +51,9 @@ SCHEMAS = (
     "_build_info() -> str",
     "_instruction_set() -> int",
     "_new_trainer(Tensor[] weights, Tensor[] biases, Tensor[] state, str loss, "
-    "str output_activation, str optimizer, int[] groups) -> int",
-    "_train(int trainer, Tensor x, Tensor target, Tensor(a!) losses, Tensor order, "
-    "float[] hyperparameters, float[] lrs, float max_norm, int batch, int first, int last) -> int",
+    "str output_activation, str optimizer, int[] groups, int group_count) -> int",
+    "_train(int[] trainers, Tensor x, Tensor target, Tensor(a!) losses, Tensor order, "
+    "float[] hyperparameters, float max_norm, int batch, int first, int last) -> int",
     "_delete_trainer(int trainer) -> ()",
 )
 
