@@ -138,11 +138,14 @@ def test_one_gradient_that_is_not_finite(instruction_set, kind, dtype, bad):
 # -- Wrong arguments -----------------------------------------------------------------------------
 
 
-def arguments_of(optimizer="adam", dtype=torch.float32, networks=()):
-    """Arguments of a call that works, by name: a network 3, 4, 2 and two batches."""
+def arguments_of(optimizer="adam", dtype=torch.float32, networks=1):
+    """Arguments of a call that works, by name: a network 3, 4, 2 and two batches.
+
+    Of several networks, all but the first are trained as the first is.
+    """
 
     def numbers(*shape):
-        return torch.rand(*networks, *shape, dtype=dtype)
+        return torch.rand(*shape, dtype=dtype)
 
     weights, biases = [numbers(4, 3), numbers(2, 4)], [numbers(4), numbers(2)]
     state = []
@@ -156,7 +159,7 @@ def arguments_of(optimizer="adam", dtype=torch.float32, networks=()):
         "weights": weights,
         "biases": biases,
         "state": state,
-        "losses": torch.zeros(2, *networks, dtype=dtype),
+        "losses": torch.zeros(networks, 2, dtype=dtype),
         "order": torch.tensor([5, 0, 3, 2, 1, 4]),
         "loss": "mse",
         "output_activation": "none",
@@ -165,9 +168,10 @@ def arguments_of(optimizer="adam", dtype=torch.float32, networks=()):
             [0.1, 0.9, 0.99, 1e-8, 0.0, 0.0, 0.0, 0.0]
             if optimizer == "adam"
             else [0.1, 0.9, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
-        ),
+        )
+        * networks,
         "groups": [0, 0, 0, 0],
-        "lrs": [],
+        "group_count": 1,
         "max_norm": math.inf,
         "batch": 3,
         "first": 0,
@@ -176,17 +180,41 @@ def arguments_of(optimizer="adam", dtype=torch.float32, networks=()):
 
 
 #: What a trainer keeps. The others are arguments of every call.
-OF_TRAINER = ("weights", "biases", "state", "loss", "output_activation", "optimizer", "groups")
+OF_TRAINER = (
+    "weights",
+    "biases",
+    "state",
+    "loss",
+    "output_activation",
+    "optimizer",
+    "groups",
+    "group_count",
+)
 
 
-def call(arguments):
+def call(arguments, networks=1):
+    """A call for a network, after copies of one that works."""
     operators = torch.ops.relu_mlp
-    trainer = operators._new_trainer(*[arguments[name] for name in OF_TRAINER])
+    good = arguments_of(arguments["optimizer"], torch.float32)
+    x = arguments["x"]
+    if x.dtype is torch.float64:
+        good = arguments_of(arguments["optimizer"], x.dtype)
+    each = [good] * (networks - 1) + [arguments]
+    trainers = []
     try:
+        for one in each:
+            one = {name: copied(one[name]) if one is good else one[name] for name in OF_TRAINER}
+            trainers.append(operators._new_trainer(*one.values()))
         names = [name for name in arguments if name not in OF_TRAINER]
-        return operators._train(trainer, *[arguments[name] for name in names])
+        return operators._train(trainers, *[arguments[name] for name in names])
     finally:
-        operators._delete_trainer(trainer)
+        for trainer in trainers:
+            operators._delete_trainer(trainer)
+
+
+def copied(value):
+    is_tensors = isinstance(value, list) and value and isinstance(value[0], torch.Tensor)
+    return [tensor.clone() for tensor in value] if is_tensors else value
 
 
 def tensors_of(arguments):
@@ -207,7 +235,7 @@ def changed(arguments, place, change):
     return arguments
 
 
-def refuses(arguments, before=None):
+def refuses(arguments, networks=1):
     """The call raises RuntimeError and changes nothing."""
     kept = {
         place: value.clone()
@@ -217,7 +245,7 @@ def refuses(arguments, before=None):
         and value.untyped_storage().nbytes() >= value.numel() * value.element_size()
     }
     with pytest.raises(RuntimeError) as error:
-        call(arguments)
+        call(arguments, networks)
     for place, value in kept.items():
         support.assert_same(value_at(arguments, place), value, str(place))
     return str(error.value)
@@ -230,7 +258,7 @@ def value_at(arguments, place):
 
 every_case = pytest.mark.parametrize(
     ("optimizer", "networks"),
-    [("sgd", ()), ("adam", ()), ("sgd", (2,)), ("adam", (2,))],
+    [("sgd", 1), ("adam", 1), ("sgd", 2), ("adam", 2)],
     ids=["sgd", "adam", "sgd of 2", "adam of 2"],
 )
 
@@ -240,7 +268,7 @@ every_case = pytest.mark.parametrize(
 def test_the_arguments_work(optimizer, networks, dtype):
     arguments = arguments_of(optimizer, dtype, networks)
     before = [w.clone() for w in arguments["weights"]]
-    assert call(arguments) == -1
+    assert call(arguments, networks) == -1
     assert all((w != b).any() for w, b in zip(arguments["weights"], before))
     assert (arguments["losses"] > 0).all()
 
@@ -281,7 +309,7 @@ def test_one_wrong_tensor(optimizer, networks, spoil):
         if spoil == "larger" and place[0] == "order":
             continue  # it may have any length
         bad = changed(arguments, place, SPOILS[spoil])
-        refuses(bad)
+        refuses(bad, networks)
 
 
 def doubled(value):
@@ -304,7 +332,9 @@ WRONG = {
     "groups too many": {"groups": doubled},
     "group out of range": {"groups": [0, 1, 0, 0]},
     "group far out of range": {"groups": [0, 0, 0, 2**62]},
-    "rates": {"lrs": [0.1, 0.1, 0.1]},
+    "group count too large": {"group_count": 2},
+    "group count far too large": {"group_count": 2**62},
+    "group count below 0": {"group_count": -1},
     "batch of 0": {"batch": 0},
     "batch of -1": {"batch": -1},
     "first of -1": {"first": -1},
@@ -348,7 +378,7 @@ def test_wrong_arguments(optimizer, networks, name):
     arguments = arguments_of(optimizer, networks=networks)
     for key, value in WRONG[name].items():
         arguments[key] = value(arguments[key]) if callable(value) else value
-    refuses(arguments)
+    refuses(arguments, networks)
 
 
 @every_case
@@ -357,14 +387,15 @@ def test_messages_name_the_argument(optimizer, networks):
         ("x", torch.ones(6, 3).double(), "float64 like x"),
         ("x", torch.ones(3), "x must have 2 dimensions"),
         ("target", torch.ones(6, 1), "target must have the output's shape"),
-        ("losses", torch.zeros(5), "losses must be contiguous with one element for each of 2"),
+        ("losses", torch.zeros(5), f"losses must have shape ({networks}, 2)"),
         ("order", torch.tensor([7]), r"numbers of rows in [0, 6), got 7"),
         ("batch", 0, "batch must be at least 1"),
         ("groups", [0], "groups must have 4 entries, got 1"),
-        ("hyperparameters", [1.0], "hyperparameters must have 8 entries for each group, got 1"),
+        ("hyperparameters", [1.0], f"must have 8 entries for each of {networks} groups, got 1"),
         ("optimizer", "x", "optimizer must be 'sgd' or 'adam', got 'x'"),
     ]:
-        assert words in refuses({**arguments_of(optimizer, networks=networks), key: value})
+        arguments = {**arguments_of(optimizer, networks=networks), key: value}
+        assert words in refuses(arguments, networks)
 
 
 def test_a_trainer_that_is_not_there():
@@ -375,8 +406,10 @@ def test_a_trainer_that_is_not_there():
     rest = [arguments[name] for name in arguments if name not in OF_TRAINER]
     for number in (numbers[0], numbers[1] + 1000, -1, 0):
         with pytest.raises(RuntimeError, match=f"there is no trainer {number}"):
-            torch.ops.relu_mlp._train(number, *rest)
-    assert torch.ops.relu_mlp._train(numbers[1], *rest) == -1
+            torch.ops.relu_mlp._train([numbers[1], number], *rest)
+    with pytest.raises(RuntimeError, match="trainers must have at least one entry"):
+        torch.ops.relu_mlp._train([], *rest)
+    assert torch.ops.relu_mlp._train([numbers[1]], *rest) == -1
     torch.ops.relu_mlp._delete_trainer(numbers[1])
 
 
