@@ -79,7 +79,7 @@ def recognize(
         for linear in linears[1:]:
             calls = f"self.{linear}(relu({calls}))"
         raise NotRecognized(f"its {name} computes no {calls} that hides its values from others")
-    return RecognizedMethod(recompiled(function, tree), networks, False)
+    return RecognizedMethod(recompiled(function, tree, node), networks, False)
 
 
 def _checked_source(function: types.FunctionType) -> tuple[ast.Module, Any]:

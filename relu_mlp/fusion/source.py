@@ -49,22 +49,24 @@ def source_of(function: types.FunctionType) -> tuple[ast.Module, Any] | None:
         node
         for node in ast.walk(tree)
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
-        and (node.name, _first_line(node)) == (code.co_name, code.co_firstlineno)
+        and _first_line(node) == code.co_firstlineno
     ]
-    if len(nodes) != 1 or _unspecialized(code) not in _codes(_compiled(tree, code)):
+    if len(nodes) != 1:
         return None
-    return tree, nodes[0]
+    # PyTorch 2.15 renames the code of its decorators, so that stack traces show "no_grad".
+    written = _unspecialized(code).replace(co_name=nodes[0].name)
+    return (tree, nodes[0]) if written in _codes(_compiled(tree, code)) else None
 
 
-def recompiled(function: types.FunctionType, tree: ast.Module) -> types.FunctionType:
+def recompiled(function: types.FunctionType, tree: ast.Module, node: Any) -> types.FunctionType:
     """The function compiled from a tree that was changed since `source_of` returned it."""
     code = function.__code__
     (new,) = (
         found
         for found in _codes(_compiled(ast.fix_missing_locations(tree), code))
-        if (found.co_name, found.co_firstlineno) == (code.co_name, code.co_firstlineno)
+        if (found.co_name, found.co_firstlineno) == (node.name, code.co_firstlineno)
     )
-    return copied(function, new, cells_of(function))
+    return copied(function, new.replace(co_name=code.co_name), cells_of(function))
 
 
 def _first_line(node: Any) -> int:

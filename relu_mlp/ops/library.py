@@ -184,12 +184,15 @@ HAS_CUDA = LIBRARY_PATH is not None and has_kernel("relu_mlp::forward", "CUDA")
 # state is stored beside them, and the kernels of the last import serve all objects.
 
 
+_FIRST_BACKEND = os.environ.get("RELU_MLP_BACKEND", "auto")
+
+
 class _Thread(threading.local):
     """The backend in force in a thread. Initially it is the environment's choice."""
 
-    backend = os.environ.get("RELU_MLP_BACKEND", "auto")
-
     def __init__(self) -> None:
+        # No attribute of the class: in PyTorch 2.11 torch.compile would read that instead.
+        self.backend = _FIRST_BACKEND
         self.outer: list[str] = []  #: the backends to restore, innermost last
 
 

@@ -111,6 +111,16 @@ def self_aware_decorator(function):
     return method
 
 
+def renamed(function):
+    function.__code__ = function.__code__.replace(co_name="renamed")
+    return function
+
+
+def renaming_decorator(function):
+    """Renames its code, as the decorators of PyTorch 2.15 do."""
+    return renamed(plain_decorator(function))
+
+
 def apply(function, x):
     return function(x)
 
@@ -132,6 +142,8 @@ NAMES = {
     "unknown_decorator": unknown_decorator,
     "rewriting_decorator": rewriting_decorator,
     "self_aware_decorator": self_aware_decorator,
+    "renamed": renamed,
+    "renaming_decorator": renaming_decorator,
 }
 
 #: The body of `forward`, and its number of operator calls; None if it is not fused.
@@ -340,6 +352,8 @@ IDIOMS = {
     "unknown decorator": ("return self.fc2(F.relu(self.fc1(x)))", None, "@unknown_decorator"),
     "rewriting decorator": ("return self.fc2(F.relu(self.fc1(x)))", None, "@rewriting_decorator"),
     "self-aware decorator": ("return self.fc2(F.relu(self.fc1(x)))", None, "@self_aware_decorator"),
+    "renamed": ("return self.fc2(F.relu(self.fc1(x)))", 1, "@renamed"),
+    "renaming decorator": ("return self.fc2(F.relu(self.fc1(x)))", 1, "@renaming_decorator"),
     "lru_cache": ("return self.fc2(F.relu(self.fc1(x)))", None, "@functools.lru_cache"),
     "staticmethod": ("return 2 * x", None, "@staticmethod"),
 }  # fmt: skip

@@ -285,6 +285,11 @@ def test_another_thread_is_not_affected():
         assert staying.result(timeout=60) == "reference"
 
 
+def test_torch_compile_finds_the_backend_of_the_thread():
+    """The compiler of PyTorch 2.11 reads the attributes of a class before those of a thread."""
+    assert not hasattr(type(ops.this_thread), "backend")
+
+
 def test_one_object_in_two_threads():
     """Each thread returns to its own backend, in whatever order the threads leave."""
     shared = relu_mlp.backend("reference")
