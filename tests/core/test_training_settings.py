@@ -263,6 +263,7 @@ def test_interrupt():
     code = """
         import copy, os, signal, threading, torch
         from relu_mlp import ReluMLP, TrainingStep
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have ignored it
         torch.manual_seed(0)
         torch.set_num_threads(1)
         net = ReluMLP(3, 16, 2, dtype=torch.float64)

@@ -81,11 +81,11 @@ def test_model_and_loss(backend, tmp_path):
     # Six decimals are printed.
     for epoch, loss in LOSSES.items():
         (found,) = (row[2:] for row in rows if row[:2] == ["loss", str(epoch)])
-        assert len(found) == 5
+        assert len(found) == 6
         assert all(abs(float(number) - loss) <= 1e-5 * loss + 5e-7 for number in found)
     for name, value in FINAL.items():
         (found,) = (row[1:] for row in rows if row[:1] == [name])
-        assert len(found) == 5 and all(round(float(number), 4) == value for number in found)
+        assert len(found) == 6 and all(round(float(number), 4) == value for number in found)
     assert list(tmp_path.iterdir()) == []
 
 
