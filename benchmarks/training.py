@@ -2,6 +2,7 @@
 
     PYTHONPATH=. python benchmarks/training.py --out benchmarks/results/training.json
     PYTHONPATH=. python benchmarks/training.py --table docs/training.md
+    PYTHONPATH=. python benchmarks/training.py --table README.md
 
 A step is the mean squared error, its gradients and Adam, in float32. Each candidate does `STEPS`
 steps in a call, and the candidates take turns in one process, in an order drawn at random. A
@@ -12,6 +13,9 @@ distance from 1 shows the noise.
 One step at a time, all candidates use the same rows. So do `repeat` and JAX's `scan`. In an epoch
 the rows of each step are gathered from a data set of `STEPS` batches, in a new random order, whose
 time counts too.
+
+An ensemble is `NETWORKS` networks, which share the rows. There a step is one of all its networks.
+It is measured with one thread, because with more of them only the ensemble would use them all.
 
 Each number of threads has a process of its own, because JAX reads its number of threads when it is
 imported. With one thread the process stays on one CPU. `make bench-training` installs the
@@ -37,11 +41,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from relu_mlp import ReluMLP, TrainingStep, loss_and_grads
+from relu_mlp import ReluMLP, ReluMLPEnsemble, TrainingStep, loss_and_grads
 from relu_mlp.cli.arguments import count
 from relu_mlp.cli.bench.candidates import Shape, name_of, parameters_of
 from relu_mlp.cli.bench.turns import machine, median_of_ratios
@@ -58,6 +63,9 @@ SHAPES: list[Shape] = [
 
 #: The steps of a call, and the batches of the data set.
 STEPS = 50
+
+#: The networks of an ensemble.
+NETWORKS = 64
 
 #: A turn is one call, and more where calls are shorter than this.
 SHORTEST_TURN_S = 5e-3
@@ -77,7 +85,7 @@ LOSS_TOLERANCE = 1e-3
 #: What the candidates of other libraries need.
 PACKAGES = {"JAX": ["jax", "optax"], "scikit-learn": ["scikit-learn"]}
 
-#: Does `STEPS` steps and returns the loss of the last one, or None.
+#: Does `STEPS` steps and returns the loss of the last one, or its losses, or None.
 Steps = Callable[[], Any]
 
 
@@ -203,22 +211,21 @@ def of_training_step(problem: Problem) -> dict[str, Steps]:
     }
 
 
-def of_jax(problem: Problem) -> dict[str, Steps]:
-    """`jax.jit` of a step, and of `jax.lax.scan` over steps. The arrays stay where they are.
+class JaxSteps(NamedTuple):
+    """Training in JAX, as functions to compile. A carry is the parameters and Adam's state."""
 
-    The parameters and the state of the optimizer are donated: each call writes the new ones over
-    the old ones.
-    """
+    start: Callable[..., Any]  #: makes a carry from the (weight, bias) of each layer
+    step: Callable[..., Any]  #: (carry, x, target) to (carry, loss)
+    scan: Callable[..., Any]  #: the same for `STEPS` steps: (carry, losses)
+    epoch: Callable[..., Any]  #: (carry, x, target, order) to (carry, losses)
+
+
+def jax_steps(lr: float) -> JaxSteps:
     import jax
     import jax.numpy as jnp
     import optax
 
-    def array(tensor: Tensor) -> jax.Array:
-        return jnp.array(tensor.detach().numpy())
-
-    adam = optax.adam(problem.lr)
-    batch_x, batch_target = map(array, problem.batch)
-    all_x, all_target = array(problem.x), array(problem.target)
+    adam = optax.adam(lr)
 
     def loss_of(layers: Any, x: jax.Array, target: jax.Array) -> jax.Array:
         for n, (weight, bias) in enumerate(layers):
@@ -241,30 +248,56 @@ def of_jax(problem: Problem) -> dict[str, Steps]:
     ) -> tuple[Any, jax.Array]:
         return jax.lax.scan(lambda carry, at: step(carry, x[at], target[at]), carry, order)
 
-    class Program:
-        """A compiled function and the parameters and state that it carries along."""
+    return JaxSteps(lambda layers: (layers, adam.init(layers)), step, scan, epoch)
 
-        def __init__(self, function: Callable[..., Any]) -> None:
-            weights, biases = (list(map(array, kind)) for kind in parameters_of(problem.net))
-            layers = [(weight.T, bias) for weight, bias in zip(weights, biases, strict=True)]
-            self.carry = jax.tree.map(jnp.copy, (layers, adam.init(layers)))
-            self.function = jax.jit(function, donate_argnums=0)
 
-        def __call__(self, *arguments: Any) -> jax.Array:
-            self.carry, loss = self.function(self.carry, *arguments)
-            return loss
+class JaxProgram:
+    """A function that is compiled, and the carry that it hands on from call to call.
 
-        def wait(self, loss: jax.Array) -> jax.Array:
-            jax.block_until_ready((self.carry, loss))
-            return loss
+    The carry is donated: each call writes the new one over the old one.
+    """
 
-    of_step, of_scan, of_epoch = Program(step), Program(scan), Program(epoch)
+    def __init__(self, function: Callable[..., Any], carry: Any) -> None:
+        import jax
+        import jax.numpy as jnp
+
+        self.carry = jax.tree.map(jnp.copy, carry)
+        self.function = jax.jit(function, donate_argnums=0)
+        self.block_until_ready = jax.block_until_ready
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.carry, loss = self.function(self.carry, *arguments)
+        return loss
+
+    def wait(self, loss: Any) -> Any:
+        self.block_until_ready((self.carry, loss))
+        return loss
+
+
+def jax_array(tensor: Tensor) -> Any:
+    import jax.numpy as jnp
+
+    return jnp.array(tensor.detach().numpy())
+
+
+def jax_layers(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Any:
+    """Each layer's (weight, bias), the weight as (in_features, out_features)."""
+    return [(jax_array(w.mT), jax_array(b)) for w, b in zip(weights, biases, strict=True)]
+
+
+def of_jax(problem: Problem) -> dict[str, Steps]:
+    """`jax.jit` of a step, and of `jax.lax.scan` over steps. The arrays stay where they are."""
+    batch_x, batch_target = map(jax_array, problem.batch)
+    all_x, all_target = jax_array(problem.x), jax_array(problem.target)
+    steps = jax_steps(problem.lr)
+    carry = steps.start(jax_layers(*parameters_of(problem.net)))
+    of_step, of_scan, of_epoch = (JaxProgram(function, carry) for function in steps[1:])
     one_by_one = repeated(lambda: of_step(batch_x, batch_target))
     make_order = problem.epoch_order()
 
-    def one_epoch() -> jax.Array:
+    def one_epoch() -> Any:
         order = make_order().int().view(STEPS, problem.rows)
-        return of_epoch.wait(of_epoch(all_x, all_target, jnp.asarray(order.numpy())))[-1]
+        return of_epoch.wait(of_epoch(all_x, all_target, jax_array(order)))[-1]
 
     return {
         "JAX step": lambda: of_step.wait(one_by_one()),
@@ -330,6 +363,43 @@ def one_network(problem: Problem) -> dict[str, Steps]:
     return candidates
 
 
+def of_ensemble(problem: Problem, ensemble: ReluMLPEnsemble) -> dict[str, Steps]:
+    """The networks alone, one after another in each step, and together."""
+    x, target = problem.batch
+
+    def new(net: nn.Module) -> TrainingStep:
+        return TrainingStep(net, "mse", torch.optim.Adam(net.parameters(), lr=problem.lr))
+
+    alone = [new(ensemble.network(n)) for n in range(len(ensemble))]
+    together, repeat = (new(copy.deepcopy(ensemble)) for _ in range(2))
+    return {
+        "single steps": repeated(lambda: [step(x, target) for step in alone]),
+        "ensemble step": repeated(lambda: together(x, target)),
+        "ensemble repeat": lambda: repeat.repeat(x, target, STEPS)[-1],
+    }
+
+
+def of_vmap(problem: Problem, ensemble: ReluMLPEnsemble) -> dict[str, Steps]:
+    """`jax.vmap` of the scan over parameters and states; the rows are shared."""
+    import jax
+
+    x, target = map(jax_array, problem.batch)
+    steps = jax_steps(problem.lr)
+    parameters = list(ensemble.parameters())  # weight, bias, weight, bias, ...
+    carry = jax.vmap(steps.start)(jax_layers(parameters[::2], parameters[1::2]))
+    program = JaxProgram(jax.vmap(steps.scan, (0, None, None)), carry)
+    return {"JAX vmap scan": lambda: program.wait(program(x, target))[:, -1]}
+
+
+def networks_together(problem: Problem) -> dict[str, Steps]:
+    _, n_in, *hidden, n_out = problem.shape
+    ensemble = ReluMLPEnsemble(NETWORKS, n_in, hidden, n_out)
+    candidates = of_ensemble(problem, ensemble)
+    if all(map(is_installed, PACKAGES["JAX"])):
+        candidates |= of_vmap(problem, ensemble)
+    return candidates
+
+
 # -- What is compared ---------------------------------------------------------------------------
 
 
@@ -350,12 +420,16 @@ class Case(NamedTuple):
     shapes: list[Shape]
     candidates: Callable[[Problem], dict[str, Steps]]  #: the first is the baseline
     comparisons: list[Comparison]
+    threads: int | None = None  #: None for any number of them
 
 
 #: Where products take the time, a step in one call has little to gain.
 SMALL = [SHAPES[n] for n in (0, 1, 2, 4)]
 
-#: Another kind of training, such as an ensemble of networks, is another entry.
+#: Of the networks of an ensemble.
+SHAPES_TOGETHER = [SHAPES[n] for n in (0, 4)]
+
+#: Another kind of training is another entry.
 CASES = {
     "one network": Case(
         SHAPES,
@@ -369,6 +443,15 @@ CASES = {
             Comparison("TrainingStep epoch", "MLPRegressor epoch", SHAPES),
             Comparison("Sequential, Adam again", "Sequential, Adam", SHAPES),
         ],
+    ),
+    "ensemble": Case(
+        SHAPES_TOGETHER,
+        networks_together,
+        [
+            Comparison("ensemble step", "single steps", SHAPES_TOGETHER, 0.8),
+            Comparison("ensemble repeat", "JAX vmap scan", SHAPES_TOGETHER, 0.7),
+        ],
+        threads=1,
     ),
 }
 
@@ -399,14 +482,15 @@ class Ratio:
 def check_losses(name: str, candidates: dict[str, Steps]) -> None:
     """Raises RuntimeError if the losses after `STEPS` steps differ by more than rounding."""
     losses = {candidate: steps() for candidate, steps in candidates.items()}
-    found = {candidate: float(loss) for candidate, loss in losses.items() if loss is not None}
+    found = {c: np.asarray(loss, float) for c, loss in losses.items() if loss is not None}
     for kind in ("in place", "epoch"):
         of_kind = {
             c: loss for c, loss in found.items() if c.endswith(" epoch") == (kind == "epoch")
         }
-        if of_kind and not math.isclose(
-            min(of_kind.values()), max(of_kind.values()), rel_tol=LOSS_TOLERANCE
-        ):
+        if not of_kind:
+            continue
+        least, most = (bound(list(of_kind.values()), 0) for bound in (np.min, np.max))
+        if not np.allclose(least, most, rtol=LOSS_TOLERANCE, atol=0):
             raise RuntimeError(f"{name}: the losses differ: {of_kind}")
 
 
@@ -440,7 +524,7 @@ def time_in_random_order(candidates: dict[str, Steps], rounds: int) -> dict[str,
 
 
 def measure(case: str, shape: Shape, threads: int, rounds: int) -> tuple[list[Figure], list[Ratio]]:
-    _, make, comparisons = CASES[case]
+    _, make, comparisons, _ = CASES[case]
     name = name_of(shape)
     check_losses(name, make(Problem.make(shape, LEARNING_RATE_OF_CHECK)))
     candidates = make(Problem.make(shape, LEARNING_RATE))
@@ -486,8 +570,8 @@ def versions() -> dict[str, str]:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    head, *body = (f"| {' | '.join(line)} |" for line in [header, *rows])
+    return "\n".join([head, "|---" * len(header) + "|", *body])
 
 
 def lines_of(figures: Sequence[Figure]) -> str:
@@ -527,40 +611,75 @@ def verdict(comparison: Comparison, ratios: Sequence[float], mean: float) -> str
     return ", ".join(said)
 
 
-#: The columns of the page.
+#: The columns of the long page.
 SHOWN = {
+    "one network": {
+        "`nn.Sequential`, Adam": "Sequential, Adam",
+        "the same, `fused=True`": "Sequential, fused Adam",
+        "`step(...)`": "TrainingStep step",
+        "`step.epoch`": "TrainingStep epoch",
+        "JAX, a step": "JAX step",
+        "JAX, an epoch": "JAX epoch",
+        "scikit-learn": "MLPRegressor epoch",
+    },
+    "ensemble": {
+        "single `step(...)`s": "single steps",
+        "`step(...)` of the ensemble": "ensemble step",
+        "`step.repeat` of it": "ensemble repeat",
+        "JAX, `vmap` of a scan": "JAX vmap scan",
+    },
+}
+
+#: Those of the short one.
+SHOWN_IN_SHORT = {
     "`nn.Sequential`, Adam": "Sequential, Adam",
-    "the same, `fused=True`": "Sequential, fused Adam",
     "`step(...)`": "TrainingStep step",
     "`step.epoch`": "TrainingStep epoch",
-    "JAX, a step": "JAX step",
-    "JAX, an epoch": "JAX epoch",
-    "scikit-learn": "MLPRegressor epoch",
+    "JAX epoch": "JAX epoch",
 }
+
+#: What a step is one of.
+UNITS = {"one network": "a step", "ensemble": f"a step of {NETWORKS} networks"}
+
+
+def table_of_figures(
+    figures: Sequence[Figure], case: str, threads: int, columns: dict[str, str]
+) -> str:
+    """A row for each shape, or an empty string without figures of that case."""
+    found = {
+        (f.shape, f.candidate): f"{f.us_a_step:.1f}"
+        for f in figures
+        if (f.case, f.threads) == (case, threads)
+    }
+    measured = {shape for shape, _ in found}
+    rows = [
+        [shape, *(found.get((shape, candidate), "") for candidate in columns.values())]
+        for shape in map(name_of, CASES[case].shapes)
+        if shape in measured
+    ]
+    return table(["rows x in-hidden-out", *columns], rows) if rows else ""
+
+
+def count_threads(threads: int) -> str:
+    return f"{threads} thread{'s' * (threads > 1)}"
 
 
 def page_of(document: dict[str, Any]) -> str:
-    """The tables of the page, from the results."""
+    """All tables, from the results."""
     figures = [Figure(**figure) for figure in document["figures"]]
     ratios = [Ratio(**ratio) for ratio in document["ratios"]]
     machine_of = document["machine"]
     parts = []
     for threads in sorted({figure.threads for figure in figures}):
-        case = next(iter(CASES))
-        of_threads = {(f.shape, f.candidate): f for f in figures if f.threads == threads}
-        rows = [
-            [shape]
-            + [
-                f"{of_threads[shape, c].us_a_step:.1f}" if (shape, c) in of_threads else ""
-                for c in SHOWN.values()
-            ]
-            for shape in map(name_of, CASES[case].shapes)
-        ]
-        parts += [
-            f"Microseconds a step, {threads} thread{'s' * (threads > 1)}:",
-            table(["rows x in-hidden-out", *SHOWN], rows),
-            table_of_ratios(case, [r for r in ratios if r.threads == threads], goals=False),
-        ]
+        for case in CASES:
+            of_case = table_of_figures(figures, case, threads, SHOWN[case])
+            if of_case:
+                compared = [r for r in ratios if (r.case, r.threads) == (case, threads)]
+                parts += [
+                    f"Microseconds {UNITS[case]}, {count_threads(threads)}:",
+                    of_case,
+                    table_of_ratios(case, compared, goals=False),
+                ]
     libraries = ", ".join(f"{package} {of}" for package, of in document["versions"].items())
     parts.append(
         f"{machine_of['date']}, {machine_of['processor']}, {machine_of['cores']} cores, PyTorch "
@@ -570,17 +689,35 @@ def page_of(document: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-BEGIN, END = "<!-- benchmarks/training.py --table -->\n", "\n<!-- end -->"
+def short_page_of(document: dict[str, Any]) -> str:
+    """The times of one network with the least number of threads."""
+    figures = [Figure(**figure) for figure in document["figures"]]
+    threads = min(figure.threads for figure in figures)
+    return (
+        f"Microseconds a step, {count_threads(threads)} of an {document['machine']['processor']}:"
+        f"\n\n{table_of_figures(figures, 'one network', threads, SHOWN_IN_SHORT)}"
+    )
 
 
-def put_into(page: Path, tables: str) -> None:
-    """Replaces what stands between BEGIN and END."""
+#: A page says by the first of these lines which tables it gets. They end before END.
+BEGIN, BEGIN_SHORT = (
+    f"<!-- benchmarks/training.py --table{which} -->\n" for which in ("", ", short")
+)
+END = "\n<!-- end -->"
+TABLES = {BEGIN: page_of, BEGIN_SHORT: short_page_of}
+
+
+def put_into(page: Path, document: dict[str, Any]) -> None:
+    """Replaces what stands between BEGIN, or BEGIN_SHORT, and END."""
     text = page.read_text(encoding="utf-8")
-    before, found, rest = text.partition(BEGIN)
-    _, found_too, after = rest.partition(END)
-    if not found or not found_too:
-        raise SystemExit(f"{page} has no lines {BEGIN.strip()} and {END.strip()}")
-    page.write_text(before + BEGIN + tables + END + after, encoding="utf-8")
+    for begin, tables_of in TABLES.items():
+        before, found, rest = text.partition(begin)
+        _, found_too, after = rest.partition(END)
+        if found and found_too:
+            page.write_text(before + begin + tables_of(document) + END + after, encoding="utf-8")
+            return
+    lines = " or ".join(begin.strip() for begin in TABLES)
+    raise SystemExit(f"{page} has no lines {lines} and {END.strip()}")
 
 
 RESULTS = Path(__file__).parent / "results" / "training.json"
@@ -606,7 +743,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     if options.table:
-        put_into(options.table, page_of(json.loads(RESULTS.read_text())))
+        put_into(options.table, json.loads(RESULTS.read_text()))
         return
     for library, packages in PACKAGES.items():
         if absent := [package for package in packages if not is_installed(package)]:
@@ -618,17 +755,20 @@ def main(arguments: list[str] | None = None) -> None:
         set_variables(threads)
         with ProcessPoolExecutor(1, context, prepare_process, (threads,)) as process:
             for case in CASES:
+                if CASES[case].threads not in (None, threads):
+                    continue
                 of_case: list[Ratio] = []
                 for shape in CASES[case].shapes:
                     if options.only and name_of(shape) not in options.only:
                         continue
                     work = process.submit(measure, case, shape, threads, options.rounds)
                     of_shape, of_ratios = work.result()
-                    print(f"{name_of(shape)}, {case}, {threads} thread(s), a step")
+                    print(f"{name_of(shape)}, {case}, {count_threads(threads)}, {UNITS[case]}")
                     print(lines_of(of_shape), flush=True)
                     figures += of_shape
                     of_case += of_ratios
-                print(f"\n{table_of_ratios(case, of_case, goals=True)}\n", flush=True)
+                if of_case:
+                    print(f"\n{table_of_ratios(case, of_case, goals=True)}\n", flush=True)
                 ratios += of_case
     if options.out:
         about = machine() | {"threads": options.threads}

@@ -156,6 +156,7 @@ class Run:
         return torch.stack(losses)
 
 
+@dataclass
 class RunInOneCall(Run):
     """The same training, one call for each epoch."""
 

@@ -11,7 +11,8 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = ROOT / "benchmarks" / "training.py"
-PAGE = ROOT / "docs" / "training.md"
+#: With the name of the line that their tables come after.
+PAGES = {"docs/training.md": "BEGIN", "README.md": "BEGIN_SHORT"}
 
 pytestmark = pytest.mark.skipif(not PROGRAM.exists(), reason="needs the checkout")
 
@@ -55,11 +56,21 @@ def program(module, monkeypatch):
     monkeypatch.setattr(module, "STEPS", 5)
     monkeypatch.setattr(module, "SHORTEST_TURN_S", 1e-9)
     monkeypatch.setattr(module, "SHAPES", [SHAPE])
-    case = module.CASES["one network"]
-    comparisons = [each._replace(shapes=[SHAPE]) for each in case.comparisons]
-    of_small = case._replace(shapes=[SHAPE], comparisons=comparisons)
-    monkeypatch.setattr(module, "CASES", {"one network": of_small})
+    monkeypatch.setattr(module, "NETWORKS", 3)
+    cases = {}
+    for name, case in module.CASES.items():
+        comparisons = [each._replace(shapes=[SHAPE]) for each in case.comparisons]
+        cases[name] = case._replace(shapes=[SHAPE], comparisons=comparisons)
+    monkeypatch.setattr(module, "CASES", cases)
     return module
+
+
+@pytest.fixture
+def document(program, tmp_path):
+    """What it writes for one thread and for two."""
+    path = tmp_path / "new" / "training.json"
+    program.main(["--threads", "1", "2", "--rounds", "2", "--out", str(path)])
+    return json.loads(path.read_text())
 
 
 def test_help(program, capsys):
@@ -70,26 +81,39 @@ def test_help(program, capsys):
     assert all(word in text for word in ("--only", "--threads", "--rounds", "--out", "--table"))
 
 
-def test_measures_and_writes_without_the_libraries(program, capsys, tmp_path):
-    path = tmp_path / "new" / "training.json"
-    program.main(["--threads", "1", "--rounds", "2", "--out", str(path)])
+def test_measures_and_writes_without_the_libraries(capsys, program, document):
     printed = capsys.readouterr().out
     assert "without JAX: jax and optax not installed" in printed
     assert "without scikit-learn: scikit-learn not installed" in printed
-    document = json.loads(path.read_text())
     assert {"date", "processor", "torch"} <= document["machine"].keys()
-    assert document["machine"]["threads"] == [1]
-    candidates = [figure["candidate"] for figure in document["figures"]]
+    assert document["machine"]["threads"] == [1, 2]
+    figures = [program.Figure(**figure) for figure in document["figures"]]
+    candidates = [figure.candidate for figure in figures]
     assert candidates[0] == "Sequential, Adam" and "TrainingStep epoch" in candidates
     assert not any(name.startswith(("JAX", "MLP")) for name in candidates)
-    compared = [ratio["comparison"] for ratio in document["ratios"]]
-    assert compared == [
+    together = [(f.candidate, f.threads) for f in figures if f.case == "ensemble"]
+    assert together == [("single steps", 1), ("ensemble step", 1), ("ensemble repeat", 1)]
+    of_one_thread = [ratio for ratio in document["ratios"] if ratio["threads"] == 1]
+    assert [ratio["comparison"] for ratio in of_one_thread] == [
         "TrainingStep step / Sequential, Adam",
         "TrainingStep step / ReluMLP, fused Adam",
         "Sequential, Adam again / Sequential, Adam",
+        "ensemble step / single steps",
     ]
-    page = program.page_of(document)
-    assert "Microseconds a step, 1 thread:" in page and "4x3-5-2" in page
+
+
+def test_the_tables_show_each_case(program, document):
+    lines = program.page_of(document).splitlines()
+    assert [line for line in lines if line.startswith("Micro")] == [
+        "Microseconds a step, 1 thread:",
+        f"Microseconds {program.UNITS['ensemble']}, 1 thread:",
+        "Microseconds a step, 2 threads:",
+    ]
+    for figure in document["figures"]:
+        figure["us_a_step"] = figure["threads"] + 0.25
+    short = program.short_page_of(document).splitlines()
+    assert short[0].startswith("Microseconds a step, 1 thread of an ")
+    assert short[-1] == "| 4x3-5-2 | 1.2 | 1.2 | 1.2 |  |"
 
 
 @pytest.mark.parametrize("name", ["Sequential, fused Adam", "TrainingStep epoch"])
@@ -106,6 +130,20 @@ def test_a_candidate_that_computes_something_else_is_found(program, name):
     wrong = candidates()
     right = wrong[name]
     wrong[name] = lambda: right() * 1.01
+    with pytest.raises(RuntimeError, match="wrong: the losses differ"):
+        program.check_losses("wrong", wrong)
+
+
+def test_one_network_of_an_ensemble_that_computes_something_else_is_found(program):
+    def candidates():
+        return program.networks_together(
+            program.Problem.make(SHAPE, program.LEARNING_RATE_OF_CHECK)
+        )
+
+    program.check_losses("right", candidates())
+    wrong = candidates()
+    right = wrong["ensemble step"]
+    wrong["ensemble step"] = lambda: right() * torch.tensor([1.0, 1.0, 1.01])
     with pytest.raises(RuntimeError, match="wrong: the losses differ"):
         program.check_losses("wrong", wrong)
 
@@ -127,26 +165,29 @@ def test_the_table_of_ratios_says_which_goals_were_met(program):
     table = program.table_of_ratios("one network", [ratio], goals=True)
     assert table.splitlines() == [
         "| time over time | 4x3-5-2 | geometric mean | goal |",
-        "| --- | --- | --- | --- |",
+        "|---|---|---|---|",
         "| a / b | 0.600 [0.500, 0.650] | 0.600 | 0.70: 1 of 1, mean 0.50: not met |",
     ]
     assert "goal" not in program.table_of_ratios("one network", [ratio], goals=False)
 
 
-def test_puts_the_tables_into_a_page(program, tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text(f"before\n{program.BEGIN}old{program.END}\nafter\n")
+@pytest.mark.parametrize("name", PAGES.values())
+def test_puts_the_tables_into_a_page(program, name, monkeypatch, tmp_path):
+    page, begin = tmp_path / "page.md", getattr(program, name)
+    page.write_text(f"before\n{begin}old{program.END}\nafter\n")
+    monkeypatch.setitem(program.TABLES, begin, lambda document: document["tables"])
     for tables in ("new", "newer"):
-        program.put_into(page, tables)
-    assert page.read_text() == f"before\n{program.BEGIN}newer{program.END}\nafter\n"
+        program.put_into(page, {"tables": tables})
+    assert page.read_text() == f"before\n{begin}newer{program.END}\nafter\n"
     page.write_text("nothing\n")
     with pytest.raises(SystemExit, match="has no lines"):
-        program.put_into(page, "new")
+        program.put_into(page, {"tables": "new"})
     assert page.read_text() == "nothing\n"
 
 
-def test_the_page_has_the_figures_of_the_results(module):
-    text = PAGE.read_text(encoding="utf-8")
-    assert module.BEGIN in text and module.END in text
+@pytest.mark.parametrize("name", PAGES)
+def test_the_pages_have_the_figures_of_the_results(module, name):
+    text, begin = (ROOT / name).read_text(encoding="utf-8"), getattr(module, PAGES[name])
+    assert begin in text and module.END in text
     if module.RESULTS.exists():
-        assert module.page_of(json.loads(module.RESULTS.read_text())) in text
+        assert module.TABLES[begin](json.loads(module.RESULTS.read_text())) in text
