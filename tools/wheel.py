@@ -89,7 +89,7 @@ def make(folder: Path) -> list[Path]:
         (sdist,) = Path(raw).glob("*.tar.gz")
         without_builder(sdist, date)
         excluded = [part for name in ("libtorch*", "libc10*") for part in ("--exclude", name)]
-        run("auditwheel", "repair", *excluded, "--wheel-dir", folder, wheel, **settings)
+        run("auditwheel", "repair", "--strip", *excluded, "--wheel-dir", folder, wheel, **settings)
         (repaired,) = folder.glob("*.whl")
         return [repaired, Path(shutil.copy(sdist, folder))]
 

@@ -81,11 +81,19 @@ void fill_rows(Matrix<C> out, const T* row) {
   }
 }
 
+// A loop for each activation makes a function large, so it is not copied into
+// each of its callers.
+#if defined(__GNUC__)
+#define RELU_MLP_NOINLINE __attribute__((noinline))
+#else
+#define RELU_MLP_NOINLINE
+#endif
+
 // delta = grad_output * phi'(z). delta is contiguous, and so are the rows of y,
 // which may be missing if phi is the identity. grad_output may have any
 // strides.
 template <typename D, typename T, typename C>
-void activation_backward(
+RELU_MLP_NOINLINE void activation_backward(
     Activation activation,
     Matrix<D> delta,
     Matrix<const T> grad_output,
@@ -106,7 +114,7 @@ void activation_backward(
 // of_y and change are contiguous, and so are the rows of y. grad_output may
 // have any strides.
 template <typename T, typename C>
-void activation_curvature(
+RELU_MLP_NOINLINE void activation_curvature(
     Activation activation,
     Matrix<T> of_y,
     Matrix<const T> grad_output,

@@ -138,6 +138,12 @@ double converted_element_loss(
 
 // -- Cross entropy, row by row -----------------------------------------------
 
+// The logarithm of a sum of at least 1. (log itself needs a newer C library than
+// the rest of this package, and so would the wheel.)
+inline double log_of(double sum) {
+  return std::log1p(sum - 1);
+}
+
 // The softmax of a row y: exps[j] / sum, with exps[j] = exp(y[j] - largest).
 template <typename F>
 struct SoftmaxRow {
@@ -147,7 +153,7 @@ struct SoftmaxRow {
 
   // -log of the softmax at an element y of the row.
   double cross_entropy(F y) const {
-    return std::log(sum) - (double(y) - double(largest));
+    return log_of(sum) - (double(y) - double(largest));
   }
 };
 
@@ -213,7 +219,7 @@ double cross_entropy_with_probabilities(
   using F = compute_t<C>;
   constexpr int64_t together = 8;
   F ys[converted_at_once], targets[converted_at_once];
-  const F log_sum = F(std::log(softmax.sum)), largest = softmax.largest;
+  const F log_sum = F(log_of(softmax.sum)), largest = softmax.largest;
   double values[together] = {}, totals[together] = {};
   for (int64_t first = 0; first < cols; first += converted_at_once) {
     const int64_t count = std::min(converted_at_once, cols - first);

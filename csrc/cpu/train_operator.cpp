@@ -1,7 +1,6 @@
 #include "train_operator.h"
 
 #include <algorithm>
-#include <memory>
 #include <mutex>
 #include <unordered_map>
 
@@ -24,8 +23,6 @@ struct Trainer {
   std::vector<int64_t> groups; // the group of every parameter
   int64_t group_count;
 };
-using TrainerPointer = std::shared_ptr<const Trainer>;
-
 // The arguments of a call. x and target may have a dimension for the networks
 // in front.
 struct Arguments {
@@ -36,9 +33,40 @@ struct Arguments {
 };
 
 // The trainers of this process by number. Python has the numbers, because the
-// stable ABI has no way to hand out an object.
+// stable ABI has no way to hand out an object. (std::shared_ptr would need a
+// newer C library than the rest of this package, and so would the wheel.)
 class Trainers {
+  struct Entry {
+    Trainer trainer;
+    int64_t users = 0;
+    bool is_deleted = false;
+  };
+
  public:
+  // A trainer in use. It stays alive even if it is deleted meanwhile.
+  class Use {
+   public:
+    explicit Use(int64_t number) : number_(number), entry_(all().use(number)) {}
+    Use(Use&& other) noexcept
+        : number_(other.number_),
+          entry_(std::exchange(other.entry_, nullptr)) {}
+    ~Use() {
+      if (entry_) {
+        all().end_use(number_, *entry_);
+      }
+    }
+    const Trainer& operator*() const {
+      return entry_->trainer;
+    }
+    const Trainer* operator->() const {
+      return &entry_->trainer;
+    }
+
+   private:
+    int64_t number_;
+    Entry* entry_;
+  };
+
   static Trainers& all() {
     // Never deleted: at exit, tensors may outlive the interpreter that they need.
     static Trainers& trainers = *new Trainers;
@@ -46,27 +74,41 @@ class Trainers {
   }
   int64_t add(Trainer trainer) {
     const std::lock_guard lock(mutex_);
-    trainers_.emplace(
-        ++last_, std::make_shared<const Trainer>(std::move(trainer)));
+    entries_.emplace(++last_, Entry{std::move(trainer)});
     return last_;
-  }
-  // It stays alive while the caller has it, even if it is removed.
-  TrainerPointer find(int64_t number) {
-    const std::lock_guard lock(mutex_);
-    const auto found = trainers_.find(number);
-    if (found == trainers_.end()) {
-      fail("there is no trainer ", number);
-    }
-    return found->second;
   }
   void remove(int64_t number) {
     const std::lock_guard lock(mutex_);
-    trainers_.erase(number);
+    const auto found = entries_.find(number);
+    if (found != entries_.end()) {
+      found->second.is_deleted = true;
+      erase_if_unused(number, found->second);
+    }
   }
 
  private:
+  Entry* use(int64_t number) {
+    const std::lock_guard lock(mutex_);
+    const auto found = entries_.find(number);
+    if (found == entries_.end() || found->second.is_deleted) {
+      fail("there is no trainer ", number);
+    }
+    ++found->second.users;
+    return &found->second; // stays in place as others come and go
+  }
+  void end_use(int64_t number, Entry& entry) {
+    const std::lock_guard lock(mutex_);
+    --entry.users;
+    erase_if_unused(number, entry);
+  }
+  void erase_if_unused(int64_t number, const Entry& entry) {
+    if (entry.is_deleted && entry.users == 0) {
+      entries_.erase(number);
+    }
+  }
+
   std::mutex mutex_;
-  std::unordered_map<int64_t, TrainerPointer> trainers_;
+  std::unordered_map<int64_t, Entry> entries_;
   int64_t last_ = 0;
 };
 
@@ -336,11 +378,11 @@ Training<T> training_of(
 
 // Checks the classes of all networks.
 void check_all_classes(
-    const std::vector<TrainerPointer>& trainers,
+    const std::vector<Trainers::Use>& trainers,
     const Tensor& target,
     const Tensor& x) {
-  const TrainerPointer* fewest = &trainers[0];
-  for (const TrainerPointer& trainer : trainers) {
+  const Trainers::Use* fewest = &trainers[0];
+  for (const Trainers::Use& trainer : trainers) {
     if (trainer->weights.back().size(0) < (*fewest)->weights.back().size(0)) {
       fewest = &trainer;
     }
@@ -353,7 +395,7 @@ void check_all_classes(
 
 template <typename T>
 int64_t checked_train(
-    const std::vector<TrainerPointer>& trainers,
+    const std::vector<Trainers::Use>& trainers,
     const Arguments& a) {
   const int64_t networks = std::ssize(trainers);
   const bool by_class = has_classes(trainers[0]->loss, a.target);
@@ -363,7 +405,7 @@ int64_t checked_train(
   check_losses(a, networks);
   int64_t groups = 0;
   std::size_t parameters = 0;
-  for (const TrainerPointer& trainer : trainers) {
+  for (const Trainers::Use& trainer : trainers) {
     groups += trainer->group_count;
     parameters += 2 * trainer->weights.size();
   }
@@ -378,7 +420,7 @@ int64_t checked_train(
   trainings.reserve(trainers.size());
   std::vector<Count> counts;
   const double* hyperparameters = a.hyperparameters.data();
-  for (const TrainerPointer& trainer : trainers) {
+  for (const Trainers::Use& trainer : trainers) {
     trainings.push_back(training_of(
         *trainer, a, x, target, std::ssize(trainings), hyperparameters,
         operands, counts));
@@ -436,9 +478,9 @@ int64_t run_trainers(
     int64_t batch,
     int64_t first,
     int64_t last) {
-  std::vector<TrainerPointer> trainers;
+  std::vector<Trainers::Use> trainers;
   for (const int64_t number : numbers) {
-    trainers.push_back(Trainers::all().find(number));
+    trainers.emplace_back(number);
   }
   if (trainers.empty()) {
     fail("trainers must have at least one entry, got none");

@@ -16,6 +16,26 @@
 namespace relu_mlp::cpu {
 namespace {
 
+// base^exponent for a base in [0, 1) and a count of steps, which is a whole
+// number unless somebody has changed it. (pow needs a newer C library than the
+// rest of this package, and so would the wheel.)
+double power(double base, double exponent) {
+  constexpr double most = 9e18; // a whole number of 64 bits
+  const double whole = std::min(std::floor(exponent), most);
+  // 1 - result magnifies a rounding error.
+  long double result = 1, factor = base;
+  for (auto left = static_cast<uint64_t>(std::max(whole, 0.0)); left > 0;
+       left /= 2) {
+    result *= left % 2 == 1 ? factor : 1;
+    factor *= factor;
+  }
+  const double fraction = exponent - whole;
+  return double(
+      fraction == 0
+          ? result
+          : result * (1 + std::expm1(fraction * std::log1p(base - 1))));
+}
+
 // One of the networks in training. It owns the memory of its gradients and of
 // the rows of a batch.
 template <typename T>
@@ -219,8 +239,8 @@ class Trainee {
       if (adam != &of || step != at) {
         adam = &of;
         step = at;
-        of_mean = 1 - std::pow(of.beta1, at);
-        of_square = 1 - std::pow(of.beta2, at);
+        of_mean = 1 - power(of.beta1, at);
+        of_square = 1 - power(of.beta2, at);
       }
     }
   };
