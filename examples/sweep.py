@@ -2,10 +2,10 @@
 
     python examples/sweep.py [--out demo]
 
-Seven learning rates of Adam times three seeds are 21 networks. A seed gives the initial values and
-the orders of rows. `TrainingStep` trains all of them in one call per epoch. An error ends the
-program unless the best of them has the same bits, in losses and parameters, when it is trained
-alone. Writes OUT/sweep.png.
+Seven learning rates of Adam times three seeds are 21 networks, each with its own optimizer. A seed
+gives the initial values and the orders of rows. `TrainingStep` trains all of them in one call per
+epoch. An error ends the program unless the best of them has the same bits, in losses and
+parameters, when it is trained alone. Writes OUT/sweep.png.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Generator, Tensor
 
-from relu_mlp import ReluMLP, ReluMLPEnsemble, TrainingStep
+from relu_mlp import ReluMLP, TrainingStep
 
 RATES, SEEDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0), (0, 1, 2)
 ROWS, BATCH, EPOCHS = 400, 50, 20
@@ -36,14 +36,17 @@ def make_network(seed: int) -> ReluMLP:
     return ReluMLP(2, [32, 32], 1)
 
 
-def train_all(x: Tensor, target: Tensor) -> tuple[ReluMLPEnsemble, Tensor]:
-    """The trained networks, and the losses of all batches, (batches, networks)."""
-    ensemble = ReluMLPEnsemble.from_networks([make_network(seed) for _, seed in RUNS])
-    optimizer = torch.optim.Adam(ensemble.parameters())
-    step = TrainingStep(ensemble, "mse", optimizer, lr=[lr for lr, _ in RUNS])
+def train_all(x: Tensor, target: Tensor) -> tuple[list[ReluMLP], Tensor]:
+    """The trained networks, and the losses of all batches, (networks, batches)."""
+    nets = [make_network(seed) for _, seed in RUNS]
+    rates = [lr for lr, _ in RUNS]
+    optimizers = [
+        torch.optim.Adam(net.parameters(), lr=lr) for net, lr in zip(nets, rates, strict=True)
+    ]
+    step = TrainingStep(nets, "mse", optimizers)
     orders = [Generator().manual_seed(seed) for _, seed in RUNS]
     epochs = [step.epoch(x, target, BATCH, generator=orders) for _ in range(EPOCHS)]
-    return ensemble, torch.cat(epochs)
+    return nets, torch.cat(epochs, 1)
 
 
 def train_one(x: Tensor, target: Tensor, lr: float, seed: int) -> tuple[ReluMLP, Tensor]:
@@ -54,12 +57,12 @@ def train_one(x: Tensor, target: Tensor, lr: float, seed: int) -> tuple[ReluMLP,
     return net, torch.cat([step.epoch(x, target, BATCH, generator=order) for _ in range(EPOCHS)])
 
 
-def check_alone(number: int, ensemble: ReluMLPEnsemble, losses: Tensor, data: list[Tensor]) -> None:
+def check_alone(number: int, nets: list[ReluMLP], losses: Tensor, data: list[Tensor]) -> None:
     """Trains a network of the ensemble again, alone, and compares the bits."""
     lr, seed = RUNS[number]
     net, expected = train_one(*data, lr, seed)
-    pairs = zip(ensemble.network(number).parameters(), net.parameters(), strict=True)
-    if not torch.equal(losses[:, number], expected):
+    pairs = zip(nets[number].parameters(), net.parameters(), strict=True)
+    if not torch.equal(losses[number], expected):
         sys.exit(f"FAILED: alone, the run of lr {lr:g} and seed {seed} has other losses")
     if not all(torch.equal(one, other) for one, other in pairs):
         sys.exit(f"FAILED: alone, the run of lr {lr:g} and seed {seed} has other parameters")
@@ -87,14 +90,14 @@ def main() -> None:
     picture = parser.parse_args().out / "sweep.png"
     picture.parent.mkdir(parents=True, exist_ok=True)
     data, (new_x, new_target) = list(make_data(10)), make_data(11)
-    ensemble, losses = train_all(*data)
-    print(f"{len(RUNS)} networks, {len(losses)} steps")
+    nets, losses = train_all(*data)
+    print(f"{len(RUNS)} networks, {losses.shape[1]} steps")
     with torch.no_grad():
-        errors = (ensemble(new_x) - new_target).square().mean((1, 2))
-    check_alone(int(errors.argmin()), ensemble, losses, data)
-    of_epochs = losses.unflatten(0, (EPOCHS, -1)).mean(1)
+        errors = torch.stack([(net(new_x) - new_target).square().mean() for net in nets])
+    check_alone(int(errors.argmin()), nets, losses, data)
+    of_epochs = losses.unflatten(1, (EPOCHS, -1)).mean(2)
     index = pd.MultiIndex.from_tuples(RUNS, names=["lr", "seed"])
-    curves = pd.DataFrame(of_epochs.numpy(), columns=index)
+    curves = pd.DataFrame(of_epochs.T.numpy(), columns=index)
     table = pd.Series(errors.numpy(), index=index)
     draw(picture, curves, table)
     print("mean squared error on new rows")

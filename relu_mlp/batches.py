@@ -25,8 +25,11 @@ def random_order(
     """A random order of rows, (rows,), or with a sequence of generators (networks, rows)."""
     if generator is None or isinstance(generator, torch.Generator):
         return torch.randperm(rows, generator=generator)
-    if networks is None:
-        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+    if networks is None or not isinstance(generator, Sequence):
+        several = "" if networks is None else " or a sequence of them"
+        raise TypeError(
+            f"generator must be a torch.Generator{several}, got {type(generator).__name__}"
+        )
     if len(generator) != networks:
         raise ValueError(f"generator must have {networks} generators, got {len(generator)}")
     return torch.stack([torch.randperm(rows, generator=each) for each in generator])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,13 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 _TRUE = torch.tensor(True)
+
+
+class Result(NamedTuple):
+    """What a step returns: two tensors of shape ()."""
+
+    loss: Tensor
+    is_finite: Tensor  #: whether the gradients are finite, as far as they are watched
 
 
 class SingleStep:
@@ -83,23 +90,32 @@ class SingleStep:
             self.of_node = self._trainer.for_node(self.net)
         return self._trainer
 
-    def by_optimizer(self, x: Tensor, target: Tensor, watch: bool) -> tuple[Tensor, Tensor]:
-        """A step with the optimizer's own `step`.
-
-        Returns the loss, and whether the gradients are finite, as far as they are watched.
-        """
+    def by_optimizer(self, x: Tensor, target: Tensor, watch: bool) -> Callable[[], Result]:
+        """A step with the optimizer's own `step`, up to the gradients; a call does the rest."""
         network = network_for(self.net, x, target)
         if isinstance(network, str):
             loss = self._by_autograd(x, target)
         else:
             loss = self._by_loss_and_grads(network, x, target)
-        is_finite = are_finite(self.net.parameters()) if watch else _TRUE
-        if self.max_norm is not None:
-            nn.utils.clip_grad_norm_(self.net.parameters(), self.max_norm)
-        self.optimizer.step()
-        for parameter in self.net.parameters():
-            parameter.grad = None
-        return loss.detach(), is_finite
+        # They leave the parameters, because other networks may fail or have the same optimizer's.
+        grads = [(parameter, parameter.grad) for parameter in self.net.parameters()]
+        self._set_gradients((parameter, None) for parameter, _ in grads)
+
+        def update() -> Result:
+            self._set_gradients(grads)
+            is_finite = are_finite(self.net.parameters()) if watch else _TRUE
+            if self.max_norm is not None:
+                nn.utils.clip_grad_norm_(self.net.parameters(), self.max_norm)
+            self.optimizer.step()
+            self._set_gradients((parameter, None) for parameter, _ in grads)
+            return Result(loss.detach(), is_finite)
+
+        return update
+
+    @staticmethod
+    def _set_gradients(pairs: Iterable[tuple[Tensor, Tensor | None]]) -> None:
+        for parameter, grad in pairs:
+            parameter.grad = grad
 
     def _by_autograd(self, x: Tensor, target: Tensor) -> Tensor:
         with torch.enable_grad():

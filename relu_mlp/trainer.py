@@ -169,15 +169,29 @@ def check_served(x: Tensor, network: Network) -> None:
             raise Unknown("a parameter is not contiguous in the CPU's memory")
 
 
+def share_memory(trainers: Sequence[Trainer]) -> bool:
+    """Whether what one network trains is another's too. Threads would disturb each other.
+
+    PyTorch's `load_state_dict` does not copy: optimizers that load one state share it.
+    """
+    if len(trainers) == 1:
+        return False
+    of_networks = [
+        {tensor.data_ptr() for tensor in (*trainer.present, *trainer.update.state)} - {0}
+        for trainer in trainers
+    ]
+    return len(set().union(*of_networks)) < sum(map(len, of_networks))
+
+
 def train(
     trainers: Sequence[Trainer],
     x: Tensor,
     target: Tensor,
     losses: Tensor,
-    first: int,
-    batch_size: int | None,
-    order: Tensor | None,
-    max_norm: float | None,
+    first: int = 0,
+    batch_size: int | None = None,
+    order: Tensor | None = None,
+    max_norm: float | None = None,
 ) -> int:
     """Does the steps from the number `first` on, one for each column of `losses`.
 
@@ -185,7 +199,7 @@ def train(
         trainers: one for each network.
         x, target: contiguous matrices, or a vector of classes as the target, for all networks; or
             with a dimension for the networks in front.
-        losses: (networks, steps), for the losses.
+        losses: (networks, steps), for the losses. No steps are a check of the arguments.
         first: the number of steps before, which says with which batch to go on.
         batch_size: the rows of a step; None for all.
         order: the rows in the order of the steps, (n,) or (networks, n); None for all in place.
@@ -213,6 +227,7 @@ def train(
             first,
             first + losses.shape[1],
         )
-    for trainer in trainers:
-        trainer.finish()
+    if losses.shape[1]:
+        for trainer in trainers:
+            trainer.finish()
     return bad

@@ -6,6 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from . import checks
 from .batches import batch_of, checked_order, random_order
 from .functional import Loss, converted_target
 from .optimizers import Unknown
-from .single_step import LOSSES, SingleStep
-from .trainer import train, train_step
+from .single_step import LOSSES, Result, SingleStep
+from .trainer import share_memory, train, train_step
 
 #: A call of the operator lasts about this many seconds. Between two calls Python handles
 #: signals, such as that of Ctrl-C.
@@ -87,23 +88,26 @@ class TrainingStep:
             raise ValueError(f"loss must be {checks.listed(LOSSES)}, got {loss!r}")
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm must be positive, got {max_norm}")
-        self._net, self._loss, self._optimizer = net, loss, optimizer
+        self._net, self._optimizer = net, optimizer
+        self._loss: Loss = loss
         self._max_norm = max_norm
         #: The number of networks; None for one that is not in a sequence.
         self._networks: int | None = None
         if isinstance(net, (list, tuple)):
             self._members = members_of(net, loss, optimizer, max_norm)
             self._networks = len(net)
+            # The caller may change the lists later.
+            self._net = [member.net for member in self._members]
+            self._optimizer = [member.optimizer for member in self._members]
         else:
-            assert not isinstance(net, Sequence)
             self._members = [SingleStep(net, loss, optimizer, max_norm)]  # type: ignore[arg-type]
         self._seconds_of_a_row = math.inf  # measured in the last call
 
     def __repr__(self) -> str:
         names = [type(member.net).__name__ for member in self._members]
-        kind = type(self._members[0].optimizer).__name__
+        kinds = dict.fromkeys(type(member.optimizer).__name__ for member in self._members)
         nets = names[0] if self._networks is None else f"{self._networks} networks"
-        return f"TrainingStep({nets}, {self._loss!r}, {kind})"
+        return f"TrainingStep({nets}, {self._loss!r}, {' and '.join(kinds)})"
 
     @property
     def net(self) -> nn.Module | Sequence[nn.Module]:
@@ -150,7 +154,7 @@ class TrainingStep:
             if loss is not NotImplemented:
                 self.reason = None
                 return loss
-        losses = self._steps(x, target, None, None, 1, None)
+        losses = self._steps(x, target, None, None, 1, None, watch=False)
         return losses[..., 0]
 
     # -- Many steps --------------------------------------------------------------------------
@@ -242,20 +246,25 @@ class TrainingStep:
         batch_size: int | None,
         total: int,
         progress: Progress | None,
+        watch: bool = True,
     ) -> Tensor:
-        """The losses of `total` steps. Without a batch size, each takes all rows of x."""
+        """The losses of `total` steps. Without a batch size, each takes all rows of x.
+
+        `watch` says whether to warn of gradients that are not finite.
+        """
         check_tensors(x, target)
         rows_of_step = batch_size or max(1, self._rows_of("x", x))
         self._rows_of("target", target)
         losses: Tensor | None = None
         operands: tuple[Tensor, Tensor] | None = None
         finite: list[tuple[int, Tensor]] = []  # whether the gradients of a step are finite
-        watch = total > 1 or batch_size is not None
         done, first_bad = 0, -1
         while done < total:
             began = time.perf_counter()
             try:
                 trainers = [member.trainer(x, target) for member in self._members]
+                if share_memory(trainers):
+                    raise Unknown("two networks share their memory")
                 if operands is None:  # once, because it may copy all rows
                     operands = self._operands(x, target, batch_size, trainers[0].network.weights)
                 losses = x.new_empty(len(trainers), total) if losses is None else losses
@@ -265,14 +274,7 @@ class TrainingStep:
                 self.reason = None
             except Unknown as reason:
                 self.reason = str(reason)
-                batches = [
-                    self._batch(n, x, target, order, batch_size, done)
-                    for n in range(len(self._members))
-                ]
-                results = [
-                    member.by_optimizer(*batch, watch)
-                    for member, batch in zip(self._members, batches, strict=True)
-                ]
+                results = self._one_by_one(x, target, order, batch_size, done, watch)
                 now, are_finite = map(torch.stack, zip(*results, strict=True))
                 losses = now.new_empty(len(results), total) if losses is None else losses
                 part = losses[:, done : done + 1]
@@ -297,6 +299,46 @@ class TrainingStep:
         if losses is None:
             losses = x.new_empty(len(self._members), 0)
         return losses[0] if self._networks is None else losses
+
+    def _one_by_one(
+        self,
+        x: Tensor,
+        target: Tensor,
+        order: Tensor | None,
+        batch_size: int | None,
+        step: int,
+        watch: bool,
+    ) -> list[Result]:
+        """One step of each network by itself, because the operator can't serve all at once.
+
+        Nothing is changed before the arguments of all networks were found to be right.
+        """
+        updates: list[Callable[[], Result]] = []
+        for n, member in enumerate(self._members):
+            batch = self._batch(n, x, target, order, batch_size, step)
+            # Alone, this network may be served, and then it has the operator's bits.
+            by_operator = None if self._networks is None else self._by_operator(member, *batch)
+            updates.append(by_operator or member.by_optimizer(*batch, watch))
+        return [update() for update in updates]
+
+    def _by_operator(
+        self, member: SingleStep, x: Tensor, target: Tensor
+    ) -> Callable[[], Result] | None:
+        """A step of one network of an ensemble by the operator, if it serves. Checks arguments."""
+        try:
+            trainer = member.trainer(x, target)
+            operands = self._operands(x, target, None, trainer.network.weights)
+            run = partial(train, [trainer], *operands, max_norm=self._max_norm)
+            loss = x.new_empty(1, 1)
+            run(loss[:, :0])  # no step, only the checks
+        except Unknown:
+            return None
+
+        def update() -> Result:
+            bad = run(loss)
+            return Result(loss[0, 0], torch.tensor(bad < 0))
+
+        return update
 
     # -- Arguments ---------------------------------------------------------------------------
 

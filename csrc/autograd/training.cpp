@@ -9,6 +9,7 @@
 #include <torch/csrc/inductor/aoti_torch/utils.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
 #include <memory>
 #include <vector>
 
@@ -234,6 +235,32 @@ bool is_network_unchanged(const Step& step) {
   return true;
 }
 
+const Step* step_of(PyObject* capsule) {
+  return static_cast<const Step*>(PyCapsule_GetPointer(capsule, capsule_name));
+}
+
+// Whether what one network trains is another's too. Threads would disturb each
+// other.
+bool share_memory(const std::vector<PyObject*>& capsules) {
+  std::vector<std::pair<const void*, std::size_t>> owners;
+  for (std::size_t n = 0; n < capsules.size(); ++n) {
+    const Step& step = *step_of(capsules[n]);
+    for (const std::vector<at::Tensor>* tensors :
+         {&step.tensors, &step.changed}) {
+      for (const at::Tensor& tensor : *tensors) {
+        if (tensor.numel() > 0) {
+          owners.emplace_back(tensor.const_data_ptr(), n);
+        }
+      }
+    }
+  }
+  std::sort(owners.begin(), owners.end());
+  return std::adjacent_find(
+             owners.begin(), owners.end(), [](const auto& a, const auto& b) {
+               return a.first == b.first && a.second != b.second;
+             }) != owners.end();
+}
+
 // A contiguous tensor of the CPU that needs no gradient, or null.
 const at::Tensor* data(PyObject* object) {
   if (!THPVariable_CheckExact(object)) {
@@ -261,10 +288,6 @@ bool have_usual_shapes(
   return (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble) &&
       (has_classes || target.scalar_type() == x.scalar_type()) &&
       has_dim(x, 2) && has_dim(target, has_classes ? 1 : 2);
-}
-
-const Step* step_of(PyObject* capsule) {
-  return static_cast<const Step*>(PyCapsule_GetPointer(capsule, capsule_name));
 }
 
 // A new handle, which the callee owns.
@@ -364,6 +387,9 @@ PyObject* train_step(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
       return python();
     }
     trainers.push_back(step->number);
+  }
+  if (networks > 1 && share_memory(steps)) {
+    return python();
   }
   static const at::Tensor rows_in_place = [] {
     const c10::InferenceMode guard(false);

@@ -69,6 +69,7 @@ FIGURES = {
         "   0   1.894339         27.772695        218 ",
         "  49   0.189603         19.774683        224 ",
     ],
+    "sweep": ["21 networks, 160 steps", "the same bits when it is trained alone"],
 }
 
 # The files that a program writes without --out. The others write none.
@@ -396,15 +397,15 @@ def test_a_sweep_that_is_not_the_same_alone(load):
     module = load("sweep", 0)
     x, target = data = list(module.make_data(10))
     module.RUNS, module.EPOCHS = module.RUNS[:3], 2
-    ensemble, losses = module.train_all(x, target)
-    module.check_alone(1, ensemble, losses, data)
+    nets, losses = module.train_all(x, target)
+    module.check_alone(1, nets, losses, data)
     wrong = losses.clone()
-    wrong[-1, 1] = wrong[-1, 1].nextafter(torch.tensor(torch.inf))
+    wrong[1, -1] = wrong[1, -1].nextafter(torch.tensor(torch.inf))
     with pytest.raises(SystemExit, match="seed 1 has other losses"):
-        module.check_alone(1, ensemble, wrong, data)
+        module.check_alone(1, nets, wrong, data)
     with torch.no_grad():
-        bias = ensemble.get_parameter("4.bias")[1]
+        bias = nets[1][4].bias
         bias.copy_(bias.nextafter(torch.tensor(torch.inf)))
     with pytest.raises(SystemExit, match="parameters"):
-        module.check_alone(1, ensemble, losses, data)
-    module.check_alone(2, ensemble, losses, data)
+        module.check_alone(1, nets, losses, data)
+    module.check_alone(2, nets, losses, data)
