@@ -374,7 +374,9 @@ class TrainingStep:
         expected = x.shape[:-1] if has_classes else (*x.shape[:-1], weights[-1].shape[0])
         if target.shape != expected or (self._loss == "cross_entropy" and x.dim() > 2):
             checks.check_target(target, x, weights, has_classes, self._loss)
-        return as_matrix(x), target.reshape(-1) if has_classes else as_matrix(target)
+        if has_classes:
+            return as_matrix(x), target.reshape(-1).contiguous()
+        return as_matrix(x), as_matrix(target)
 
     def _batch(
         self,
@@ -443,4 +445,4 @@ def as_matrix(tensor: Tensor) -> Tensor:
     """(*, features) as (rows, features), contiguous."""
     if tensor.dim() == 2 and tensor.is_contiguous():
         return tensor
-    return tensor.reshape(-1, tensor.shape[-1]).contiguous()
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1]).contiguous()
