@@ -46,7 +46,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from relu_mlp import ReluMLP, ReluMLPEnsemble, TrainingStep, loss_and_grads
+from relu_mlp import ReluMLP, TrainingStep, loss_and_grads
 from relu_mlp.cli.arguments import count
 from relu_mlp.cli.bench.candidates import Shape, name_of, parameters_of
 from relu_mlp.cli.bench.turns import machine, median_of_ratios
@@ -363,29 +363,35 @@ def one_network(problem: Problem) -> dict[str, Steps]:
     return candidates
 
 
-def of_ensemble(problem: Problem, ensemble: ReluMLPEnsemble) -> dict[str, Steps]:
+def of_ensemble(problem: Problem, nets: list[ReluMLP]) -> dict[str, Steps]:
     """The networks alone, one after another in each step, and together."""
     x, target = problem.batch
 
-    def new(net: nn.Module) -> TrainingStep:
-        return TrainingStep(net, "mse", torch.optim.Adam(net.parameters(), lr=problem.lr))
+    def optimizer_of(net: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.Adam(net.parameters(), lr=problem.lr)
 
-    alone = [new(ensemble.network(n)) for n in range(len(ensemble))]
-    together, repeat = (new(copy.deepcopy(ensemble)) for _ in range(2))
+    alone = [TrainingStep(net, "mse", optimizer_of(net)) for net in copy.deepcopy(nets)]
+    together, repeat = (
+        TrainingStep(copies, "mse", list(map(optimizer_of, copies)))
+        for copies in (copy.deepcopy(nets), copy.deepcopy(nets))
+    )
     return {
         "single steps": repeated(lambda: [step(x, target) for step in alone]),
         "ensemble step": repeated(lambda: together(x, target)),
-        "ensemble repeat": lambda: repeat.repeat(x, target, STEPS)[-1],
+        "ensemble repeat": lambda: repeat.repeat(x, target, STEPS)[:, -1],
     }
 
 
-def of_vmap(problem: Problem, ensemble: ReluMLPEnsemble) -> dict[str, Steps]:
+def of_vmap(problem: Problem, nets: list[ReluMLP]) -> dict[str, Steps]:
     """`jax.vmap` of the scan over parameters and states; the rows are shared."""
     import jax
 
     x, target = map(jax_array, problem.batch)
     steps = jax_steps(problem.lr)
-    parameters = list(ensemble.parameters())  # weight, bias, weight, bias, ...
+    # weight, bias, weight, bias, ...
+    parameters = [
+        torch.stack(each) for each in zip(*(net.parameters() for net in nets), strict=True)
+    ]
     carry = jax.vmap(steps.start)(jax_layers(parameters[::2], parameters[1::2]))
     program = JaxProgram(jax.vmap(steps.scan, (0, None, None)), carry)
     return {"JAX vmap scan": lambda: program.wait(program(x, target))[:, -1]}
@@ -393,10 +399,10 @@ def of_vmap(problem: Problem, ensemble: ReluMLPEnsemble) -> dict[str, Steps]:
 
 def networks_together(problem: Problem) -> dict[str, Steps]:
     _, n_in, *hidden, n_out = problem.shape
-    ensemble = ReluMLPEnsemble(NETWORKS, n_in, hidden, n_out)
-    candidates = of_ensemble(problem, ensemble)
+    nets = [ReluMLP(n_in, hidden, n_out) for _ in range(NETWORKS)]
+    candidates = of_ensemble(problem, nets)
     if all(map(is_installed, PACKAGES["JAX"])):
-        candidates |= of_vmap(problem, ensemble)
+        candidates |= of_vmap(problem, nets)
     return candidates
 
 
