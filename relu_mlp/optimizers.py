@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from operator import is_, itemgetter
 from typing import Any
@@ -39,6 +40,20 @@ class Kind:
 
     def is_set(self, group: Mapping[str, Any]) -> bool:
         return group[self.flag] != 0
+
+    def new_state(self, group: Mapping[str, Any], parameter: Tensor) -> dict[str, Tensor]:
+        """A parameter's state before its first step, as PyTorch creates it."""
+        if self.name == "sgd":
+            if group["dampening"] != 0:  # which PyTorch leaves out in the first step
+                raise Unknown("the optimizer has no state yet, and dampening")
+            # PyTorch begins with the gradient itself: -0 + g is g, also if g is -0.
+            return {"momentum_buffer": torch.full_like(parameter, -0.0, requires_grad=False)}
+        is_double = torch.get_default_dtype() is torch.float64 and not group["fused"]
+        names = [name for name in self.states[self.is_set(group)] if name != "step"]
+        return {
+            "step": torch.zeros((), dtype=torch.float64 if is_double else torch.float32),
+            **{name: torch.zeros_like(parameter, requires_grad=False) for name in names},
+        }
 
     @staticmethod
     def numbers(values: Sequence[Any]) -> list[float]:
@@ -110,6 +125,8 @@ class Update:
         self.state: list[Tensor] = []
         #: For every trained parameter, its state, and the names and tensors taken from it.
         self._taken: list[tuple[Tensor, Mapping[str, Any], tuple[str, ...], list[Tensor]]] = []
+        #: The first state of parameters, which the optimizer gets with the first step.
+        self._new: list[tuple[Tensor, dict[str, Any], dict[str, Tensor]]] = []
         self._requires_grad = [p.requires_grad for p in parameters]
         self._members = [list(group["params"]) for group in optimizer.param_groups]
         self._flags = [self.kind.is_set(group) for group in optimizer.param_groups]
@@ -141,11 +158,15 @@ class Update:
         if not names:
             return
         state = self.optimizer.state.get(parameter, {})
+        new: dict[str, Tensor] = {}
+        if all(value is None for value in state.values()):
+            new = self.kind.new_state(self.optimizer.param_groups[self.groups[n]], parameter)
+            self._new.append((parameter, state, new))
         tensors: list[Tensor] = []
         for name in names:
-            tensor = state.get(name)
+            tensor = new.get(name, state.get(name))
             if type(tensor) is not Tensor:
-                raise Unknown("the optimizer has no state yet")
+                raise Unknown("the optimizer's state has another form")
             if name == "step" and (tensor.dtype not in STEP_DTYPES or tensor.numel() != 1):
                 raise Unknown("the optimizer's count of steps is not one number")
             if name != "step" and not is_like(tensor, parameter):
@@ -234,8 +255,20 @@ class Update:
             "changed": self.changed,
         }
 
-    def count(self) -> None:
-        """Increments the version counters of all that a step has changed."""
+    def finish(self) -> None:
+        """Increments the version counters of all that a step has changed.
+
+        The first step also gives the optimizer its state.
+        """
+        if self._new:
+            found = {id(parameter): (state, new) for parameter, state, new in self._new}
+            # In the optimizer's order, which is that of the keys of its state_dict.
+            for parameter in itertools.chain(*self._members):
+                if id(parameter) in found:
+                    state, new = found[id(parameter)]
+                    state.update(new)
+                    self.optimizer.state[parameter] = state
+            self._new.clear()
         torch.autograd.graph.increment_version(self.changed)
 
 

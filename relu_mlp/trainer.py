@@ -149,7 +149,7 @@ class Trainer:
 
     def finish(self) -> None:
         """Leaves everything as the optimizer's own step would."""
-        self.update.count()
+        self.update.finish()
         count_step(self.update.optimizer)
         for parameter in self.present:
             if parameter.grad is not None:

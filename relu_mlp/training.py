@@ -43,8 +43,7 @@ class TrainingStep:
 
     The operator serves networks on the CPU in float32 and float64 with `torch.optim.SGD`, `Adam`
     and `AdamW`. In all other cases the loop above runs, or `loss_and_grads` and then
-    `optimizer.step()` where only the optimizer stands in the way; `reason` says why. The first
-    step is one of these, because it is the optimizer that creates its state.
+    `optimizer.step()` where only the optimizer stands in the way; `reason` says why.
 
     An ensemble is a sequence of networks of equal shapes, each with an optimizer of its own. Each
     network is trained as if it were alone, bit for bit. The operator shares them out among threads.
