@@ -112,6 +112,8 @@ class Trainer:
         self.parameters = network.parameters
         self.present = network.present
         self.update = Update(optimizer, self.parameters)
+        # Read once: `is_for` looks whether the tensors are the same.
+        self.addresses_of_state = {tensor.data_ptr() for tensor in self.update.state} - {0}
         self.number: int = _new_trainer(
             network.weights,
             network.biases,
@@ -177,7 +179,7 @@ def share_memory(trainers: Sequence[Trainer]) -> bool:
     if len(trainers) == 1:
         return False
     of_networks = [
-        {tensor.data_ptr() for tensor in (*trainer.present, *trainer.update.state)} - {0}
+        {p.data_ptr() for p in trainer.present} - {0} | trainer.addresses_of_state
         for trainer in trainers
     ]
     return len(set().union(*of_networks)) < sum(map(len, of_networks))
