@@ -387,6 +387,7 @@ def test_the_changelog_begins_with_this_version():
 
 def test_compatibility_names_tests_that_exist():
     text = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    text = re.sub(r"<!-- make matrix -->.*?<!-- end -->", "", text, flags=re.DOTALL)
     rows = [line for line in text.splitlines() if re.match(r"\| [^|]*[^|\s-]", line)]
     named = re.findall(r"`(\w+\.py)::(\w+)`", text)
     assert len(rows) > 90
