@@ -24,6 +24,9 @@ from .trainer import share_memory, train, train_step
 #: signals, such as that of Ctrl-C.
 SECONDS_OF_A_CALL = 0.05
 
+#: The caller's function is told how far it is at most this often, and at the end.
+SECONDS_OF_SILENCE = 0.1
+
 Progress = Callable[[int, int], object]
 
 
@@ -166,7 +169,8 @@ class TrainingStep:
         Args:
             x, target: as in a call.
             times: how many steps.
-            progress: called with the number of steps done and `times`, every 50 ms or so.
+            progress: called with the number of steps done and `times`, at most every 100 ms and at
+                the end.
 
         Returns:
             The losses before each step, of shape (times,) or (networks, times).
@@ -206,7 +210,8 @@ class TrainingStep:
             order: the numbers of the rows to use, in their order, instead of `shuffle` and
                 `generator`: int64 of shape (n,), or (networks, n) for an ensemble. It may leave out
                 rows, as for folds of a cross-validation, and repeat some.
-            progress: called with the number of batches done and their total, every 50 ms or so.
+            progress: called with the number of batches done and their total, at most every 100 ms
+                and at the end.
 
         Returns:
             The losses of the batches, of shape (batches,) or (networks, batches). There are
@@ -257,7 +262,7 @@ class TrainingStep:
         losses: Tensor | None = None
         operands: tuple[Tensor, Tensor] | None = None
         finite: list[tuple[int, Tensor]] = []  # whether the gradients of a step are finite
-        done, first_bad = 0, -1
+        done, first_bad, told = 0, -1, time.perf_counter()
         while done < total:
             began = time.perf_counter()
             try:
@@ -284,8 +289,11 @@ class TrainingStep:
             self._seconds_of_a_row = max(took, 1e-6) / (part.shape[1] * rows_of_step)
             first_bad = bad if first_bad < 0 else first_bad
             done += part.shape[1]
-            if progress is not None:
+            if progress is not None and (
+                done == total or time.perf_counter() - told >= SECONDS_OF_SILENCE
+            ):
                 progress(done, total)
+                told = time.perf_counter()
         for step, is_finite in finite:  # read at the end, because a GPU would have to wait
             if first_bad < 0 and not is_finite:
                 first_bad = step

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import relu_mlp
 import support
 from relu_mlp import TrainingStep, ops
 from support import training
@@ -377,6 +378,17 @@ def test_progress(kind, backend):
         assert all(total == 20 for _, total in seen)
 
 
+def test_progress_is_told_now_and_then(monkeypatch):
+    """At the end, and at most as often as promised, also where every step is a call of its own."""
+    clock = iter(range(1000))  # two hundredths of a second pass between two looks at the clock
+    monkeypatch.setattr(relu_mlp.training.time, "perf_counter", lambda: next(clock) * 0.02)
+    net = nn.Sequential(nn.Linear(8, 2), nn.Tanhshrink())
+    step = TrainingStep(net, "mse", torch.optim.SGD(net.parameters()))
+    told = []
+    step.repeat(torch.ones(4, 8), torch.ones(4, 2), 20, progress=lambda *a: told.append(a[0]))
+    assert 3 <= len(told) <= 15 and told[-1] == 20
+
+
 @every_kind
 def test_exception_in_the_progress(kind, backend):
     """It comes through, between two batches: the same call with fewer batches does the same."""
@@ -397,8 +409,9 @@ def test_exception_in_the_progress(kind, backend):
     assert_close_to(step, twin)
 
 
-def test_progress_may_change_hyperparameters():
+def test_progress_may_change_hyperparameters(monkeypatch):
     """They are read again after each call."""
+    monkeypatch.setattr(relu_mlp.training, "SECONDS_OF_SILENCE", 0)
     step, twin = small_step()
     x, target = rows(8)
 
