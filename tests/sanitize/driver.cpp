@@ -632,7 +632,8 @@ class Case {
           {Loss::bce_with_logits, {values.matrix, {}}},
           {Loss::cross_entropy, {values.matrix, {}}},
           {Loss::cross_entropy, {{}, by_class}}}) {
-      const std::string flags = "0" + std::string(2 * layers, '1');
+      std::string flags(1 + 2 * layers, '1');
+      flags[0] = '0';
       BackwardPass<T> pass{Needs{flags}};
       pass.recompute = true;
       Array<T> loss(1);
