@@ -43,7 +43,7 @@ demo: $(call needs,demo) build/extension  ## train on handwritten digits, next t
 # a run of files, which share what they compile, and takes from another when it is done.
 PYTEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-test: $(call needs,test) build/extension  ## run the tests, at most 6 minutes on 2 cores
+test: $(call needs,test) build/extension  ## run the tests, about 10 minutes on 2 cores
 	$(PYTEST) $(ARGS)
 
 # Every test that takes no seconds, in so few cases that each value of each parameter occurs.
